@@ -1,0 +1,133 @@
+"""The fixed rules of the game: profiles, budgets, data, paths. Standard library only; importing it does nothing."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+# ---------------------------------------------------------------------------
+# Profiles: the sizes that make results comparable. An experiment cannot change them.
+
+
+@dataclass(frozen=True)
+class Profile:
+    name: str
+    max_seq_len: int  # tokens a row; a stored row has one more, so that inputs and targets are shifted views of it
+    vocab_size: int  # tokens, the special ones included
+    eval_batch_rows: int  # rows in one evaluation batch; fixed, so that no edit of the training batch moves the number
+    val_rows: int  # rows evaluated at most; a smaller split is evaluated whole
+    test_rows: int
+    default_dataset: str
+    default_shards: int  # training shards of climbmix
+    dtype: str = "float32"  # compute dtype, decided once by prepare.machine(): bfloat16 where it is fast
+
+
+PROFILES = {
+    "gpu": Profile(
+        name="gpu",
+        max_seq_len=2048,  # as published in March 2026, so that numbers stay comparable
+        vocab_size=8192,  # likewise
+        eval_batch_rows=8,  # 16k tokens: logits of 0.5 GB in float32, fits an 8 GB card in chunks
+        val_rows=10_240,  # 20.97M tokens, as published; noise of the estimate well under 0.001 bpb
+        test_rows=2_560,  # 5.24M tokens: looked at for claims only
+        default_dataset="climbmix",
+        default_shards=16,  # about 42M tokens each after packing: one epoch at 2M tokens a second
+    ),
+    "cpu": Profile(
+        name="cpu",
+        max_seq_len=256,  # about one paragraph of the embedded corpus; longer rows cost steps
+        vocab_size=2048,  # at 8192 the output layer dominates a model this small
+        eval_batch_rows=64,  # 16k tokens
+        val_rows=4_096,  # more than the embedded corpus has: its splits are evaluated whole
+        test_rows=4_096,
+        default_dataset="sotu",
+        default_shards=1,
+    ),
+}
+DATASETS = ("climbmix", "sotu")
+SPLITS = ("train", "val", "test")
+
+# ---------------------------------------------------------------------------
+# The run
+
+TIME_BUDGET_S = 300.0  # seconds of training, warm-up, evaluation and saving excluded
+COMPILE_FROM_S = 60.0  # seconds: under this budget a cold torch.compile costs more than the training it speeds up
+UNTRAINED_LOSS = 0.9  # x ln(vocab): a model below this when the clock starts has been trained before it
+SEED = 1  # the seed of a run by hand and of a night
+SOURCE_BYTES = 64_000  # train.py stays under this
+LITERAL_CHARS = 1_000  # no literal in train.py is longer: weights and answers do not hide in the source
+
+# Dense bf16 peak in TFLOP/s by name of the card, for mfu_percent; first match wins, an unknown card has no mfu.
+PEAK_TFLOPS = (
+    ("B200", 2250.0),
+    ("H100 NVL", 835.0),
+    ("H100 PCIe", 756.0),
+    ("H100", 989.0),
+    ("H200", 989.0),
+    ("A100", 312.0),
+    ("L40S", 362.0),
+    ("A40", 149.7),
+    ("L4", 121.0),
+    ("RTX 5090", 209.5),
+    ("RTX 4090", 165.2),
+    ("RTX 3090", 71.0),
+)
+
+# ---------------------------------------------------------------------------
+# Limits that the agent sets from outside (seconds, bytes)
+
+STARTUP_LIMIT_S = 600.0  # start to clock and clock to exit together: a cold compile on a slow machine takes minutes
+SCORE_LIMIT_S = 900.0  # one scoring; 20.97M tokens take under a minute on an H100
+KILL_GRACE_S = 3.0  # from SIGTERM to SIGKILL
+MAX_BOUNCES = 3  # failed screens before an idea is dropped
+MAX_CRASHES = 10  # crashes in a row before the night stops
+LOG_HEAD_BYTES, LOG_TAIL_BYTES = 64_000, 192_000  # what is kept of a child's output
+RESULT_BYTES = 64_000  # a result.json over this is refused
+
+# ---------------------------------------------------------------------------
+# Data
+
+HUB = "https://huggingface.co"  # HF_ENDPOINT replaces it
+CLIMBMIX_REPO = "karpathy/climbmix-400b-shuffle"  # shard_00000 ... shard_06542, column `text`
+VAL_SHARD, TEST_SHARD = 6542, 6541  # pinned; training takes shards from 0 upwards
+START_SHARDS = 10  # enough training shards to begin a night; the rest may follow
+USABLE_TOKENS = 600_000_000  # one epoch of five minutes at 2M tokens a second; fewer are repeated, so prepare.py warns
+SOTU_SHA256 = "2503dcfcf03a7afbb4f8f7081346cf99fb565527748fddb4cd30d3e6a6632946"  # of sotu 0.1.2, texts joined by NUL
+SOTU_DOCUMENT_CHARS = 1_000  # characters: addresses are cut at paragraphs into documents of about this size
+DOCUMENT_CHARS = 10_000  # characters of a document that the tokenizer's training reads
+TOKENIZER_CHARS = 1_000_000_000  # characters that the tokenizer's training reads in all
+TOKENIZER_SHARDS = 8  # more than those characters need
+# GPT-4's split pattern with numbers cut after two digits, as nanochat and the published reference have it
+SPLIT_PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
+)
+SPECIAL_TOKENS = ("<|bos|>", "<|reserved_1|>", "<|reserved_2|>", "<|reserved_3|>")  # at the end of the vocabulary
+PACK_BUFFER, PACK_REFILL = 1_000, 128  # documents that best-fit packing chooses from, and how many it reads at a time
+
+# ---------------------------------------------------------------------------
+# Paths and the choice of profile
+
+
+def cache_dir() -> Path:
+    return Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch").expanduser().absolute()
+
+
+def data_dir(profile: str, dataset: str) -> Path:
+    return cache_dir() / f"{profile}-{dataset}"
+
+
+def accelerator_present() -> bool:
+    """Whether an NVIDIA or AMD accelerator is visible, without importing torch."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    return any(os.path.exists(path) for path in ("/dev/nvidia0", "/dev/kfd", "/dev/dxg"))
+
+
+def choose(profile: str | None, dataset: str | None) -> tuple[str, str]:
+    """Profile and dataset from the flags, else the environment, else what the machine has. Raises ValueError."""
+    profile = profile or os.environ.get("AUTORESEARCH_PROFILE") or ("gpu" if accelerator_present() else "cpu")
+    if profile not in PROFILES:
+        raise ValueError(f"unknown profile {profile!r}; AUTORESEARCH_PROFILE and --profile take: {', '.join(PROFILES)}")
+    dataset = dataset or os.environ.get("AUTORESEARCH_DATASET") or PROFILES[profile].default_dataset
+    if dataset not in DATASETS:
+        raise ValueError(f"unknown dataset {dataset!r}; AUTORESEARCH_DATASET and --dataset take: {', '.join(DATASETS)}")
+    return profile, dataset

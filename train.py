@@ -1,0 +1,458 @@
+"""A small GPT, its optimizer and its five minutes: the one file that experiments change.
+
+prepare.py fixes the data, the clock and the evaluation. `build_model(profile)` must return an untrained module whose
+`forward(idx)` maps (B, T) token ids to (B, T, vocab) logits; the rest is free.
+
+Not covered: more than one GPU, inference with a cache, resuming a run.
+"""
+
+import gc
+import math
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import prepare
+
+# ---------------------------------------------------------------------------
+# Hyperparameters. bpb figures: steps of the published night on an H100 unless said otherwise.
+
+
+@dataclass(frozen=True)
+class Config:
+    n_layer: int
+    n_embd: int  # width, a multiple of head_dim
+    head_dim: int
+    short_window: int  # tokens that a windowed layer sees; 0: every layer sees the whole row
+    value_embeds: bool  # a second embedding of the token, mixed into the values of every other layer
+    step_tokens: int  # tokens of one optimizer step
+    micro_rows: int  # rows of one forward pass, halved while they do not fit the card
+    embed_lr: float  # AdamW; all AdamW rates are scaled by (width / 768)^-0.5
+    head_lr: float
+    scalar_lr: float
+    matrix_lr: float  # Muon
+    embed_decay: float
+    head_decay: float
+    matrix_decay: float  # cautious, falls to 0 over the run
+    warmdown: float  # fraction of the run over which the rates fall
+    final_lr: float  # fraction of the rates that is left at the end
+    momentum_steps: int  # Muon's momentum rises from 0.85 to 0.95 over them
+
+
+CONFIGS = {
+    "gpu": Config(
+        n_layer=9,  # 8 layers +0.003, 10 layers +0.002
+        n_embd=640,
+        head_dim=128,
+        short_window=256,  # S S S S L, the last layer full: -0.0012
+        value_embeds=True,  # alternating layers, the last included
+        step_tokens=2**18,  # half the reference's: -0.0119, its largest single step
+        micro_rows=128,
+        embed_lr=0.9,  # .6 -> .8: -0.0033
+        head_lr=0.005,
+        scalar_lr=0.5,
+        matrix_lr=0.04,
+        embed_decay=0.001,
+        head_decay=0.01,
+        matrix_decay=0.2,
+        warmdown=0.75,
+        final_lr=0.05,
+        momentum_steps=200,
+    ),
+    "cpu": Config(
+        n_layer=4,
+        n_embd=256,
+        head_dim=64,
+        short_window=0,  # rows of 256 are short already
+        value_embeds=True,
+        step_tokens=2**12,  # more steps beat larger ones at this size
+        micro_rows=16,
+        embed_lr=0.6,
+        head_lr=0.005,
+        scalar_lr=0.5,
+        matrix_lr=0.03,
+        embed_decay=0.001,
+        head_decay=0.01,
+        matrix_decay=0.2,
+        warmdown=0.6,
+        final_lr=0.05,
+        momentum_steps=200,
+    ),
+}
+ROPE_BASE = 200_000  # 10k -> 200k: -0.0012
+SOFTCAP = 15.0  # logits are squashed into (-15, 15)
+X0_INIT = 0.05  # share of the embedding added again before each layer; 0: +0.004
+GATE_CHANNELS = 32  # channels of the residual stream that decide how much value embedding a head takes
+ADAM_BETAS, ADAM_EPS = (0.8, 0.95), 1e-10
+MUON_BETA2 = 0.95  # NorMuon's second moment
+BLOW_UP = 100.0  # nats: a loss over this, or NaN, ends the run
+
+# ---------------------------------------------------------------------------
+# Model
+
+
+def norm(x):
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class Linear(nn.Linear):
+    """Without bias; weights are float32 and follow the activations' dtype, so that no autocast is needed."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding (Su et al. 2021) of (B, T, H, D), by halves of D."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+
+
+def windowed_attention(q, k, v, window: int):
+    """Causal attention over the last `window` tokens, itself included, by blocks; (B, H, T, D), T a multiple of window.
+
+    Each block of queries sees its own block and the one before. It stands in where no kernel takes a window.
+    """
+    B, H, T, D = q.shape
+    n = T // window
+    q, k, v = (t.view(B, H, n, window, D) for t in (q, k, v))
+    k, v = (torch.cat([F.pad(t, (0, 0, 0, 0, 1, 0))[:, :, :-1], t], dim=3) for t in (k, v))  # (B, H, n, 2W, D)
+    i = torch.arange(window, device=q.device)[:, None] + window  # position of the query within its two blocks
+    j = torch.arange(2 * window, device=q.device)[None]
+    mask = (j <= i) & (j > i - window)  # (W, 2W)
+    first = torch.arange(n, device=q.device)[:, None, None] == 0
+    mask = mask & ~(first & (j < window))  # (n, W, 2W): the first block has none before it
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, H, T, D)
+
+
+def attend(q, k, v, window: int):
+    """Causal attention of (B, T, H, D) within each row; window 0 is the whole row."""
+    B, T, H, D = q.shape
+    if uses_varlen(q):
+        from torch.nn.attention.varlen import varlen_attn
+
+        assert q.dtype in (torch.bfloat16, torch.float16) and q.dtype == k.dtype == v.dtype
+        ends = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
+        left = window - 1 if window else -1  # the kernel counts the keys to the left of the query
+        y = varlen_attn(*(t.flatten(0, 1) for t in (q, k, v)), ends, ends, T, T, window_size=(left, 0))
+        return y.view(B, T, H, D)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
+    if window and window < T:
+        y = windowed_attention(q, k, v, window)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return y.transpose(1, 2)
+
+
+def uses_varlen(q) -> bool:
+    """FlashAttention through varlen_attn: CUDA from sm80 on, and `meta`, where its shapes and dtypes are checked."""
+    if q.dtype == torch.float32:
+        return False
+    return q.device.type == "meta" or (q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config, window: int, value_embed: bool):
+        super().__init__()
+        self.head_dim, self.window = config.head_dim, window
+        self.query, self.key, self.value, self.out = (Linear(config.n_embd, config.n_embd) for _ in range(4))
+        self.gate = Linear(GATE_CHANNELS, config.n_embd // config.head_dim) if value_embed else None
+
+    def forward(self, x, value_embed, cos, sin):
+        B, T, C = x.shape
+        q, k, v = (layer(x).view(B, T, -1, self.head_dim) for layer in (self.query, self.key, self.value))
+        if self.gate is not None:  # value embeddings, gated per head by the input (as in nanochat)
+            gate = 2 * torch.sigmoid(self.gate(x[..., :GATE_CHANNELS]))  # (B, T, H), 1 at the start
+            v = v + gate[..., None] * value_embed.view(B, T, -1, self.head_dim)
+        q, k = (norm(rotate(t, cos, sin)) for t in (q, k))  # QK norm: Henry et al. 2020
+        return self.out(attend(q, k, v, self.window).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.up, self.down = Linear(config.n_embd, 4 * config.n_embd), Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.down(F.relu(self.up(x)).square())  # ReLU^2: So et al. 2021
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, window: int, value_embed: bool):
+        super().__init__()
+        self.attention, self.mlp = Attention(config, window, value_embed), MLP(config)
+
+    def forward(self, x, value_embed, cos, sin):
+        x = x + self.attention(norm(x), value_embed, cos, sin)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: Config, vocab_size: int, max_seq_len: int, dtype: torch.dtype):
+        super().__init__()
+        n = config.n_layer
+        has_value = [config.value_embeds and (n - 1 - i) % 2 == 0 for i in range(n)]
+        windows = [config.short_window if i % 5 != 4 and i != n - 1 else 0 for i in range(n)]
+        self.embed = nn.Embedding(vocab_size, config.n_embd, dtype=dtype)
+        self.value_embeds = nn.ModuleDict(
+            {str(i): nn.Embedding(vocab_size, config.n_embd, dtype=dtype) for i in range(n) if has_value[i]}
+        )
+        self.blocks = nn.ModuleList(Block(config, windows[i], has_value[i]) for i in range(n))
+        self.head = Linear(config.n_embd, vocab_size)
+        self.residual_scale = nn.Parameter(torch.ones(n))  # x <- a x + b x0 before each layer
+        self.x0_scale = nn.Parameter(torch.full((n,), X0_INIT))
+        half = config.head_dim // 2
+        angles = torch.outer(torch.arange(max_seq_len), ROPE_BASE ** -(torch.arange(half) / half))  # (T, D/2)
+        self.register_buffer("cos", angles.cos().to(dtype)[:, None], persistent=False)  # (T, 1, D/2)
+        self.register_buffer("sin", angles.sin().to(dtype)[:, None], persistent=False)
+        self.init_weights(config.n_embd)
+
+    @torch.no_grad()
+    def init_weights(self, n_embd: int):
+        bound = 0.68 * math.sqrt(3 / n_embd)  # uniform of std 0.68 / sqrt(width): -0.0005
+        nn.init.normal_(self.embed.weight, std=1.0)
+        nn.init.normal_(self.head.weight, std=0.001)
+        for table in self.value_embeds.values():
+            nn.init.uniform_(table.weight, -bound, bound)
+        for block in self.blocks:
+            attention = block.attention
+            for layer in (attention.query, attention.key, attention.value, block.mlp.up):
+                nn.init.uniform_(layer.weight, -bound, bound)
+            for layer in (attention.out, block.mlp.down, *([attention.gate] if attention.gate else [])):
+                nn.init.zeros_(layer.weight)  # every block begins as the identity
+
+    def logits(self, idx):
+        """(B, T) -> (B, T, vocab), float32 after the softcap (Gemma 2)."""
+        B, T = idx.shape
+        cos, sin = self.cos[:T], self.sin[:T]
+        x = x0 = norm(self.embed(idx))  # (B, T, C)
+        for i, block in enumerate(self.blocks):
+            x = self.residual_scale[i].to(x.dtype) * x + self.x0_scale[i].to(x.dtype) * x0
+            value_embed = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None
+            x = block(x, value_embed, cos, sin)
+        return SOFTCAP * torch.tanh(self.head(norm(x)).float() / SOFTCAP)
+
+    def forward(self, idx):
+        return self.logits(idx)
+
+    def loss(self, idx, targets):
+        """Mean cross-entropy in nats; what training compiles."""
+        logits = self.logits(idx)
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
+
+    def flops_per_token(self, max_seq_len: int) -> float:
+        """Training FLOPs of a token (6 a matrix parameter, 12 a channel and attended token; Chowdhery et al. 2022)."""
+        matrices = sum(p.numel() for block in self.blocks for p in block.parameters()) + self.head.weight.numel()
+        attended = sum(min(block.attention.window or max_seq_len, max_seq_len) for block in self.blocks)
+        return 6 * matrices + 12 * self.head.in_features * attended
+
+
+def build_model(profile) -> GPT:
+    """The untrained model of a profile."""
+    return GPT(CONFIGS[profile.name], profile.vocab_size, profile.max_seq_len, getattr(torch, profile.dtype))
+
+
+# ---------------------------------------------------------------------------
+# Optimizers: Muon for the blocks' matrices, AdamW for the rest
+
+POLAR_EXPRESS = (  # Amsel et al. 2025: the best quintics, one after the other, for singular values from 1e-3 up
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def orthogonalise(x):
+    """The nearest matrices with all singular values near 1, of (K, n, m) stacked ones, in their dtype."""
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan et al. 2024), with NorMuon's variance by neuron (Li et al. 2025).
+
+    One parameter group for each matrix shape; its matrices are stacked and stepped together. Weight decay is cautious:
+    only where it agrees with the step (Chen et al. 2025). All state is made at once, so that a warm-up can reset it.
+    """
+
+    def __init__(self, matrices, lr: float, weight_decay: float, dtype: torch.dtype):
+        shapes = {}
+        for matrix in matrices:
+            shapes.setdefault(matrix.shape, []).append(matrix)
+        groups = [{"params": group} for group in shapes.values()]
+        super().__init__(groups, dict(lr=lr, weight_decay=weight_decay, momentum=0.95))
+        self.dtype = dtype
+        for group in self.param_groups:
+            first = group["params"][0]
+            n, m = first.shape
+            variance_shape = (len(group["params"]), n, 1) if n >= m else (len(group["params"]), 1, m)
+            self.state[first]["momentum"] = first.new_zeros(len(group["params"]), n, m)
+            self.state[first]["variance"] = first.new_zeros(variance_shape)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params, state = group["params"], self.state[group["params"][0]]
+            grads = torch.stack([p.grad for p in params])  # (K, n, m)
+            state["momentum"].lerp_(grads, 1 - group["momentum"])
+            update = orthogonalise(grads.lerp(state["momentum"], group["momentum"]).to(self.dtype)).float()  # Nesterov
+            across = -1 if update.size(-2) >= update.size(-1) else -2
+            mean_square = update.square().mean(dim=across, keepdim=True)
+            state["variance"].lerp_(mean_square, 1 - MUON_BETA2)
+            scaled = update * state["variance"].clamp_min(1e-10).rsqrt()
+            update = scaled * (update.norm(dim=(-2, -1), keepdim=True) / (scaled.norm(dim=(-2, -1), keepdim=True) + 1e-10))
+            n, m = params[0].shape
+            lr = group["lr"] * max(1.0, n / m) ** 0.5
+            weights = torch.stack(params)
+            agrees = (update * weights) >= 0
+            weights -= lr * (update + group["weight_decay"] * weights * agrees)
+            for p, weight in zip(params, weights, strict=True):
+                p.copy_(weight)
+
+
+def build_optimizers(model: GPT, config: Config, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+    """[AdamW, Muon]; every group keeps its full rate in `initial_lr`."""
+    scale = (config.n_embd / 768) ** -0.5
+    gates = [block.attention.gate.weight for block in model.blocks if block.attention.gate is not None]
+    is_gate = {id(p) for p in gates}
+    matrices = [p for block in model.blocks for p in block.parameters() if id(p) not in is_gate]
+    tables = [model.embed.weight, *(table.weight for table in model.value_embeds.values())]
+    groups = [
+        dict(params=tables, lr=config.embed_lr * scale, weight_decay=config.embed_decay),
+        dict(params=[model.head.weight], lr=config.head_lr * scale, weight_decay=config.head_decay),
+        dict(params=[model.residual_scale], lr=config.scalar_lr * 0.01, weight_decay=0.0),  # 100 times lower: it compounds
+        dict(params=[model.x0_scale], lr=config.scalar_lr, weight_decay=0.0, betas=(0.96, 0.95)),
+    ]
+    if gates:
+        groups.append(dict(params=gates, lr=config.head_lr * scale, weight_decay=0.0))
+    fused = model.head.weight.device.type != "meta"  # computes in float32 and rounds bf16 tables once
+    adamw = torch.optim.AdamW(groups, betas=ADAM_BETAS, eps=ADAM_EPS, fused=fused)
+    muon = Muon(matrices, lr=config.matrix_lr, weight_decay=config.matrix_decay, dtype=dtype)
+    for group in adamw.param_groups + muon.param_groups:
+        group["initial_lr"] = group["lr"]
+    return [adamw, muon]
+
+
+def set_schedule(optimizers, config: Config, progress: float, step: int) -> None:
+    """Trapezoid without a warm-up: full rates, then linearly down to final_lr over the last `warmdown` of the run."""
+    left = min(1.0, (1.0 - progress) / config.warmdown)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * (config.final_lr + (1 - config.final_lr) * left)
+            if isinstance(optimizer, Muon):
+                group["momentum"] = 0.85 + 0.10 * min(1.0, step / config.momentum_steps)
+                group["weight_decay"] = config.matrix_decay * (1.0 - progress)
+
+
+# ---------------------------------------------------------------------------
+# Training
+
+
+def train_step(loss_fn, optimizers, batches, accumulate: int):
+    """One optimizer step over `accumulate` micro-batches; returns their mean loss, a tensor still on the device."""
+    total = 0.0
+    for _ in range(accumulate):
+        x, y = next(batches)
+        loss = loss_fn(x, y) / accumulate
+        loss.backward()
+        total = total + loss.detach()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def warm_up(run, model, optimizers, loss_fn, config: Config, steps: int = 3) -> int:
+    """Runs a few steps so that everything is compiled and allocated, then undoes them in place; returns micro_rows.
+
+    Halves the micro-batch while it does not fit. The data order needs no undoing: it starts anew with each iterator.
+    """
+    saved = [p.detach().clone() for p in model.parameters()]
+    generators = (torch.get_rng_state(), torch.cuda.get_rng_state() if run.device.type == "cuda" else None)
+    step_rows = config.step_tokens // run.profile.max_seq_len
+    micro_rows = min(config.micro_rows, step_rows)
+    while True:
+        batches, failed = run.batches(run.train_rows, micro_rows), False
+        try:
+            for _ in range(steps):
+                train_step(loss_fn, optimizers, batches, step_rows // micro_rows)
+        except torch.OutOfMemoryError:
+            failed = True  # handled outside, where the exception no longer holds the tensors
+        batches.close()
+        if not failed:
+            break
+        if micro_rows == 1:
+            raise SystemExit("out of memory at one row: the model is too large for this card; lower n_layer or n_embd")
+        micro_rows //= 2
+        for p in model.parameters():
+            p.grad = None
+        torch.cuda.empty_cache()
+        print(f"out of memory: {micro_rows} rows at a time", flush=True)
+    with torch.no_grad():
+        for p, before in zip(model.parameters(), saved, strict=True):
+            p.copy_(before)
+            p.grad = None
+        for optimizer in optimizers:
+            for state in optimizer.state.values():
+                for tensor in state.values():
+                    tensor.zero_()
+    torch.set_rng_state(generators[0])
+    if generators[1] is not None:
+        torch.cuda.set_rng_state(generators[1])
+    return micro_rows
+
+
+if __name__ == "__main__":
+    run = prepare.start()
+    config = CONFIGS[run.profile.name]
+    with torch.device(run.device):
+        model = build_model(run.profile)
+    optimizers = build_optimizers(model, config, run.dtype)
+    loss_fn = torch.compile(model.loss, dynamic=False, fullgraph=True) if run.compile else model.loss
+    micro_rows = warm_up(run, model, optimizers, loss_fn, config)
+    accumulate = config.step_tokens // run.profile.max_seq_len // micro_rows
+    batches = run.batches(run.train_rows, micro_rows)
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # a collection stalls a step by up to half a second
+
+    clock = run.start_clock(model)
+    step, losses, pending = 0, [], deque()
+    smooth, said = None, (0.0, 0)
+    in_flight = 2 if run.device.type == "cuda" else 0  # losses are read when their step is surely done
+    while not clock.expired:
+        set_schedule(optimizers, config, clock.progress, step)
+        pending.append(train_step(loss_fn, optimizers, batches, accumulate))
+        step += 1
+        if len(pending) > in_flight:
+            loss = pending.popleft().item()
+            if not loss < BLOW_UP:
+                raise SystemExit(f"loss {loss} at step {step - in_flight}: the run diverged")
+            smooth = loss if smooth is None else 0.9 * smooth + 0.1 * loss
+            losses.append((clock.seconds, loss))
+        seconds = clock.seconds
+        if seconds - said[0] > 2.0:
+            rate = (step - said[1]) * config.step_tokens / (seconds - said[0])
+            said = (seconds, step)
+            print(f"step {step:5d}  {clock.progress:6.1%}  loss {smooth or 0:.4f}  {rate:9,.0f} tok/s", flush=True)
+    run.finish(
+        model,
+        steps=step,
+        tokens=step * config.step_tokens,
+        losses=losses,
+        flops_per_token=model.flops_per_token(run.profile.max_seq_len),
+        backend="varlen" if run.device.type == "cuda" and run.dtype != torch.float32 else "sdpa",
+    )
