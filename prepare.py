@@ -21,7 +21,7 @@ import time
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -585,22 +585,24 @@ def prepare(profile: Profile, dataset: str, num_shards: int, workers: int) -> No
 # The machine and the settings of a run
 
 
-def machine() -> dict:
-    """What a night decides once: device, dtype, compile, threads. Printed by `python prepare.py --machine` as JSON."""
+def machine(profile: str) -> dict:
+    """What a night decides once: device, dtype, compiler, threads. Profile cpu takes the CPU even where a GPU is."""
     import shutil
 
     import torch
 
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     facts = {"torch": torch.__version__, "threads": threads, "memory_gb": None, "device": "cpu", "device_name": "cpu"}
-    if torch.cuda.is_available():
+    if profile == "gpu" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         facts |= {"device": "cuda", "device_name": properties.name, "memory_gb": round(properties.total_memory / 1e9, 1)}
         return facts | {"dtype": "bfloat16" if bf16 else "float32", "compiler": True}
+    if profile == "gpu":
+        raise Problem("profile gpu needs a GPU and torch sees none; take --profile cpu, or AUTORESEARCH_PROFILE=cpu")
     torch.set_num_threads(threads)
     compiler = any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
-    if torch.backends.mps.is_available():
+    if profile == "gpu" and torch.backends.mps.is_available():
         return facts | {"device": "mps", "device_name": "mps", "dtype": "float32", "compiler": False}
 
     def best_seconds(dtype) -> float:
@@ -660,17 +662,15 @@ def settings_by_hand() -> Settings:
             raise ValueError
     except ValueError as error:
         raise Problem(str(error) if "unknown" in str(error) else "AUTORESEARCH_TIME_BUDGET takes seconds, such as 300") from None
-    facts = machine()
-    device = "cpu" if name == "cpu" else facts["device"]
-    if name == "gpu" and device == "cpu":
-        raise Problem("profile gpu needs a GPU and torch sees none; run: AUTORESEARCH_PROFILE=cpu python train.py")
     data = constants.data_dir(name, dataset)
+    train_file = newest_train_file(data, name, dataset)
+    facts = machine(name)
     return Settings(
         profile=replace(constants.PROFILES[name], dtype=facts["dtype"]),
         dataset=dataset,
         data=data,
-        train_file=newest_train_file(data, name, dataset),
-        device=device,
+        train_file=train_file,
+        device=facts["device"],
         budget_s=budget_s,
         compile=facts["compiler"] and budget_s >= constants.COMPILE_FROM_S,
         threads=facts["threads"],
@@ -916,6 +916,16 @@ def shuffled(count: int, batch_size: int, seed: int):
         order = order[batch_size:]
 
 
+def keep_freed_memory() -> None:
+    """Tells glibc to reuse large blocks instead of returning them: on a CPU a step is up to 10 % faster (measured)."""
+    import ctypes
+
+    with suppress(OSError, AttributeError):  # another C library than glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block by mmap
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
+
+
 def process_start() -> float:
     """When this process started, in seconds of time.time(): imports are part of its start-up."""
     try:
@@ -933,6 +943,7 @@ def start() -> Run:
         import torch
 
         torch.set_num_threads(settings.threads)
+        keep_freed_memory()
         random.seed(settings.seed)
         np.random.seed(settings.seed)
         torch.manual_seed(settings.seed)
@@ -1004,6 +1015,7 @@ def score(folder: Path, settings: Settings) -> dict:
     import torch
 
     torch.set_num_threads(settings.threads)
+    keep_freed_memory()
     torch.set_float32_matmul_precision("high")
     start = perf_counter()
     rows = open_rows(settings.data / "val.bin", settings.profile)[: settings.profile.val_rows]
@@ -1051,7 +1063,9 @@ def main() -> None:
     args = parser.parse_args()
     try:
         if args.machine:
-            print(json.dumps(machine()))
+            name, dataset = constants.choose(args.profile, args.dataset)
+            train_file = newest_train_file(constants.data_dir(name, dataset), name, dataset)
+            print(json.dumps(machine(name) | {"train_file": train_file}))
         elif args.score:
             folder = args.score.resolve()
             for needed in (folder / "train.py", folder / "out" / "model.pt"):

