@@ -1,0 +1,79 @@
+"""Fixtures: the repository's own folder, prepared real data, and a small checkout with stub training for the agent."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+for name in list(os.environ):
+    if name.startswith(("AUTORESEARCH_", "ANTHROPIC_", "HF_")):
+        del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """A cache folder in which `prepare.py --profile cpu` has run."""
+    folder = tmp_path_factory.mktemp("cache")
+    command = [sys.executable, str(ROOT / "prepare.py"), "--profile", "cpu"]
+    subprocess.run(command, env={**os.environ, "AUTORESEARCH_CACHE": str(folder)}, check=True, timeout=120)
+    return folder
+
+
+class Checkout:
+    """A git checkout of the product with its own cache; `agent(...)` runs the program as its user would."""
+
+    def __init__(self, folder: Path, cache: Path):
+        self.folder, self.cache = folder, cache
+
+    @property
+    def environment(self):
+        git = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null"}
+        return {**os.environ, **git, "AUTORESEARCH_CACHE": str(self.cache), "CUDA_VISIBLE_DEVICES": ""}
+
+    def start(self, *args, script="agent.py", **environment):
+        return subprocess.Popen(
+            [sys.executable, script, *args], cwd=self.folder, env={**self.environment, **environment}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def agent(self, *args, expect=0, **environment) -> str:
+        process = self.start(*args, **environment)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == expect, output
+        return output
+
+    def git(self, *args) -> str:
+        done = subprocess.run(["git", *args], cwd=self.folder, env=self.environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.rstrip("\n")
+
+
+def make_checkout(folder: Path, cache: Path, stub: bool) -> Checkout:
+    folder.mkdir()
+    for name in ("constants.py", "prepare.py", "train.py", "agent.py", ".gitignore"):
+        shutil.copy(ROOT / name, folder)
+    if stub:
+        shutil.copy(ROOT / "tests" / "stub_prepare.py", folder / "prepare.py")
+        shutil.copy(ROOT / "tests" / "stub_train.py", folder / "train.py")
+    checkout = Checkout(folder, cache)
+    checkout.git("init", "-q", "-b", "main")
+    checkout.git("add", "-A")
+    checkout.git("-c", "user.name=User", "-c", "user.email=user@example.com", "commit", "-qm", "start")
+    return checkout
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout whose training is a stub of milliseconds."""
+    return make_checkout(tmp_path / "checkout", tmp_path / "cache", stub=True)
+
+
+@pytest.fixture
+def real_checkout(tmp_path, cache):
+    """A checkout of the real files on prepared data."""
+    return make_checkout(tmp_path / "checkout", cache, stub=False)

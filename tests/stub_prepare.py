@@ -1,0 +1,70 @@
+"""Stands in for prepare.py in tests of the agent: the same commands and contract, no torch, runs of milliseconds.
+
+The "model" is the dict that build_model returns; its val_bpb is a closed form of it, so that every verdict can be derived
+by hand: 1 + (ln(lr / 0.1))^2 + width / 10000.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+
+class Clock:
+    def __init__(self):
+        self.calls = 0
+
+    @property
+    def expired(self):
+        self.calls += 1
+        time.sleep(float(os.environ.get("STUB_STEP_S", "0.002")))
+        return self.calls > 5
+
+
+class Run:
+    def start_clock(self, model):
+        if json.loads(Path("../run.json").read_text())["until_clock"]:
+            sys.exit(0)
+        return Clock()
+
+    def finish(self, model, *, steps, tokens):
+        Path("model.pt").write_text(json.dumps(model))
+        result = dict.fromkeys(("peak_vram_mb", "mfu_percent"))
+        result |= {"training_seconds": 0.01, "total_seconds": 0.1, "total_tokens_M": tokens / 1e6, "num_steps": steps}
+        result |= {"num_params_M": 0.1, "startup_seconds": 0.05, "epoch": 0.1, "loader_wait_seconds": 0.0}
+        result |= {"seed": json.loads(Path("../run.json").read_text())["seed"], "device": "cpu", "backend": "stub"}
+        result["losses"] = [[0.0, 2.0], [0.01, 1.5]]
+        Path("result.json").write_text(json.dumps(result))
+
+
+def start():
+    print("step     3   50.0%  loss 1.7500      1,234 tok/s", flush=True)
+    return Run()
+
+
+def main():
+    if "--machine" in sys.argv:
+        facts = {
+            "torch": "stub",
+            "threads": 1,
+            "memory_gb": None,
+            "device": "cpu",
+            "device_name": "stub",
+            "dtype": "float32",
+        }
+        print(json.dumps(facts | {"compiler": False, "train_file": "train.bin"}))
+    elif "--score" in sys.argv:
+        model = json.loads((Path(sys.argv[-1]) / "out" / "model.pt").read_text())
+        val_bpb = 1 + math.log(model["lr"] / 0.1) ** 2 + model["width"] / 10_000
+        print(json.dumps({"val_bpb": val_bpb, "val_tokens": 1000}))
+    else:  # prepare: the files whose presence the agent checks
+        data = Path(os.environ["AUTORESEARCH_CACHE"]) / "cpu-sotu"
+        data.mkdir(parents=True, exist_ok=True)
+        for name in ("train.bin", "val.bin", "test.bin", "tokenizer.txt"):
+            (data / name).write_text("stub")
+
+
+if __name__ == "__main__":
+    main()

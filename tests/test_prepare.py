@@ -1,0 +1,394 @@
+"""Text, tokenizer, packing, loader, clock and evaluation, each against something derived independently."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import constants
+import prepare
+
+CPU = constants.PROFILES["cpu"]
+YEARS = {"1790": "test", "1863": "test", "1941": "train", "2001": "train", "1796": "val"}  # by sha256sum and bc
+
+
+@pytest.fixture(scope="module")
+def data(cache):
+    return cache / "cpu-sotu"
+
+
+@pytest.fixture(scope="module")
+def encoding(data):
+    return prepare.load_tokenizer(data / "tokenizer.txt")
+
+
+def run_prepare(cache: Path, *args, **kwargs):
+    command = [sys.executable, str(ROOT / "prepare.py"), "--profile", "cpu", *args]
+    return subprocess.run(
+        command,
+        env={**os.environ, "AUTORESEARCH_CACHE": str(cache)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **kwargs,
+    )
+
+
+# --- text
+
+
+def test_every_document_of_a_year_is_in_one_split():
+    texts = {split: set(prepare.sotu_documents(split)) for split in constants.SPLITS}
+    assert not texts["train"] & texts["val"] and not texts["train"] & texts["test"] and not texts["val"] & texts["test"]
+    sizes = {split: sum(len(text.encode()) for text in documents) for split, documents in texts.items()}
+    assert sizes["train"] > 9e6 and sizes["val"] > 1e6 and sizes["test"] > 1.5e6
+    assert [prepare.sotu_split(year) for year in YEARS] == list(YEARS.values())
+
+
+def test_documents_are_about_a_thousand_characters():
+    lengths = [len(text) for text in prepare.sotu_documents("train")]
+    assert 800 < np.mean(lengths) < 1200
+
+
+@given(st.lists(st.text("ab", min_size=1, max_size=30), max_size=12), st.integers(1, 40))
+def test_cutting_at_paragraphs_loses_nothing(paragraphs, target):
+    documents = prepare.cut_at_paragraphs("\n\n".join(paragraphs), target)
+    assert "\n\n".join(documents) == "\n\n".join(paragraphs)
+
+
+def test_cutting_at_paragraphs_by_hand():
+    assert prepare.cut_at_paragraphs("aa\n\nbb\n\ncccc", 5) == ["aa\n\nbb", "cccc"]
+
+
+# --- tokenizer
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text())
+def test_token_bytes_of_any_text_sum_to_its_utf8_length(encoding, text):
+    lengths = prepare.token_byte_lengths(encoding)
+    assert lengths[encoding.encode_ordinary(text)].sum() == len(text.encode())
+
+
+def test_special_tokens_have_no_bytes_and_end_the_vocabulary(encoding):
+    lengths = prepare.token_byte_lengths(encoding)
+    assert encoding.n_vocab == CPU.vocab_size == len(lengths)
+    assert lengths[-4:].tolist() == [0, 0, 0, 0] and (lengths[:-4] > 0).all()
+
+
+def test_tokenizer_file_is_text_and_round_trips(encoding, data):
+    text = "Fellow-Citizens of the Senate, 1790: naïve 🙂"
+    assert encoding.decode(encoding.encode_ordinary(text)) == text
+    assert (data / "tokenizer.txt").read_text().startswith("autoresearch tokenizer 1\n")
+
+
+def test_a_text_too_small_for_the_vocabulary_is_an_error():
+    with pytest.raises(prepare.Problem, match="too small"):
+        prepare.train_tokenizer(["ab ab"], 2048)
+
+
+# --- packing
+
+
+def pack(lengths, row_tokens, keep_tails=False, buffer_docs=10, refill=3):
+    """Documents of these lengths, each filled with its own number from 1 on after BOS = 0."""
+    documents = [np.array([0] + [i] * (n - 1), np.uint16) for i, n in enumerate(lengths, 1)]
+    batches = [documents[i : i + refill] for i in range(0, len(documents), refill)]
+    return [row.tolist() for row in prepare.pack_rows(batches, row_tokens, 0, keep_tails, buffer_docs)]
+
+
+def test_packing_takes_the_longest_that_fits_and_the_first_among_equals():
+    # rows of 8, lengths 3 5 4 5: first 5 (document 2) + 3; then 5 (document 4), and 4 is cut to 3
+    assert pack([3, 5, 4, 5], 8) == [[0, 2, 2, 2, 2, 0, 1, 1], [0, 4, 4, 4, 4, 0, 3, 3]]
+
+
+def test_packing_sees_only_its_buffer():
+    # a buffer of 2 read 1 at a time holds {3, 3}; 5 arrives only after one has gone: 3 + 5, not 5 + 3
+    assert pack([3, 3, 5], 8, buffer_docs=2, refill=1) == [[0, 1, 1, 0, 3, 3, 3, 3]]
+
+
+def test_packing_cuts_the_shortest_and_drops_its_tail():
+    assert pack([9, 7], 4) == [[0, 2, 2, 2], [0, 1, 1, 1]]
+
+
+def naive_pack(documents, row_tokens, buffer_docs, refill):
+    """The published reference's rule, by linear search."""
+    buffer, waiting, rows = [], list(documents), []
+    while True:
+        row = []
+        while len(row) < row_tokens:
+            while len(buffer) < buffer_docs and waiting:
+                buffer += waiting[:refill]
+                waiting = waiting[refill:]
+            if not buffer:
+                return rows
+            room = row_tokens - len(row)
+            best = -1
+            for i, document in enumerate(buffer):
+                if len(document) <= room and (best < 0 or len(document) > len(buffer[best])):
+                    best = i
+            if best < 0:
+                best = min(range(len(buffer)), key=lambda i: len(buffer[i]))
+            row += buffer.pop(best)[:room]
+        rows.append(row)
+
+
+@given(st.lists(st.integers(1, 20), max_size=60), st.integers(2, 16), st.integers(1, 9), st.integers(1, 4))
+def test_packing_equals_the_linear_search(lengths, row_tokens, buffer_docs, refill):
+    documents = [[0] + [i] * (n - 1) for i, n in enumerate(lengths, 1)]
+    assert pack(lengths, row_tokens, False, buffer_docs, refill) == naive_pack(
+        documents, row_tokens, buffer_docs, refill
+    )
+
+
+@given(st.lists(st.integers(2, 40), max_size=40), st.integers(3, 16))
+def test_keeping_tails_loses_at_most_the_last_row(lengths, row_tokens):
+    rows = pack(lengths, row_tokens, keep_tails=True)
+    kept = sum(token != 0 for row in rows for token in row)
+    assert sum(n - 1 for n in lengths) - kept < row_tokens
+    assert all(len(row) == row_tokens for row in rows)
+
+
+def test_rows_hold_the_tokens_of_the_text(data, encoding):
+    rows = prepare.open_rows(data / "val.bin", CPU)
+    bos = encoding.encode_single_token("<|bos|>")
+    words = encoding.decode([token for token in rows[:20].reshape(-1).tolist() if token != bos])
+    documents = prepare.sotu_documents("val")
+    assert any(document[:200] in words for document in documents)
+    assert (rows[:, 0] == bos).all()
+
+
+# --- the command
+
+
+def test_a_second_run_does_nothing_and_does_not_import_torch(cache):
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['prepare.py', '--profile', 'cpu']\n"
+        "import prepare; prepare.main(); assert 'torch' not in sys.modules"
+    )
+    environment = {**os.environ, "AUTORESEARCH_CACHE": str(cache)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "nothing to do" in done.stdout and "train.bin" in done.stdout
+
+
+def test_prepare_killed_at_any_instant_is_completed_by_the_next_start(cache, tmp_path):
+    for delay in (0.15, 0.4, 0.7, 1.0, 1.3):
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "prepare.py"), "--profile", "cpu"],
+            env={**os.environ, "AUTORESEARCH_CACHE": str(tmp_path)}, stdout=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        time.sleep(delay)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert run_prepare(tmp_path).returncode == 0
+    for name in ("tokenizer.txt", "train.bin", "val.bin", "test.bin"):
+        assert (tmp_path / "cpu-sotu" / name).read_bytes() == (cache / "cpu-sotu" / name).read_bytes()
+    assert {path.name for path in (tmp_path / "cpu-sotu").iterdir()} == {
+        "tokenizer.txt", "train.bin", "val.bin", "test.bin", "manifest.json", "lock",
+    }  # fmt: skip
+
+
+def test_two_prepares_at_once_both_succeed(cache, tmp_path):
+    command = [sys.executable, str(ROOT / "prepare.py"), "--profile", "cpu"]
+    environment = {**os.environ, "AUTORESEARCH_CACHE": str(tmp_path)}
+    both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum("nothing to do" in output for output in outputs) == 1
+    assert (tmp_path / "cpu-sotu" / "val.bin").read_bytes() == (cache / "cpu-sotu" / "val.bin").read_bytes()
+
+
+def test_a_damaged_row_file_is_made_again(cache, tmp_path):
+    assert run_prepare(tmp_path).returncode == 0
+    rows = tmp_path / "cpu-sotu" / "val.bin"
+    whole = rows.read_bytes()
+    rows.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert "ready" in run_prepare(tmp_path).stdout
+    assert rows.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"AUTORESEARCH_PROFILE": "tpu"}, "unknown profile 'tpu'"),
+        ({"AUTORESEARCH_DATASET": "web"}, "unknown dataset 'web'"),
+    ],
+)
+def test_bad_environment_is_one_clear_line(environment, message, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "prepare.py")], capture_output=True, text=True, timeout=60,
+        env={**os.environ, "AUTORESEARCH_CACHE": str(tmp_path), **environment},
+    )  # fmt: skip
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+# --- loader and clock
+
+
+def make_run(data, tmp_path, **changes):
+    settings = prepare.Settings(
+        profile=CPU, dataset="sotu", data=data, train_file="train.bin", device="cpu", budget_s=1.0, compile=False,
+        threads=1, seed=7, out=tmp_path, by_hand=False,
+    )  # fmt: skip
+    return prepare.Run(prepare.replace(settings, **changes))
+
+
+def test_an_epoch_shows_every_row_once_in_an_order_of_the_seed():
+    def epoch(seed):
+        batches = prepare.shuffled(10, 4, seed)
+        return np.concatenate([next(batches) for _ in range(5)])
+
+    assert sorted(epoch(1)[:10]) == sorted(epoch(1)[10:]) == list(range(10))
+    assert (epoch(1) == epoch(1)).all() and (epoch(1) != epoch(2)).any()
+
+
+def test_batches_are_shifted_views_and_begin_alike_each_time(data, tmp_path):
+    run = make_run(data, tmp_path)
+    first, second = (run.batches(run.train_rows, 4) for _ in range(2))
+    for _ in range(6):  # more than the loader has slots
+        (x, y), (x2, y2) = next(first), next(second)
+        assert x.shape == y.shape == (4, CPU.max_seq_len) and x.dtype == torch.int64
+        assert torch.equal(x, x2) and torch.equal(y, y2) and torch.equal(x[:, 1:], y[:, :-1])
+    rows = run.train_rows[next(prepare.shuffled(len(run.train_rows), 4, run.seed))]
+    assert (next(run.batches(run.train_rows, 4))[0].numpy() == rows[:, :-1]).all()
+
+
+def test_batches_handed_out_are_not_overwritten_by_later_ones(data, tmp_path):
+    run = make_run(data, tmp_path)
+    batches = run.batches(run.train_rows, 2)
+    kept = [next(batches)[0] for _ in range(12)]
+    again = run.batches(run.train_rows, 2)
+    assert all(torch.equal(x, next(again)[0]) for x in kept)
+
+
+def test_the_clock_stops_before_a_step_that_would_not_fit(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(prepare, "perf_counter", lambda: now[0])
+    clock = prepare.Clock(10.0, torch.device("cpu"))
+    steps = 0
+    while not clock.expired:
+        steps += 1
+        now[0] += 3.0
+    assert steps == 3 and clock.progress == pytest.approx(0.9)  # a fourth step would end at 12 s
+    assert clock.stop() == pytest.approx(9.0)
+
+
+def test_start_clock_refuses_a_model_that_is_already_trained(data, tmp_path):
+    run = make_run(data, tmp_path)
+    counts = torch.bincount(
+        torch.from_numpy(run.train_rows[:200].astype(np.int64)).reshape(-1), minlength=CPU.vocab_size
+    )
+
+    class Unigram(torch.nn.Module):
+        def forward(self, idx):
+            return (counts + 0.01).log().expand(*idx.shape, -1)
+
+    with pytest.raises(prepare.Problem, match="trained before the clock"):
+        run.start_clock(Unigram())
+    assert run.start_clock(Uniform()).budget_s == 1.0
+
+
+# --- evaluation
+
+
+class Uniform(torch.nn.Module):
+    def forward(self, idx):
+        return torch.zeros(*idx.shape, CPU.vocab_size)
+
+
+class Hashed(torch.nn.Module):
+    """A fixed, uneven model: logits depend on the present token alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(CPU.vocab_size, CPU.vocab_size)
+
+    def forward(self, idx):
+        return self.table(idx)
+
+
+def token_bytes(encoding):
+    return torch.from_numpy(prepare.token_byte_lengths(encoding))
+
+
+def test_a_uniform_model_scores_its_closed_form(data, encoding):
+    rows = prepare.open_rows(data / "val.bin", CPU)[:70]
+    lengths = token_bytes(encoding)
+    targets = torch.from_numpy(rows[:, 1:].astype(np.int64))
+    counted = lengths[targets] > 0
+    expected = math.log2(CPU.vocab_size) * int(counted.sum()) / int(lengths[targets].sum())
+    assert prepare.evaluate_bpb(Uniform(), rows, lengths, 64) == pytest.approx(expected, rel=1e-6)
+
+
+def test_evaluation_equals_torch_cross_entropy(data, encoding):
+    rows = prepare.open_rows(data / "val.bin", CPU)[:9]
+    lengths, model = token_bytes(encoding), Hashed()
+    x, y = (torch.from_numpy(part.astype(np.int64)) for part in (rows[:, :-1], rows[:, 1:]))
+    ignore = torch.where(lengths[y] > 0, y, -100)
+    nats = torch.nn.functional.cross_entropy(model(x).double().flatten(0, 1), ignore.flatten(), reduction="sum")
+    expected = float(nats) / math.log(2) / int(lengths[y].sum())
+    assert prepare.evaluate_bpb(model, rows, lengths, 4) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_rows", [1, 3, 64])
+def test_evaluation_is_the_same_for_any_batch(data, encoding, batch_rows):
+    rows = prepare.open_rows(data / "val.bin", CPU)[:10]
+    model = Hashed()
+    expected = prepare.evaluate_bpb(model, rows, token_bytes(encoding), 10)
+    assert prepare.evaluate_bpb(model, rows, token_bytes(encoding), batch_rows) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused(data, encoding, bad):
+    class Broken(Hashed):
+        def forward(self, idx):
+            logits = super().forward(idx)
+            logits[-1, 7, 3] = bad
+            return logits
+
+    rows = prepare.open_rows(data / "val.bin", CPU)[:4]
+    with pytest.raises(ValueError, match="not finite"):
+        prepare.evaluate_bpb(Broken(), rows, token_bytes(encoding), 4)
+
+
+def test_a_wrong_vocabulary_width_is_refused(data, encoding):
+    class Narrow(Hashed):
+        def forward(self, idx):
+            return super().forward(idx)[..., :-1]
+
+    rows = prepare.open_rows(data / "val.bin", CPU)[:4]
+    with pytest.raises(ValueError, match="vocab"):
+        prepare.evaluate_bpb(Narrow(), rows, token_bytes(encoding), 4)
+
+
+def test_summary_has_the_format_people_grep_for():
+    result = dict(zip(prepare.SUMMARY_DIGITS, (0.9979, 300.0, 325.9, 45060.2, 39.8, 499.6, 953, 50.3), strict=True))
+    assert prepare.summary(result) == (
+        "---\nval_bpb:          0.997900\ntraining_seconds: 300.0\ntotal_seconds:    325.9\npeak_vram_mb:     45060.2\n"
+        "mfu_percent:      39.80\ntotal_tokens_M:   499.6\nnum_steps:        953\nnum_params_M:     50.3"
+    )
+    assert "mfu_percent:      null" in prepare.summary({**result, "mfu_percent": None})
+
+
+def test_manifest_knows_a_file_by_its_checksum(tmp_path):
+    (tmp_path / "a").write_text("text")
+    manifest = prepare.Manifest(tmp_path)
+    manifest.add("a", "recipe")
+    os.utime(tmp_path / "a", ns=(1, 1))
+    assert prepare.Manifest(tmp_path).has("a", "recipe") and not manifest.has("a", "another recipe")
+    (tmp_path / "a").write_text("TEXT")
+    os.utime(tmp_path / "a", ns=(2, 2))
+    assert not prepare.Manifest(tmp_path).has("a", "recipe")
+    assert json.loads((tmp_path / "manifest.json").read_text())["a"]["size"] == 4
