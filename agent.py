@@ -425,30 +425,33 @@ def child_command(action: str, folder: Path) -> tuple[list[str], dict[str, str],
 def run_child(action: str, folder: Path, log: Path, limit_s: float) -> tuple[int | None, float]:
     """Runs a child to its end or its limit; returns (exit status, seconds), status None at the limit. Leaves none alive."""
     command, environment, cwd = child_command(action, folder)
-    start = time.perf_counter()
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
+    start, process, status = time.perf_counter(), None, None
     try:
+        with interrupts.held(), open(log, "wb") as output:
+            process = subprocess.Popen(
+                command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
         status = process.wait(timeout=limit_s)
     except subprocess.TimeoutExpired:
-        status = None
+        pass
     finally:
-        kill_tree(process)
+        if process is not None:
+            kill_tree(process)
     return status, time.perf_counter() - start
 
 
 def kill_tree(process: subprocess.Popen) -> None:
-    """Ends the child's whole process group: politely, then not. Returns when the child is reaped."""
+    """Ends the child's whole process group: politely, then not. Returns when all of it is gone."""
     for sign, patience in ((signal.SIGTERM, constants.KILL_GRACE_S), (signal.SIGKILL, 10.0)):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, sign)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=patience)
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+        for _ in range(200):  # grandchildren are reaped by another process, a moment later
+            os.killpg(process.pid, signal.SIGKILL)
+            time.sleep(0.01)
 
 
 def run(folder: Path, limit_s: float) -> Run:

@@ -243,7 +243,7 @@ def fetch_rest(url: str, headers: dict, part: Path, have: int, size: int | None,
                 raise OSError("the server states no length")
             size = start + int(length)
         with open(part, "ab" if resumed else "wb") as file:
-            for block in response.iter_content(1 << 20):
+            for block in response.iter_content(1 << 16):
                 file.write(block)
                 advance(len(block))
             file.flush()

@@ -1,0 +1,582 @@
+"""The loop: edits, screen, proposers, verdicts, journal, git, resume. Training is the stub of stub_prepare.py."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, make_checkout
+from hypothesis import given
+from hypothesis import strategies as st
+
+import agent
+from agent import Edit
+
+STUB = (ROOT / "tests" / "stub_train.py").read_text()
+REAL = (ROOT / "train.py").read_text()
+NIGHT = ("--tag", "t", "--proposer", "random", "--profile", "cpu")
+
+
+def rows_of(checkout, event=None, tag="t"):
+    lines = (checkout.folder / "runs" / tag / "journal.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [row for row in rows if event in (None, row["event"])]
+
+
+def check_agreement(checkout, tag="t"):
+    """Journal, refs, branch, results.tsv and folders of a night tell one story; returns its result rows."""
+    results = rows_of(checkout, "result", tag)
+    assert [row["number"] for row in results] == list(range(len(results)))
+    refs = dict(
+        line.split()[::-1]
+        for line in checkout.git("for-each-ref", "--format=%(objectname) %(refname)", "refs/autoresearch").split("\n")
+    )
+    prefix = f"refs/autoresearch/{tag}/"
+    assert {name: commit for name, commit in refs.items() if name.startswith(prefix)} == {
+        f"{prefix}{row['number']:04d}": row["commit"] for row in results
+    }
+    keeps = [row["commit"] for row in results if row["verdict"] == "keep"]
+    on_branch = checkout.git("rev-list", "--reverse", f"autoresearch/{tag}", "--not", "main").split("\n")
+    assert on_branch == keeps
+    lines = (checkout.folder / "runs" / tag / "results.tsv").read_text().splitlines()
+    assert lines[0] == "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
+    for line, row in zip(lines[1:], results, strict=True):
+        commit, bpb, memory, status, description = line.split("\t")
+        assert row["commit"].startswith(commit) and (status, description) == (row["verdict"], row["description"])
+        assert bpb == ("" if row["val_bpb"] is None else f"{row['val_bpb']:.6f}") and memory == ""
+    best = None
+    for row in results:
+        if row["verdict"] == "keep":
+            assert best is None or row["val_bpb"] < best
+            best = row["val_bpb"]
+        elif row["verdict"] == "discard":
+            assert row["val_bpb"] >= best
+        source = checkout.git("cat-file", "blob", f"{row['commit']}:train.py") + "\n"
+        assert source == (checkout.folder / "runs" / tag / f"{row['number']:04d}" / "train.py").read_text()
+    return results
+
+
+# --- edits
+
+
+LINES = st.lists(st.sampled_from(["a = 1", "b = 2", "c = 3", "", "    d"]), max_size=14).map(
+    lambda lines: "\n".join(lines) + "\n"
+)
+
+
+@given(LINES, LINES)
+def test_edits_between_two_sources_lead_from_one_to_the_other(old, new):
+    if old.strip() and old != new:
+        assert agent.apply_edits(old, agent.edits_between(old, new)) == new
+
+
+def test_edits_between_are_small():
+    new = STUB.replace("width=64", "width=128")
+    assert agent.edits_between(STUB, new) == (Edit("        width=64,", "        width=128,"),)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (Edit("no such line", "x"), "matches 0 times"),
+        (Edit("", "x"), "is empty"),
+        (Edit("}", "x"), None),
+        (Edit("    steps", "x"), "matches 0 times"),  # part of a line is not a line
+    ],
+)
+def test_an_edit_must_match_whole_lines_exactly_once(edit, message):
+    if message is None:
+        assert "\nx\n" in agent.apply_edits(STUB, (edit,))
+    else:
+        with pytest.raises(agent.ScreenError, match=message):
+            agent.apply_edits(STUB, (edit,))
+
+
+def test_an_edit_that_matches_twice_is_refused():
+    with pytest.raises(agent.ScreenError, match="matches 2 times"):
+        agent.apply_edits("a\nb\na\n", (Edit("a", "c"),))
+
+
+# --- screen
+
+
+def test_the_real_train_py_passes_the_screen():
+    agent.screen(REAL, {})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("import os", "import of os"),
+        ("import torch.utils.cpp_extension", "cpp_extension"),
+        ("from torch import hub", "hub"),
+        ("torch.os.environ['X'] = '1'", "environ|`os`"),
+        ("x = open('f')", "`open`"),
+        ("torch.manual_seed(3)", "seed belongs"),
+        ("prepare.evaluate_bpb = None", "assignment to an attribute of the imported prepare"),
+        ("torch.nn.functional.cross_entropy = None", "assignment to an attribute of the imported torch"),
+        ("F.softmax = None", "assignment to an attribute of the imported F"),
+        ("x = eval('1')", "`eval`"),
+        ("x = ().__class__.__dict__", "__dict__"),
+        ("import numpy as np; x = np.fromfile('f')", "fromfile"),
+        (f"x = '{'a' * 1001}'", "literal"),
+        (f"x = {10**1001}", "literal"),
+        ("x = (", "does not compile"),
+        ("from .prepare import x", "import of prepare is refused|relative"),
+        ("#" * 64_000, "bytes"),
+    ],
+)
+def test_the_screen_refuses(line, message):
+    with pytest.raises(agent.ScreenError, match=message):
+        agent.screen(REAL.replace("import prepare\n", f"import prepare\n{line}\n", 1), {})
+
+
+@pytest.mark.parametrize(
+    "part", ["def build_model(profile)", '__name__ == "__main__"', ".start_clock(", ".finish(", "prepare.start("]
+)
+def test_the_screen_asks_for_the_contract(part):
+    assert part in REAL
+    with pytest.raises(agent.ScreenError, match="contract"):
+        agent.screen(
+            REAL.replace(
+                part,
+                part.replace("build_model", "make")
+                .replace("main", "xx")
+                .replace("start", "go")
+                .replace("finish", "end"),
+            ),
+            {},
+        )
+
+
+def test_a_program_that_differs_in_comments_only_is_no_new_idea():
+    tried = {agent.fingerprint(STUB): "experiment 3, discard"}
+    with pytest.raises(agent.ScreenError, match="experiment 3, discard"):
+        agent.screen(STUB.replace("# best at 0.1", "# hm"), tried)
+
+
+# --- verdicts
+
+
+def experiment(**changes):
+    metrics = {"training_seconds": 300.0, "num_steps": 1000}
+    base = agent.Experiment(
+        number=1, parent=0, description="x", hypothesis="", edits=(), source="", val_bpb=1.0, crash="", metrics=metrics,
+        run_seconds=320.0, scoring_seconds=20.0, idle_seconds=0.1,
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"val_bpb": 0.99}, "keep"),
+        ({"val_bpb": 1.0}, "discard"),  # equal is not lower
+        ({"val_bpb": 1.01}, "discard"),
+        ({"val_bpb": None, "crash": "RuntimeError"}, "crash"),
+        ({"val_bpb": 0.5, "metrics": {"training_seconds": 304.0, "num_steps": 1000}}, "invalid"),
+        ({"val_bpb": 0.5, "run_seconds": 320.0 + 61}, "invalid"),
+        ({"val_bpb": 0.5, "scoring_seconds": 51.0}, "invalid"),
+    ],
+)
+def test_the_verdict_is_a_pure_function_of_the_numbers(changes, word):
+    assert agent.judge(experiment(**changes), experiment(), experiment(number=0), 300.0).word == word
+
+
+def test_the_baseline_is_kept():
+    assert agent.judge(experiment(number=0, parent=None), None, None, 300.0) == agent.Verdict("keep", "baseline")
+
+
+# --- what a child leaves behind
+
+
+RESULT = {
+    "training_seconds": 1.0, "total_seconds": 2.0, "peak_vram_mb": None, "mfu_percent": None, "total_tokens_M": 1, "num_steps": 5,
+    "num_params_M": 1.0, "startup_seconds": 1.0, "epoch": 0.1, "seed": 1, "device": "cpu", "backend": "sdpa",
+    "loader_wait_seconds": 0.0, "losses": [[0.1, 2.0]],
+}  # fmt: skip
+
+
+def test_an_honest_result_is_read(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps(RESULT))
+    assert agent.read_result(tmp_path / "result.json") == RESULT
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "null", "[]", "{}", "[" * 100_000, "x" * 70_000,
+        json.dumps({**RESULT, "val_bpb": 0.1}),
+        json.dumps({**RESULT, "training_seconds": "300"}),
+        json.dumps({**RESULT, "training_seconds": None}),
+        json.dumps({**RESULT, "num_steps": -1}),
+        json.dumps({**RESULT, "num_steps": True}),
+        json.dumps({**RESULT, "epoch": float("nan")}),
+        json.dumps({**RESULT, "total_seconds": float("inf")}),
+        json.dumps({**RESULT, "device": "a\x1b[31mb"}),
+        json.dumps({**RESULT, "backend": "b" * 100}),
+        json.dumps({**RESULT, "losses": [[1.0, float("nan")]]}),
+        json.dumps({**RESULT, "losses": [[1.0]]}),
+    ],
+)  # fmt: skip
+def test_a_hostile_result_is_refused(tmp_path, text):
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(ValueError):
+        agent.read_result(tmp_path / "result.json")
+
+
+def test_a_result_that_is_a_link_or_a_pipe_is_refused(tmp_path):
+    (tmp_path / "real").write_text(json.dumps(RESULT))
+    (tmp_path / "link").symlink_to("real")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "pipe"):
+        with pytest.raises((OSError, ValueError)):
+            agent.read_result(tmp_path / name)
+
+
+def test_text_of_a_child_is_made_harmless():
+    raw = b"\x1b[31mred\x1b[0m\x1b]0;title\x07 a\rb\x00c\xff\nlast\r\n"
+    assert agent.sanitise(raw) == "bc\ufffd\nlast\n"
+
+
+# --- the random proposer
+
+
+def test_random_moves_one_number_of_the_profile():
+    proposer = agent.RandomProposer("t", "cpu")
+    names = {name for name, _ in agent.numeric_hyperparameters(REAL, "cpu")}
+    assert {"n_layer", "matrix_lr", "step_tokens", "SOFTCAP"} <= names
+    for number in range(1, 30):
+        proposal = proposer.propose(REAL, agent.Ledger(number, 0, []), [])
+        new = agent.apply_edits(REAL, proposal.edits)
+        changed = [pair for pair in zip(REAL.split("\n"), new.split("\n"), strict=True) if pair[0] != pair[1]]
+        assert len(changed) == 1 and proposal.description.split(" ")[0] in changed[0][0]
+        assert proposal == proposer.propose(REAL, agent.Ledger(number, 0, []), [])
+
+
+@given(st.one_of(st.integers(1, 10**6), st.floats(1e-6, 1e3)), st.integers())
+def test_a_neighbour_is_another_number_of_the_same_kind(value, seed):
+    text = agent.neighbour(value, random.Random(seed))
+    assert (
+        type(eval(text)) is type(value)
+        and eval(text) > 0
+        and (eval(text) != value or value < 1e-5 or isinstance(value, float))
+    )
+
+
+# --- a whole night
+
+
+def test_a_night_agrees_with_itself_and_leaves_the_checkout_alone(checkout):
+    (checkout.folder / "train.py").write_text(STUB.replace("width=64", "width=100"))  # dirty
+    (checkout.folder / "staged.txt").write_text("staged")
+    checkout.git("add", "staged.txt")
+    (checkout.folder / "untracked.txt").write_text("untracked")
+    (checkout.folder / ".git" / "index.lock").write_text("")  # left over by something that was killed
+    index = (checkout.folder / ".git" / "index").read_bytes()
+    output = checkout.agent(*NIGHT, "--experiments", "8")
+    assert (checkout.folder / ".git" / "index").read_bytes() == index
+    (checkout.folder / ".git" / "index.lock").unlink()
+    status = checkout.git("status", "--short").split("\n")
+    assert status == ["A  staged.txt", " M train.py", "?? untracked.txt"]
+    results = check_agreement(checkout)
+    assert len(results) == 9 and "width=100" in checkout.git("show", f"{results[0]['commit']}:train.py")
+    assert "all 8 experiments are done" in output and "git checkout autoresearch/t -- train.py" in output
+    assert {row["verdict"] for row in results} >= {"keep", "discard"}
+    checkout.git("checkout", "autoresearch/t", "--", "train.py")  # the command that the summary prints
+
+
+def test_a_night_in_two_sittings_repeats_one_in_a_single(checkout, undisturbed):
+    checkout.agent(*NIGHT, "--experiments", "3")
+    checkout.agent("--tag", "t", "--experiments", "6")
+    assert story(checkout) == undisturbed
+
+
+def test_a_complete_night_prints_its_summary_and_runs_nothing(checkout):
+    checkout.agent(*NIGHT, "--experiments", "2")
+    assert "all 2 experiments are done" in checkout.agent("--tag", "t")
+    assert len(check_agreement(checkout)) == 3
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """What an undisturbed night of six experiments comes to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    checkout = make_checkout(folder / "checkout", folder / "cache", stub=True)
+    checkout.agent(*NIGHT, "--experiments", "6")
+    return story(checkout)
+
+
+def story(checkout):
+    """A night without what differs from one machine to the next: times, and the commits that hold them."""
+    same = ("number", "source", "verdict", "val_bpb", "parent", "description")
+    return [
+        [row[key] for key in same] + [checkout.git("rev-parse", f"{row['commit']}^{{tree}}")]
+        for row in check_agreement(checkout)
+    ]
+
+
+@pytest.mark.parametrize("moment", ["baseline", "proposal", "start", "run", "result"])
+def test_killed_at_any_moment_the_night_goes_on(checkout, moment, undisturbed):
+    """kill -9 when the journal or the run folder shows the moment; the next start ends as an undisturbed night does."""
+    journal = checkout.folder / "runs" / "t" / "journal.jsonl"
+    wanted = {
+        "baseline": lambda text: '"event": "start"' in text,
+        "proposal": lambda text: text.count('"event": "proposal"') == 2,
+        "start": lambda text: text.count('"event": "start"') == 3,
+        "run": lambda text: (checkout.folder / "runs" / "t" / "0003" / "run.log").exists(),
+        "result": lambda text: text.count('"event": "result"') == 4,
+    }[moment]
+    process = checkout.start(*NIGHT, "--experiments", "6", STUB_STEP_S="0.01")
+    deadline = time.monotonic() + 60
+    while not (journal.exists() and wanted(journal.read_text())):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    acknowledged = [json.loads(line) for line in journal.read_text().splitlines()[:-1]]
+    checkout.agent("--tag", "t", *(NIGHT[2:] if moment == "baseline" else ()), "--experiments", "6")
+    assert story(checkout) == undisturbed
+    kept = [row for row in acknowledged if row["event"] == "result"]
+    assert rows_of(checkout, "result")[: len(kept)] == kept
+
+
+def test_a_torn_last_line_is_dropped_and_said(checkout):
+    checkout.agent(*NIGHT, "--experiments", "2")
+    journal = checkout.folder / "runs" / "t" / "journal.jsonl"
+    with open(journal, "a") as file:
+        file.write('{"event": "result", "numb')
+    output = checkout.agent("--tag", "t", "--experiments", "3")
+    assert "torn last line" in output and len(check_agreement(checkout)) == 4
+
+
+@pytest.mark.parametrize("refs", ["none moved", "branch moved only"])
+def test_killed_between_result_and_refs_the_moves_are_made_on_resume(checkout, refs):
+    checkout.agent(*NIGHT, "--experiments", "6")
+    results = rows_of(checkout, "result")
+    keeps = [row for row in results if row["verdict"] == "keep"]
+    last = keeps[-1]
+    journal = checkout.folder / "runs" / "t" / "journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    cut = next(i for i, line in enumerate(lines) if json.loads(line).get("commit") == last["commit"])
+    journal.write_text("".join(lines[: cut + 1]))
+    for row in results[last["number"] :]:
+        checkout.git("update-ref", "-d", f"refs/autoresearch/t/{row['number']:04d}")
+    if refs == "none moved":
+        checkout.git("update-ref", "refs/heads/autoresearch/t", keeps[-2]["commit"])
+    checkout.agent("--tag", "t", "--experiments", str(last["number"]))
+    assert check_agreement(checkout)[-1]["commit"] == last["commit"]
+
+
+def test_a_branch_that_was_moved_stops_the_night(checkout):
+    checkout.agent(*NIGHT, "--experiments", "2")
+    checkout.git("update-ref", "refs/heads/autoresearch/t", "main")
+    output = checkout.agent("--tag", "t", "--experiments", "3", expect=1)
+    assert "not at the last keep" in output and "Traceback" not in output
+
+
+def test_refs_without_a_journal_stop_the_night_with_the_command_that_deletes_them(checkout):
+    checkout.agent(*NIGHT, "--experiments", "1")
+    (checkout.folder / "runs" / "t").rename(checkout.folder / "gone")
+    output = checkout.agent(*NIGHT, expect=1)
+    command = re.search(r"(git for-each-ref --format=.*--stdin)", output)[1]
+    subprocess.run(command, shell=True, cwd=checkout.folder, check=True)
+    assert "autoresearch" not in checkout.git("for-each-ref")
+
+
+def test_a_night_whose_branch_is_checked_out_is_refused(checkout):
+    checkout.agent(*NIGHT, "--experiments", "1")
+    checkout.git("switch", "-q", "autoresearch/t")
+    assert "is checked out" in checkout.agent("--tag", "t", "--experiments", "2", expect=1)
+
+
+def test_ctrl_c_leaves_no_child_and_exits_0(checkout):
+    process = checkout.start(*NIGHT, STUB_STEP_S="30")
+    log = checkout.folder / "runs" / "t" / "0000" / "run.log"
+    while not log.exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=10)
+    assert process.returncode == 0 and "Traceback" not in output
+    assert children_of(checkout.folder) == []
+    assert len(rows_of(checkout, "result")) == 0
+
+
+def children_of(folder: Path) -> list[int]:
+    """Processes whose working folder lies in `folder`."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.readlink(entry / "cwd").startswith(str(folder)):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_a_second_agent_on_the_tag_is_told_who_has_it(checkout):
+    first = checkout.start(*NIGHT, STUB_STEP_S="30")
+    while not (checkout.folder / "runs" / "t" / "0000" / "run.log").exists():
+        time.sleep(0.01)
+    output = checkout.agent(*NIGHT, expect=1)
+    assert f"pid {first.pid}" in output
+    other = checkout.agent("--tag", "other", *NIGHT[2:], expect=1)  # another night, the same device
+    assert f"pid {first.pid}" in other and "tag t" in other
+    first.terminate()
+    assert first.wait(timeout=10) == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("raise RuntimeError('no such luck')", "no such luck"),
+        ("raise SystemExit(0)", "no valid result.json"),
+        ("getattr(prepare, 'o' + 's').abort()", "SIGABRT"),  # what the screen does not see
+    ],
+)
+def test_a_crash_is_recorded_with_its_class_and_never_kept(checkout, line, reason):
+    checkout.agent(*NIGHT, "--experiments", "1")
+    source = STUB.replace("    steps = 0\n", f"    steps = 0\n    {line}\n").replace("lr=0.4", "lr=0.1")
+    (checkout.folder / "train.py").write_text(source)
+    output = checkout.agent("--tag", "t", "--try", "crashes")
+    row = check_agreement(checkout)[-1]
+    assert row["verdict"] == "crash" and reason in row["reason"] and row["val_bpb"] is None
+    assert "crash" in output
+
+
+def test_a_baseline_that_crashes_ends_the_night_with_its_log(checkout):
+    source = STUB.replace("    steps = 0\n", "    steps = 0\n    raise RuntimeError('at once')\n")
+    (checkout.folder / "train.py").write_text(source)
+    output = checkout.agent(*NIGHT, expect=1)
+    assert "the baseline failed" in output and "RuntimeError: at once" in output
+
+
+def test_a_child_that_hangs_and_ignores_sigterm_is_killed(tmp_path, monkeypatch):
+    (tmp_path / "0001" / "out").mkdir(parents=True)
+    (tmp_path / "0001" / "train.py").write_text(
+        "import signal, subprocess, sys, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr("constants.KILL_GRACE_S", 0.2)
+    done = agent.run(tmp_path / "0001", limit_s=1.0)
+    assert done.result is None and "time-out" in done.reason and done.seconds < 10
+    assert children_of(tmp_path) == []
+
+
+def test_no_key_of_the_user_reaches_a_child(checkout, monkeypatch):
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "canary")
+    _, environment, _ = agent.child_command("train", checkout.folder / "runs" / "t" / "0001")
+    assert "canary" not in str(environment) and "ANTHROPIC_API_KEY" not in environment
+
+
+# --- try, replay, tags
+
+
+def test_try_runs_the_checkout_against_the_committed_baseline(checkout):
+    (checkout.folder / "train.py").write_text(STUB.replace("lr=0.4", "lr=0.2"))
+    output = checkout.agent("--tag", "t", "--profile", "cpu", "--try", "halve the  rate")
+    results = check_agreement(checkout)
+    assert [(row["verdict"], row["description"]) for row in results] == [
+        ("keep", "baseline"),
+        ("keep", "halve the rate"),
+    ]
+    assert "lr=0.4" in checkout.git("show", f"{results[0]['commit']}:train.py")
+    assert "git checkout autoresearch/t -- train.py" in output
+    again = checkout.agent("--tag", "t", "--try", "the same", expect=1)
+    assert "tried already: experiment 1, keep" in again and len(check_agreement(checkout)) == 2
+
+
+def test_try_needs_no_proposer_and_a_bad_edit_is_one_clear_line(checkout):
+    (checkout.folder / "train.py").write_text(STUB + "import os\n")
+    output = checkout.agent("--tag", "t", "--profile", "cpu", "--try", "imports os", expect=1)
+    assert "import of os" in output and "Traceback" not in output
+
+
+def test_replay_repeats_the_keeps_of_another_night(checkout):
+    checkout.agent(*NIGHT, "--experiments", "8")
+    journal = str(checkout.folder / "runs" / "t" / "journal.jsonl")
+    checkout.agent("--tag", "again", "--profile", "cpu", "--replay", journal, "--kept")
+    first = [row for row in check_agreement(checkout) if row["verdict"] == "keep"]
+    second = check_agreement(checkout, "again")
+    assert [row["description"] for row in second] == [row["description"] for row in first]
+    assert second[-1]["val_bpb"] == first[-1]["val_bpb"]
+
+
+def test_the_newest_unfinished_night_is_taken_up(checkout):
+    checkout.agent(*NIGHT, "--hours", "0.000001")  # the baseline, then nothing more fits
+    checkout.agent("--tag", "full", *NIGHT[2:], "--experiments", "1")
+    checkout.agent("--experiments", "1", "--hours", "1")
+    assert len(check_agreement(checkout)) == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "--demo"),
+        (("--tag", "a/b", "--proposer", "random"), "a tag has letters"),
+        (("--proposer", "replay"), "needs --replay"),
+        (("--replay", "nowhere.jsonl"), "does not exist"),
+    ],
+)
+def test_what_a_newcomer_gets_wrong_is_one_clear_line(checkout, args, message):
+    output = checkout.agent(*args, expect=1)
+    assert message in output and "Traceback" not in output
+
+
+def test_usage_errors_exit_2(checkout):
+    assert "positive number" in checkout.agent("--experiments", "0", expect=2)
+    assert "--kept goes with --replay" in checkout.agent("--kept", expect=2)
+
+
+def test_a_conflicting_flag_is_refused_and_names_the_way_on(checkout):
+    checkout.agent(*NIGHT, "--experiments", "1")
+    output = checkout.agent("--tag", "t", "--budget", "20", expect=1)
+    assert "budget" in output and "--tag NEW" in output
+
+
+@pytest.mark.parametrize("name", ["constants.py", "prepare.py"])
+def test_rules_that_changed_refuse_to_resume(checkout, name):
+    checkout.agent(*NIGHT, "--experiments", "1")
+    with open(checkout.folder / name, "a") as file:
+        file.write("\n# changed\n")
+    output = checkout.agent("--tag", "t", "--experiments", "2", expect=1)
+    assert name in output and "--tag NEW" in output
+
+
+def test_data_that_changed_during_the_night_stops_it(checkout):
+    checkout.agent(*NIGHT, "--experiments", "1")
+    (checkout.cache / "cpu-sotu" / "val.bin").write_text("other")
+    assert "val.bin changed" in checkout.agent("--tag", "t", "--experiments", "2", expect=1)
+
+
+def test_outside_a_repository_the_next_command_is_named(checkout):
+    subprocess.run(["rm", "-rf", str(checkout.folder / ".git")], check=True)
+    assert "git init" in checkout.agent(*NIGHT, expect=1)
+    checkout.git("init", "-q")
+    assert "no commit yet" in checkout.agent(*NIGHT, expect=1)
+
+
+def test_help_reads_like_documentation():
+    done = subprocess.run([sys.executable, "agent.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0
+    for flag in (
+        "--demo",
+        "--tag",
+        "--proposer",
+        "--replay",
+        "--try",
+        "--experiments",
+        "--hours",
+        "--budget",
+        "--profile",
+    ):
+        assert flag in done.stdout
