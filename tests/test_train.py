@@ -1,0 +1,340 @@
+"""Model, optimizers and warm-up of train.py: against dense masks, SVDs and hand calculations; the gpu sizes on `meta`."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from test_prepare import make_run
+
+import constants
+import prepare
+import train
+
+CPU = constants.PROFILES["cpu"]
+GPU = replace(constants.PROFILES["gpu"], dtype="bfloat16")
+SMALL = replace(
+    train.CONFIGS["cpu"], n_layer=2, n_embd=64, head_dim=32, step_tokens=1024, micro_rows=2, value_embeds=True
+)
+
+
+def small_model(config=SMALL, dtype=torch.float32):
+    torch.manual_seed(0)
+    return train.GPT(config, CPU.vocab_size, CPU.max_seq_len, dtype)
+
+
+def shaken(model):
+    """The model with every parameter away from its initial zeros, so that each part matters."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    return model
+
+
+@pytest.mark.parametrize("name", list(train.CONFIGS))
+def test_config_fits_its_profile(name):
+    config, profile = train.CONFIGS[name], constants.PROFILES[name]
+    assert config.n_embd % config.head_dim == 0 and config.head_dim % 2 == 0
+    assert config.step_tokens % (profile.max_seq_len * config.micro_rows) == 0
+
+
+# --- model
+
+
+def test_an_untrained_model_predicts_uniformly():
+    x = torch.randint(CPU.vocab_size, (2, 64))
+    assert small_model().loss(x, x).item() == pytest.approx(math.log(CPU.vocab_size), abs=0.05)
+
+
+@pytest.mark.parametrize("window", [0, 32])
+def test_logits_depend_on_the_past_of_their_row_alone(window):
+    model = shaken(small_model(replace(SMALL, short_window=window)))
+    x = torch.randint(CPU.vocab_size, (3, 128))
+    y = x.clone()
+    y[0, 70:] = torch.randint(CPU.vocab_size, (58,))
+    y[2] = torch.randint(CPU.vocab_size, (128,))
+    a, b = model(x), model(y)
+    assert torch.allclose(a[0, :70], b[0, :70], atol=1e-5) and torch.allclose(a[1], b[1], atol=1e-5)
+    assert not torch.allclose(a[0, 70:], b[0, 70:], atol=1e-3)
+
+
+@pytest.mark.parametrize("window", [1, 4, 16])
+def test_windowed_attention_equals_a_dense_mask(window):
+    q, k, v = (torch.randn(2, 3, 32, 8, dtype=torch.float64) for _ in range(3))
+    i, j = torch.arange(32)[:, None], torch.arange(32)[None]
+    expected = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=(j <= i) & (j > i - window)
+    )  # `window` tokens with itself
+    assert torch.allclose(train.windowed_attention(q, k, v, window), expected, atol=1e-5)
+    off_by_one = F.scaled_dot_product_attention(q, k, v, attn_mask=(j <= i) & (j >= i - window))
+    assert not torch.allclose(train.windowed_attention(q, k, v, window), off_by_one, atol=1e-3)
+
+
+def test_rotation_makes_scores_depend_on_distance_alone():
+    model = small_model()
+    q, k = torch.randn(1, 1, 1, 32), torch.randn(1, 1, 1, 32)
+    turn = lambda x, t: train.rotate(x, model.cos[t : t + 1], model.sin[t : t + 1])  # noqa: E731
+    scores = [(turn(q, t + 5) * turn(k, t)).sum().item() for t in (0, 17, 100)]
+    assert scores == pytest.approx([scores[0]] * 3, abs=1e-4)
+    assert (turn(q, 9) * turn(k, 0)).sum().item() != pytest.approx(scores[0], abs=1e-3)
+
+
+def test_value_embeddings_are_mixed_by_their_gates():
+    model = shaken(small_model())
+    assert set(model.value_embeds) == {"1"}  # alternating from the last layer
+    x = torch.randint(CPU.vocab_size, (1, 16))
+    before = model(x)
+    gate = model.blocks[1].attention.gate.weight
+    with torch.no_grad():
+        gate.fill_(0)
+        gate[0] = -100.0  # the first head takes none, or twice, by the sign of its channels
+    assert not torch.allclose(model(x), before, atol=1e-4)
+    with torch.no_grad():
+        model.value_embeds["1"].weight.zero_()
+        none = model(x)
+        gate.normal_()
+    assert torch.allclose(model(x), none)  # without value embeddings the gate has nothing to mix
+
+
+def test_weights_follow_the_activations_dtype():
+    model = small_model(dtype=torch.bfloat16)
+    assert model.embed.weight.dtype == torch.bfloat16 and model.head.weight.dtype == torch.float32
+    seen = []
+    model.blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    logits = model(torch.randint(CPU.vocab_size, (1, 16)))
+    assert seen == [torch.bfloat16] and logits.dtype == torch.float32
+
+
+def test_a_copy_from_the_saved_weights_gives_the_same_logits(tmp_path):
+    model = shaken(small_model())
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    other = train.GPT(SMALL, CPU.vocab_size, CPU.max_seq_len, torch.float32)
+    other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    x = torch.randint(CPU.vocab_size, (2, 32))
+    assert torch.equal(model(x), other(x))
+
+
+# --- optimizers
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 16, 64), (2, 64, 16)])
+def test_orthogonalising_brings_all_singular_values_near_one(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    keep = s > 1e-2 * s[:, :1]  # the iteration promises nothing for directions that are all but absent
+    y = train.orthogonalise(x)
+    values = torch.einsum("kni,knm,kim->ki", u, y, vh)
+    assert ((values - 1).abs()[keep] < 0.15).all()
+    off = y - torch.einsum("kni,ki,kim->knm", u, values, vh)
+    assert off.abs().max() < 1e-6  # the singular vectors are x's own
+
+
+def test_muon_steps_by_its_rate_whatever_the_gradients_size():
+    steps = []
+    for scale in (1.0, 1000.0):
+        p = torch.nn.Parameter(torch.zeros(16, 32))
+        optimizer = train.Muon([p], lr=0.1, weight_decay=0.0, dtype=torch.float32)
+        p.grad = torch.randn(16, 32, generator=torch.Generator().manual_seed(3)) * scale
+        optimizer.step()
+        steps.append(p.detach().clone())
+    assert torch.allclose(steps[0], steps[1], atol=1e-5)
+    assert steps[0].norm().item() == pytest.approx(0.1 * math.sqrt(16), rel=0.1)  # 16 singular values near 1
+
+
+def test_muons_decay_acts_only_where_it_agrees_with_the_step():
+    p = torch.nn.Parameter(torch.ones(8, 8))
+    plain = torch.nn.Parameter(torch.ones(8, 8))
+    grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(5))
+    for parameter, decay in ((p, 0.5), (plain, 0.0)):
+        optimizer = train.Muon([parameter], lr=0.1, weight_decay=decay, dtype=torch.float32)
+        parameter.grad = grad.clone()
+        optimizer.step()
+    shrunk = (plain - p).detach()
+    moved_down = plain.detach() < 1.0
+    assert torch.allclose(shrunk[moved_down], torch.tensor(0.05)) and torch.allclose(
+        shrunk[~moved_down], torch.tensor(0.0)
+    )
+
+
+def test_every_parameter_is_in_one_group():
+    model = small_model()
+    optimizers = train.build_optimizers(model, SMALL, torch.float32)
+    grouped = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+
+
+def test_the_schedule_holds_and_then_falls():
+    model = small_model()
+    optimizers = train.build_optimizers(model, SMALL, torch.float32)
+    group, rates = optimizers[0].param_groups[0], []
+    for progress in (0.0, 1 - SMALL.warmdown, 1 - SMALL.warmdown / 2, 1.0):
+        train.set_schedule(optimizers, SMALL, progress, 0)
+        rates.append(group["lr"] / group["initial_lr"])
+    assert rates == pytest.approx([1.0, 1.0, (1 + SMALL.final_lr) / 2, SMALL.final_lr])
+
+
+# --- warm-up
+
+
+@pytest.fixture
+def small_run(cache, tmp_path):
+    return make_run(cache / "cpu-sotu", tmp_path)
+
+
+def one_step(run, warm: bool):
+    torch.manual_seed(0)
+    model = shaken(small_model())
+    optimizers = train.build_optimizers(model, SMALL, torch.float32)
+    before = [p.detach().clone() for p in model.parameters()]
+    if warm:
+        train.warm_up(run, model, optimizers, model.loss, SMALL)
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+        assert all(not tensor.any() for o in optimizers for state in o.state.values() for tensor in state.values())
+        assert all(p.grad is None for p in model.parameters())
+    random_numbers = torch.rand(3)
+    batches = run.batches(run.train_rows, SMALL.micro_rows)
+    losses = [train.train_step(model.loss, optimizers, batches, 2).item() for _ in range(2)]
+    return losses, random_numbers.tolist(), [p.detach().clone() for p in model.parameters()]
+
+
+def test_after_a_warm_up_everything_is_as_before_it(small_run):
+    cold, warm = one_step(small_run, False), one_step(small_run, True)
+    assert cold[:2] == warm[:2]
+    assert all(torch.equal(p, q) for p, q in zip(cold[2], warm[2], strict=True))
+
+
+def test_accumulated_micro_batches_make_the_step_of_one_batch(small_run):
+    gradients = []
+    for micro_rows, accumulate in ((4, 1), (2, 2)):
+        model = shaken(small_model())
+        batches = small_run.batches(small_run.train_rows, micro_rows)
+        train.train_step(model.loss, [], batches, accumulate)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-5)
+
+
+def test_the_compiled_loss_is_one_graph_and_equals_eager():
+    model = shaken(small_model())
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model.loss, backend=counter, dynamic=False, fullgraph=True)
+    x, y = (torch.randint(CPU.vocab_size, (2, 32)) for _ in range(2))
+    for _ in range(3):
+        assert compiled(x, y).item() == pytest.approx(model.loss(x, y).item(), rel=1e-5)
+    assert counter.frame_count == 1
+
+
+# --- the gpu sizes, without a GPU
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_full_training_step_at_the_gpu_sizes_runs_on_meta(compiled, monkeypatch):
+    """Shapes, dtypes and the 16-bit attention inputs that FlashAttention asks for (asserted in attend)."""
+    windows = []
+    attend = train.attend
+    if not compiled:
+        monkeypatch.setattr(
+            train, "attend", lambda q, k, v, window: (windows.append(window), attend(q, k, v, window))[1]
+        )
+    torch._dynamo.reset()
+    config = train.CONFIGS["gpu"]
+    with torch.device("meta"):
+        model = train.build_model(GPU)
+        rows = torch.zeros(4, GPU.max_seq_len + 1, dtype=torch.int64)
+    optimizers = train.build_optimizers(model, config, torch.bfloat16)
+    loss_fn = torch.compile(model.loss, backend="aot_eager", fullgraph=True, dynamic=False) if compiled else model.loss
+    train.train_step(loss_fn, optimizers, iter([(rows[:, :-1], rows[:, 1:])]), 1)
+    if not compiled:
+        assert windows == [256, 256, 256, 256, 0, 256, 256, 256, 0]
+    params = sum(p.numel() for p in model.parameters())
+    print(
+        f"gpu profile: {params / 1e6:.1f}M parameters, {model.flops_per_token(GPU.max_seq_len) / 1e6:.0f} MFLOP a token"
+    )
+    assert 50e6 < params < 90e6
+
+
+def test_flops_of_a_token_by_hand():
+    config = replace(SMALL, n_layer=1, value_embeds=False)
+    model = train.GPT(config, 1000, 128, torch.float32)
+    matrices = 12 * 64 * 64 + 64 * 1000  # query, key, value, out and the two of the MLP; the head
+    assert model.flops_per_token(128) == 6 * matrices + 12 * 64 * 128
+
+
+# --- runs by hand
+
+
+def by_hand(real_checkout, seconds, **environment):
+    process = real_checkout.start(script="train.py", AUTORESEARCH_TIME_BUDGET=str(seconds), **environment)
+    output, _ = process.communicate(timeout=180)
+    return process.returncode, output
+
+
+def test_a_run_by_hand_learns_and_its_score_agrees(real_checkout):
+    status, output = by_hand(real_checkout, 4)
+    assert status == 0, output
+    closing = output[output.rindex("---\n") :].splitlines()
+    assert [line.split(":")[0] for line in closing[1:]] == list(prepare.SUMMARY_DIGITS)
+    folder = real_checkout.folder / "runs" / "by-hand"
+    result = json.loads((folder / "out" / "result.json").read_text())
+    assert result["val_bpb"] < 2.9 and 3 < result["training_seconds"] < 5 and result["mfu_percent"] is None
+    assert result["losses"][-1][1] < result["losses"][0][1]
+    command = [sys.executable, "prepare.py", "--score", "runs/by-hand", "--profile", "cpu"]
+    done = subprocess.run(
+        command, cwd=real_checkout.folder, env=real_checkout.environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["val_bpb"] == pytest.approx(result["val_bpb"], rel=1e-4)
+    assert real_checkout.git("status", "--short") == ""
+
+
+def test_a_loss_that_is_no_number_ends_the_run_at_once(real_checkout):
+    source = (real_checkout.folder / "train.py").read_text()
+    (real_checkout.folder / "train.py").write_text(
+        source.replace("loss.backward()", "loss.backward(); loss = loss * math.nan")
+    )
+    status, output = by_hand(real_checkout, 60)
+    assert status == 1 and "loss nan at step 1" in output
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (
+            {"AUTORESEARCH_CACHE": "/nowhere"},
+            "no prepared data in /nowhere/cpu-sotu; run: python prepare.py --profile cpu",
+        ),
+        ({"AUTORESEARCH_TIME_BUDGET": "soon"}, "takes seconds"),
+        ({"AUTORESEARCH_PROFILE": "gpu"}, "no prepared data"),
+    ],
+)
+def test_what_is_missing_is_one_clear_line(real_checkout, environment, message):
+    process = real_checkout.start(script="train.py", **environment)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and message in output and "Traceback" not in output
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_on_the_gpu_equals_one_on_the_cpu():
+    model = shaken(small_model())
+    x, y = (torch.randint(CPU.vocab_size, (2, 32)) for _ in range(2))
+    expected = model.loss(x, y).item()
+    assert model.cuda().loss(x.cuda(), y.cuda()).item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_real_night_of_one_experiment(real_checkout):
+    output = real_checkout.agent("--demo", "--budget", "3", "--experiments", "1")
+    assert "show the loop, not a result" in output
+    rows = [
+        json.loads(line) for line in (real_checkout.folder / "runs" / "demo" / "journal.jsonl").read_text().splitlines()
+    ]
+    results = [row for row in rows if row["event"] == "result"]
+    assert len(results) == 2 and all(1.5 < row["val_bpb"] < 3 for row in results)
+    assert os.path.exists(real_checkout.folder / "runs" / "demo" / "0000" / "score.json")
+    assert real_checkout.folder != ROOT
