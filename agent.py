@@ -793,24 +793,16 @@ class Night:
         """Objects, journal row, refs, view: in this order, so that a stop anywhere loses nothing."""
         keeps = self.keeps
         number = "no number" if experiment.val_bpb is None else f"{experiment.val_bpb:.6f}"
-        message = (
-            f"{experiment.description} ({verdict.word}, {number})\n\n{experiment.hypothesis}\n{verdict.reason}".strip()
-        )
-        if experiment.parent is None:
-            parent, files = self.settings["head"], {"train.py": source}
-            files |= {name: (self.folder / "harness" / name).read_text() for name in ("constants.py", "prepare.py")}
-        else:
-            parent, files = keeps[-1]["commit"], {"train.py": source}
-        commit = self.repository.commit(parent, files, message)
-        facts = {
-            **asdict(experiment),
-            "verdict": verdict.word,
-            "reason": verdict.reason,
-            "commit": commit,
-            "sandbox": self.tier,
-        }
+        message = f"{experiment.description} ({verdict.word}, {number})\n\n{experiment.hypothesis}\n{verdict.reason}"
+        files = {"train.py": source}
+        if experiment.parent is None:  # the branch reproduces: it holds the rules that the night runs under
+            files |= {name: (self.folder / "harness" / name).read_text() for name in self.settings["harness_sha256"]}
+        parent = keeps[-1]["commit"] if keeps else self.settings["head"]
         with interrupts.held():
-            row = self.journal.append("result", **facts)
+            commit = self.repository.commit(parent, files, message.strip())
+            row = self.journal.append(
+                "result", **asdict(experiment), verdict=verdict.word, reason=verdict.reason, commit=commit, sandbox=self.tier
+            )
             if verdict.word == "keep":
                 self.repository.move(self.branch, commit, keeps[-1]["commit"] if keeps else None)
             self.repository.git("update-ref", self.ref(experiment.number), commit)
@@ -841,9 +833,8 @@ class Night:
             megabytes = row["metrics"].get("peak_vram_mb")
             bpb = "" if row["val_bpb"] is None else f"{row['val_bpb']:.6f}"
             memory = "" if megabytes is None else f"{megabytes / 1024:.1f}"
-            lines.append(
-                "\t".join((row["commit"][:7], bpb, memory, row["verdict"], " ".join(row["description"].split())))
-            )
+            description = sanitise(" ".join(row["description"].split()))
+            lines.append("\t".join((row["commit"][:7], bpb, memory, row["verdict"], description)))
         write_atomically(self.folder / "results.tsv", "\n".join(lines) + "\n")
 
     def make_folder(self, number: int, source: str, until_clock: bool = False) -> Path:

@@ -734,7 +734,7 @@ class Clock:
         self.budget_s, self.cuda, self.torch = budget_s, device.type == "cuda", torch
         self.recent, self.events = deque(maxlen=10), deque()
         self.progress, self.stopped_s = 0.0, None
-        self.start = self.last = perf_counter()
+        self.start, self.last = perf_counter(), None
 
     @property
     def seconds(self) -> float:
@@ -756,10 +756,8 @@ class Clock:
             while len(self.events) > in_flight:
                 self.events.popleft().synchronize()
         now = perf_counter()
-        if now - self.last > 0 and self.last != self.start:
+        if self.last is not None:
             self.recent.append(now - self.last)
-        elif self.progress == 0.0 and now - self.start > 1e-3:
-            self.recent.append(now - self.start)
         self.last = now
         elapsed = now - self.start
         self.progress = min(1.0, elapsed / self.budget_s)

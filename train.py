@@ -27,7 +27,9 @@ class Config:
     n_embd: int  # width, a multiple of head_dim
     head_dim: int
     short_window: int  # tokens that a windowed layer sees; 0: every layer sees the whole row
+    table_dtype: torch.dtype  # of the embedding tables and their moments
     value_embeds: bool  # a second embedding of the token, mixed into the values of every other layer
+    smear: bool  # mixes the token before into each embedding, by a learned share for each channel
     step_tokens: int  # tokens of one optimizer step
     micro_rows: int  # rows of one forward pass, halved while they do not fit the card
     embed_lr: float  # AdamW; all AdamW rates are scaled by (width / 768)^-0.5
@@ -48,7 +50,9 @@ CONFIGS = {
         n_embd=640,
         head_dim=128,
         short_window=256,  # S S S S L, the last layer full: -0.0012
+        table_dtype=torch.bfloat16,  # half the memory traffic of large tables
         value_embeds=True,  # alternating layers, the last included
+        smear=False,  # not in the published recipe
         step_tokens=2**18,  # half the reference's: -0.0119, its largest single step
         micro_rows=128,
         embed_lr=0.9,  # .6 -> .8: -0.0033
@@ -67,7 +71,9 @@ CONFIGS = {
         n_embd=256,
         head_dim=128,  # on a CPU two heads of 128 take 60 % of the time of four of 64
         short_window=0,  # rows of 256 are short already
+        table_dtype=torch.float32,  # small tables, and the last small steps are not rounded away
         value_embeds=False,  # measured here: no gain
+        smear=True,
         step_tokens=2**12,  # more steps beat larger ones at this size
         micro_rows=16,
         embed_lr=0.6,
@@ -131,6 +137,14 @@ def windowed_attention(q, k, v, window: int):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, H, T, D)
 
 
+def dense_attention(q, k, v):
+    """Causal attention of (B, H, T, D) by plain matrix products: for short rows on a CPU faster than the fused kernel."""
+    T, D = q.shape[-2:]
+    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    scores = (q @ k.mT).float() * D**-0.5  # (B, H, T, T)
+    return scores.masked_fill(future, -math.inf).softmax(dim=-1).to(v.dtype) @ v
+
+
 def attend(q, k, v, window: int):
     """Causal attention of (B, T, H, D) within each row; window 0 is the whole row."""
     B, T, H, D = q.shape
@@ -145,6 +159,8 @@ def attend(q, k, v, window: int):
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
     if window and window < T:
         y = windowed_attention(q, k, v, window)
+    elif q.device.type == "cpu" and T <= 512:
+        y = dense_attention(q, k, v)
     else:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return y.transpose(1, 2)
@@ -199,12 +215,14 @@ class GPT(nn.Module):
         n = config.n_layer
         has_value = [config.value_embeds and (n - 1 - i) % 2 == 0 for i in range(n)]
         windows = [config.short_window if i % 5 != 4 and i != n - 1 else 0 for i in range(n)]
-        self.embed = nn.Embedding(vocab_size, config.n_embd, dtype=dtype)
+        self.dtype = dtype  # of the activations
+        self.embed = nn.Embedding(vocab_size, config.n_embd, dtype=config.table_dtype)
         self.value_embeds = nn.ModuleDict(
-            {str(i): nn.Embedding(vocab_size, config.n_embd, dtype=dtype) for i in range(n) if has_value[i]}
+            {str(i): nn.Embedding(vocab_size, config.n_embd, dtype=config.table_dtype) for i in range(n) if has_value[i]}
         )
         self.blocks = nn.ModuleList(Block(config, windows[i], has_value[i]) for i in range(n))
         self.head = Linear(config.n_embd, vocab_size)
+        self.smear = nn.Parameter(torch.full((config.n_embd,), 0.5)) if config.smear else None
         self.residual_scale = nn.Parameter(torch.ones(n))  # x <- a x + b x0 before each layer
         self.x0_scale = nn.Parameter(torch.full((n,), X0_INIT))
         half = config.head_dim // 2
@@ -231,10 +249,13 @@ class GPT(nn.Module):
         """(B, T) -> (B, T, vocab), float32 after the softcap (Gemma 2)."""
         T = idx.size(1)
         cos, sin = self.cos[:T], self.sin[:T]
-        x = x0 = norm(self.embed(idx))  # (B, T, C)
+        x = norm(self.embed(idx).to(self.dtype))  # (B, T, C)
+        if self.smear is not None:  # as modded-nanogpt's smear, without its gate
+            x = norm(x + self.smear.to(x.dtype) * F.pad(x, (0, 0, 1, 0))[:, :-1])
+        x0 = x
         for i, block in enumerate(self.blocks):
             x = self.residual_scale[i].to(x.dtype) * x + self.x0_scale[i].to(x.dtype) * x0
-            value_embed = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None
+            value_embed = self.value_embeds[str(i)](idx).to(self.dtype) if str(i) in self.value_embeds else None
             x = block(x, value_embed, cos, sin)
         return SOFTCAP * torch.tanh(self.head(norm(x)).float() / SOFTCAP)
 
@@ -340,6 +361,8 @@ def build_optimizers(model: GPT, config: Config, dtype: torch.dtype) -> list[tor
         ),  # 100 times lower: it compounds
         dict(params=[model.x0_scale], lr=config.scalar_lr, weight_decay=0.0, betas=(0.96, 0.95)),
     ]
+    if model.smear is not None:
+        groups.append(dict(params=[model.smear], lr=config.scalar_lr * 0.01, weight_decay=0.0))
     if gates:
         groups.append(dict(params=gates, lr=config.head_lr * scale, weight_decay=0.0))
     fused = model.head.weight.device.type != "meta"  # computes in float32 and rounds bf16 tables once
