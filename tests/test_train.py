@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from conftest import ROOT
 from test_prepare import make_run
@@ -103,7 +104,7 @@ def test_value_embeddings_are_mixed_by_their_gates():
 
 
 def test_weights_follow_the_activations_dtype():
-    model = small_model(dtype=torch.bfloat16)
+    model = small_model(replace(SMALL, table_dtype=torch.bfloat16), torch.bfloat16)
     assert model.embed.weight.dtype == torch.bfloat16 and model.head.weight.dtype == torch.float32
     seen = []
     model.blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
@@ -242,6 +243,9 @@ def test_a_full_training_step_at_the_gpu_sizes_runs_on_meta(compiled, monkeypatc
         monkeypatch.setattr(
             train, "attend", lambda q, k, v, window: (windows.append(window), attend(q, k, v, window))[1]
         )
+    else:  # nll_loss has no autograd kernel for meta under AOT: the loss would reach no weight
+        cross_entropy = lambda logits, y: (logits.logsumexp(-1) - logits.gather(1, y[:, None]).squeeze(1)).mean()  # noqa: E731
+        monkeypatch.setattr(F, "cross_entropy", cross_entropy)
     torch._dynamo.reset()
     config = train.CONFIGS["gpu"]
     with torch.device("meta"):
