@@ -41,6 +41,12 @@ class Checkout:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
         )  # fmt: skip
 
+    def slow(self, step_s: float) -> None:
+        """Makes each of the stub's five steps take this long."""
+        folder = self.cache / "cpu-sotu"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "step_s").write_text(str(step_s))
+
     def agent(self, *args, expect=0, **environment) -> str:
         process = self.start(*args, **environment)
         output, _ = process.communicate(timeout=120)

@@ -14,12 +14,14 @@ from pathlib import Path
 
 class Clock:
     def __init__(self):
-        self.calls = 0
+        night = json.loads(Path(__file__).with_name("night.json").read_text())
+        slow = Path(night["data"]) / "step_s"  # what a test wrote: a child's environment is an allow-list
+        self.calls, self.step_s = 0, float(slow.read_text()) if slow.exists() else 0.002
 
     @property
     def expired(self):
         self.calls += 1
-        time.sleep(float(os.environ.get("STUB_STEP_S", "0.002")))
+        time.sleep(self.step_s)
         return self.calls > 5
 
 

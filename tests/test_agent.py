@@ -334,7 +334,8 @@ def test_killed_at_any_moment_the_night_goes_on(checkout, moment, undisturbed):
         "run": lambda text: (checkout.folder / "runs" / "t" / "0003" / "run.log").exists(),
         "result": lambda text: text.count('"event": "result"') == 4,
     }[moment]
-    process = checkout.start(*NIGHT, "--experiments", "6", STUB_STEP_S="0.01")
+    checkout.slow(0.01)
+    process = checkout.start(*NIGHT, "--experiments", "6")
     deadline = time.monotonic() + 60
     while not (journal.exists() and wanted(journal.read_text())):
         assert time.monotonic() < deadline and process.poll() is None
@@ -398,7 +399,8 @@ def test_a_night_whose_branch_is_checked_out_is_refused(checkout):
 
 
 def test_ctrl_c_leaves_no_child_and_exits_0(checkout):
-    process = checkout.start(*NIGHT, STUB_STEP_S="30")
+    checkout.slow(30)
+    process = checkout.start(*NIGHT)
     log = checkout.folder / "runs" / "t" / "0000" / "run.log"
     while not log.exists():
         time.sleep(0.01)
@@ -422,7 +424,8 @@ def children_of(folder: Path) -> list[int]:
 
 
 def test_a_second_agent_on_the_tag_is_told_who_has_it(checkout):
-    first = checkout.start(*NIGHT, STUB_STEP_S="30")
+    checkout.slow(30)
+    first = checkout.start(*NIGHT)
     while not (checkout.folder / "runs" / "t" / "0000" / "run.log").exists():
         time.sleep(0.01)
     output = checkout.agent(*NIGHT, expect=1)
