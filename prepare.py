@@ -450,11 +450,11 @@ class PackJob:
     target: Path
 
 
-def pack(job: PackJob) -> tuple[int, int]:
-    """Tokenises and packs one part to `job.target`; returns (rows, bytes of text read). Runs in a worker process."""
+def pack(job: PackJob) -> None:
+    """Tokenises and packs one part to `job.target`. Runs in a worker process."""
     encoding = load_tokenizer(job.tokenizer)
     bos_id = encoding.encode_single_token(constants.SPECIAL_TOKENS[0])
-    bos, text_bytes, rows = np.array([bos_id], np.uint16), 0, 0
+    rows = 0
     if isinstance(job.source, Path):
         texts = shard_batches(job.source)
     else:
@@ -464,16 +464,16 @@ def pack(job: PackJob) -> tuple[int, int]:
         own = own[part * size : (part + 1) * size]
         texts = (own[i : i + constants.PACK_REFILL] for i in range(0, len(own), constants.PACK_REFILL))
 
-    def encoded():
-        nonlocal text_bytes
-        for batch in texts:
-            text_bytes += sum(len(text.encode()) for text in batch)
-            tokens = (encoding.encode_to_numpy(text, disallowed_special=()) for text in batch)
-            yield [np.concatenate([bos, ids.astype(np.uint16)]) for ids in tokens]
+    def encoded(text: str) -> np.ndarray:
+        ids = encoding.encode_to_numpy(text, disallowed_special=())
+        document = np.empty(len(ids) + 1, np.uint16)
+        document[0], document[1:] = bos_id, ids
+        return document
 
+    documents = (list(map(encoded, batch)) for batch in texts)
     temporary = job.target.with_name(f".{job.target.name}.{os.getpid()}")
     with open(temporary, "wb", buffering=1 << 20) as file:
-        for row in pack_rows(encoded(), job.row_tokens, bos_id, keep_tails=not isinstance(job.source, Path)):
+        for row in pack_rows(documents, job.row_tokens, bos_id, keep_tails=not isinstance(job.source, Path)):
             file.write(row.tobytes())
             rows += 1
             if rows == job.max_rows:
@@ -481,7 +481,6 @@ def pack(job: PackJob) -> tuple[int, int]:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, job.target)
-    return rows, text_bytes
 
 
 def make_split(manifest: Manifest, name: str, jobs: list[PackJob], recipe: str, workers: int) -> None:
