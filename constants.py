@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 # ---------------------------------------------------------------------------
 # Profiles: the sizes that make results comparable. An experiment cannot change them.
@@ -77,12 +78,19 @@ PEAK_TFLOPS = (
 
 STARTUP_LIMIT_S = 600.0  # start to clock and clock to exit together: a cold compile on a slow machine takes minutes
 SCORE_LIMIT_S = 900.0  # one scoring; 20.97M tokens take under a minute on an H100
-KILL_GRACE_S = 3.0  # from SIGTERM to SIGKILL
+PROBE_LIMIT_S = 120.0  # the trial of the sandbox: importing torch from a cold disk
+KILL_PATIENCE_S = 20.0  # how long a process may take to go after kill -9: a driver that writes out, a full disk
 MAX_BOUNCES = 3  # failed screens before an idea is dropped
 MAX_IDEAS = 20  # dropped ideas in a row before the night stops
 MAX_CRASHES = 10  # crashes in a row before the night stops
 LOG_HEAD_BYTES, LOG_TAIL_BYTES = 64_000, 192_000  # what is kept of a child's output
 RESULT_BYTES = 64_000  # a result.json over this is refused
+FILE_BYTES = 4 * 2**30  # the largest file that a child may write; the weights of the gpu profile take under 1 GB
+OUT_BYTES = 8 * 2**30  # all that a child may leave in its folder
+SCRATCH_BYTES = 2 * 2**30  # a sandboxed child's /tmp, in memory
+DISK_FLOOR_BYTES = 2**30  # no run starts with less free space: its weights and compile cache have to fit
+CARD_FLOOR_MB = 512  # memory of the card over what was in use before the night: more, and something still runs there
+CARD_PATIENCE_S = 60.0  # how long a card may take to give back the memory of a process that ended
 
 # ---------------------------------------------------------------------------
 # Data
@@ -105,7 +113,7 @@ SPECIAL_TOKENS = ("<|bos|>", "<|reserved_1|>", "<|reserved_2|>", "<|reserved_3|>
 PACK_BUFFER, PACK_REFILL = 1_000, 128  # documents that best-fit packing chooses from, and how many it reads at a time
 
 # ---------------------------------------------------------------------------
-# Paths and the choice of profile
+# Paths, locks, and the choice of profile
 
 
 def cache_dir() -> Path:
@@ -114,6 +122,33 @@ def cache_dir() -> Path:
 
 def data_dir(profile: str, dataset: str) -> Path:
     return cache_dir() / f"{profile}-{dataset}"
+
+
+def lock(path: Path, note: str, wait: bool = False) -> IO[str]:
+    """The open file that holds an exclusive lock on `path` until it is closed, with our pid and `note` in it.
+
+    Raises BlockingIOError, with what the holder wrote as its text, where another process has it; `wait` waits instead.
+    """
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+")  # noqa: SIM115 (it stays open as long as the lock is held)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise BlockingIOError(holder) from None
+    file.truncate(0)
+    file.write(f"pid {os.getpid()}, {note}")
+    file.flush()
+    return file
+
+
+def device_lock(device: str) -> Path:
+    """Whoever trains on `device` ("cpu", "cuda", "mps") holds this lock: agent.py, or train.py by hand."""
+    return cache_dir() / f"device-{device}.lock"
 
 
 def accelerator_present() -> bool:

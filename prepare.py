@@ -92,19 +92,12 @@ class Manifest:
 @contextmanager
 def only_one(folder: Path):
     """One prepare.py at a time in a folder; a second one says whom it waits for."""
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            print(f"waiting for another prepare.py (pid {lock.read().strip() or '?'}) in {folder}", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+    try:
+        lock = constants.lock(folder / "lock", "prepare.py")
+    except BlockingIOError as holder:
+        print(f"waiting for another prepare.py ({holder}) in {folder}", flush=True)
+        lock = constants.lock(folder / "lock", "prepare.py", wait=True)
+    with lock:
         for leftover in folder.glob(".*.[0-9]*"):  # half files of a prepare.py that was killed
             leftover.unlink()
         yield
@@ -785,6 +778,7 @@ class Run:
         self.token_bytes = torch.from_numpy(token_byte_lengths(encoding)).to(self.device)
         self.train_rows = open_rows(settings.data / settings.train_file, settings.profile)
         self.clock, self.startup_seconds, self.loader_wait_seconds = None, None, 0.0
+        self.lock = None  # on the device, by hand; under the agent the agent holds it
 
     def batches(self, rows: np.ndarray, batch_size: int):
         """Endless (x, y), each (batch_size, T) int64 on the device, from (N, T+1) rows, reshuffled every epoch.
@@ -968,10 +962,14 @@ def start() -> Run:
         torch.manual_seed(settings.seed)
         torch.set_float32_matmul_precision("high")
         run = Run(settings)
+        if settings.by_hand:
+            run.lock = constants.lock(constants.device_lock(settings.device), "python train.py")
+    except BlockingIOError as holder:
+        sys.exit(f"error: the device {settings.device} is in use by {holder}; stop it first, or wait")
     except Problem as problem:
         sys.exit(f"error: {problem}")
     if settings.by_hand:
-        folder = settings.out.parent  # what --score needs later: the source, the seed, the weights
+        folder = settings.out.parent  # what --score needs later: the source, the weights
         settings.out.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "train.py", Path(sys.argv[0]).read_bytes())
     print(
@@ -1056,6 +1054,27 @@ def score(folder: Path, settings: Settings) -> dict:
     }
 
 
+def probe(folder: Path, settings: Settings) -> dict:
+    """What a child of the night can do: {"reachable": those of run.json's forbidden paths that it can read, "network": ...}.
+
+    Exits with torch's own error where the device does not work from here.
+    """
+    import socket
+
+    import torch
+
+    torch.ones(8, device=settings.device).sum().item()
+    reachable = []
+    for name in json.loads((folder / "run.json").read_text())["forbidden"]:
+        with suppress(OSError):
+            if os.path.isdir(name):
+                reachable += [name] if os.listdir(name) else []
+            else:
+                open(name, "rb").close()
+                reachable.append(name)
+    return {"reachable": reachable, "network": [name for _, name in socket.if_nameindex() if name != "lo"]}
+
+
 @dataclass
 class Answer:
     """Standard output kept for one line of JSON: what imported code prints meanwhile goes to standard error."""
@@ -1087,12 +1106,15 @@ def main() -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenise; default: one a core")
     parser.add_argument("--score", type=Path, metavar="FOLDER", help="measure FOLDER/out/model.pt with FOLDER/train.py")
     parser.add_argument("--machine", action="store_true", help="print what this machine runs on, as JSON")
+    parser.add_argument("--probe", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)  # the agent, of its sandbox
     args = parser.parse_args()
     try:
         if args.machine:
             name, dataset = constants.choose(args.profile, args.dataset)
             train_file = newest_train_file(constants.data_dir(name, dataset), name, dataset)
             print(json.dumps(machine(name) | {"train_file": train_file}))
+        elif args.probe:
+            print(json.dumps(probe(args.probe, current_settings())))
         elif args.score:
             folder = args.score.resolve()
             for needed in (folder / "train.py", folder / "out" / "model.pt"):

@@ -42,10 +42,9 @@ class Checkout:
         )  # fmt: skip
 
     def slow(self, step_s: float) -> None:
-        """Makes each of the stub's five steps take this long."""
-        folder = self.cache / "cpu-sotu"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "step_s").write_text(str(step_s))
+        """Makes each of the stub's five steps take this long, in the nights that begin from now on."""
+        self.start(script="prepare.py").communicate()
+        (self.cache / "cpu-sotu" / "train.bin").write_text(f"stub{step_s}")
 
     def agent(self, *args, expect=0, **environment) -> str:
         process = self.start(*args, **environment)
