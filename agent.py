@@ -1249,7 +1249,10 @@ def open_night(tag: str, args, repository: Repository) -> Night:
     folder = RUNS / tag
     journal = Journal(folder / "journal.jsonl") if folder.exists() else None
     if journal and journal.of("result"):
-        settings = json.loads((folder / "harness" / "night.json").read_text())
+        rules = folder / "harness" / "night.json"
+        if sha256_of(rules) != journal.of("night")[-1]["harness"]["night.json"]:
+            raise Problem(f"{rules} changed since the night's last start; start another with --tag NEW")
+        settings = json.loads(rules.read_text())
         for flag in ("profile", "dataset", "budget_s"):
             given = args.budget if flag == "budget_s" else getattr(args, flag)
             if given is not None and given != settings[flag]:
@@ -1279,7 +1282,8 @@ def open_night(tag: str, args, repository: Repository) -> Night:
     versions = {"python": sys.version.split()[0], "torch": settings["torch"]}
     journal.append(
         "night", tag=tag, versions=versions, device=settings["device_name"], sandbox=night.tier, pid=os.getpid(),
-        harness=settings["harness_sha256"], arguments=arguments,
+        harness=settings["harness_sha256"] | {"night.json": sha256_of(folder / "harness" / "night.json")},
+        arguments=arguments,
     )  # fmt: skip
     return night
 
@@ -1393,8 +1397,12 @@ def experiment_once(
         scored, crash = score(folder, night.sandbox, score_limit_s)
     ended = time.perf_counter()
     night.check_unchanged()
-    if crash:
-        check_disk(night.folder)  # a full disk is no fault of the experiment: it is run again
+    if crash:  # a full disk is no fault of the experiment: it is run again
+        try:
+            check_disk(night.folder)
+        except Problem:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
     experiment = Experiment(
         number=number,
         parent=incumbent.number if incumbent else None,

@@ -1,5 +1,6 @@
 """Fixtures: the repository's own folder, prepared real data, and a small checkout with stub training for the agent."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,10 @@ sys.path.insert(0, str(ROOT))
 for name in list(os.environ):
     if name.startswith(("AUTORESEARCH_", "ANTHROPIC_", "HF_")):
         del os.environ[name]
+
+
+STUB = (ROOT / "tests" / "stub_train.py").read_text()
+NIGHT = ("--tag", "t", "--proposer", "random", "--profile", "cpu")
 
 
 @pytest.fixture(scope="session")
@@ -92,3 +97,51 @@ def real_checkout(tmp_path, cache):
     shutil.copytree(cache, tmp_path / "cache")
     os.truncate(tmp_path / "cache" / "cpu-sotu" / "val.bin", 64 * 257 * 2)
     return make_checkout(tmp_path / "checkout", tmp_path / "cache", stub=False)
+
+
+def rows_of(checkout, event=None, tag="t"):
+    lines = (checkout.folder / "runs" / tag / "journal.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [row for row in rows if event in (None, row["event"])]
+
+
+def check_agreement(checkout, tag="t"):
+    """Journal, refs, branch, results.tsv and folders of a night tell one story; returns its result rows."""
+    results = rows_of(checkout, "result", tag)
+    assert [row["number"] for row in results] == list(range(len(results)))
+    refs = dict(
+        line.split()[::-1]
+        for line in checkout.git("for-each-ref", "--format=%(objectname) %(refname)", "refs/autoresearch").split("\n")
+    )
+    prefix = f"refs/autoresearch/{tag}/"
+    assert {name: commit for name, commit in refs.items() if name.startswith(prefix)} == {
+        f"{prefix}{row['number']:04d}": row["commit"] for row in results
+    }
+    keeps = [row["commit"] for row in results if row["verdict"] == "keep"]
+    on_branch = checkout.git("rev-list", "--reverse", f"autoresearch/{tag}", "--not", "main").split("\n")
+    assert on_branch == keeps
+    lines = (checkout.folder / "runs" / tag / "results.tsv").read_text().splitlines()
+    assert lines[0] == "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
+    for line, row in zip(lines[1:], results, strict=True):
+        commit, bpb, memory, status, description = line.split("\t")
+        assert row["commit"].startswith(commit) and (status, description) == (row["verdict"], row["description"])
+        assert bpb == ("" if row["val_bpb"] is None else f"{row['val_bpb']:.6f}") and memory == ""
+    best = None
+    for row in results:
+        if row["verdict"] == "keep":
+            assert best is None or row["val_bpb"] < best
+            best = row["val_bpb"]
+        elif row["verdict"] == "discard":
+            assert row["val_bpb"] >= best
+        source = checkout.git("cat-file", "blob", f"{row['commit']}:train.py") + "\n"
+        assert source == (checkout.folder / "runs" / tag / f"{row['number']:04d}" / "train.py").read_text()
+    return results
+
+
+def story(checkout):
+    """A night without what differs from one machine to the next: times, and the commits that hold them."""
+    same = ("number", "source", "verdict", "val_bpb", "parent", "description")
+    return [
+        [row[key] for key in same] + [checkout.git("rev-parse", f"{row['commit']}^{{tree}}")]
+        for row in check_agreement(checkout)
+    ]

@@ -49,11 +49,11 @@ def start():
 def main():
     if "--machine" in sys.argv:
         facts = {
-            "torch": "stub",
+            "torch": os.environ.get("STUB_TORCH", "stub"),
             "threads": 1,
             "memory_gb": None,
             "device": "cpu",
-            "device_name": "stub",
+            "device_name": os.environ.get("STUB_DEVICE_NAME", "stub"),
             "dtype": "float32",
         }
         print(json.dumps(facts | {"compiler": False, "train_file": "train.bin"}))

@@ -4,63 +4,20 @@ import json
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_checkout
+from conftest import NIGHT, ROOT, STUB, check_agreement, make_checkout, rows_of, story
 from hypothesis import given
 from hypothesis import strategies as st
 
 import agent
 from agent import Edit
 
-STUB = (ROOT / "tests" / "stub_train.py").read_text()
 REAL = (ROOT / "train.py").read_text()
-NIGHT = ("--tag", "t", "--proposer", "random", "--profile", "cpu")
-
-
-def rows_of(checkout, event=None, tag="t"):
-    lines = (checkout.folder / "runs" / tag / "journal.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [row for row in rows if event in (None, row["event"])]
-
-
-def check_agreement(checkout, tag="t"):
-    """Journal, refs, branch, results.tsv and folders of a night tell one story; returns its result rows."""
-    results = rows_of(checkout, "result", tag)
-    assert [row["number"] for row in results] == list(range(len(results)))
-    refs = dict(
-        line.split()[::-1]
-        for line in checkout.git("for-each-ref", "--format=%(objectname) %(refname)", "refs/autoresearch").split("\n")
-    )
-    prefix = f"refs/autoresearch/{tag}/"
-    assert {name: commit for name, commit in refs.items() if name.startswith(prefix)} == {
-        f"{prefix}{row['number']:04d}": row["commit"] for row in results
-    }
-    keeps = [row["commit"] for row in results if row["verdict"] == "keep"]
-    on_branch = checkout.git("rev-list", "--reverse", f"autoresearch/{tag}", "--not", "main").split("\n")
-    assert on_branch == keeps
-    lines = (checkout.folder / "runs" / tag / "results.tsv").read_text().splitlines()
-    assert lines[0] == "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
-    for line, row in zip(lines[1:], results, strict=True):
-        commit, bpb, memory, status, description = line.split("\t")
-        assert row["commit"].startswith(commit) and (status, description) == (row["verdict"], row["description"])
-        assert bpb == ("" if row["val_bpb"] is None else f"{row['val_bpb']:.6f}") and memory == ""
-    best = None
-    for row in results:
-        if row["verdict"] == "keep":
-            assert best is None or row["val_bpb"] < best
-            best = row["val_bpb"]
-        elif row["verdict"] == "discard":
-            assert row["val_bpb"] >= best
-        source = checkout.git("cat-file", "blob", f"{row['commit']}:train.py") + "\n"
-        assert source == (checkout.folder / "runs" / tag / f"{row['number']:04d}" / "train.py").read_text()
-    return results
 
 
 # --- edits
@@ -314,15 +271,6 @@ def undisturbed(tmp_path_factory):
     return story(checkout)
 
 
-def story(checkout):
-    """A night without what differs from one machine to the next: times, and the commits that hold them."""
-    same = ("number", "source", "verdict", "val_bpb", "parent", "description")
-    return [
-        [row[key] for key in same] + [checkout.git("rev-parse", f"{row['commit']}^{{tree}}")]
-        for row in check_agreement(checkout)
-    ]
-
-
 @pytest.mark.parametrize("moment", ["baseline", "proposal", "start", "run", "result"])
 def test_killed_at_any_moment_the_night_goes_on(checkout, moment, undisturbed):
     """kill -9 when the journal or the run folder shows the moment; the next start ends as an undisturbed night does."""
@@ -398,86 +346,11 @@ def test_a_night_whose_branch_is_checked_out_is_refused(checkout):
     assert "is checked out" in checkout.agent("--tag", "t", "--experiments", "2", expect=1)
 
 
-def test_ctrl_c_leaves_no_child_and_exits_0(checkout):
-    checkout.slow(30)
-    process = checkout.start(*NIGHT)
-    log = checkout.folder / "runs" / "t" / "0000" / "run.log"
-    while not log.exists():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=10)
-    assert process.returncode == 0 and "Traceback" not in output
-    assert children_of(checkout.folder) == []
-    assert len(rows_of(checkout, "result")) == 0
-
-
-def children_of(folder: Path) -> list[int]:
-    """Processes whose working folder lies in `folder`."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if os.readlink(entry / "cwd").startswith(str(folder)):
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
-
-
-def test_a_second_agent_on_the_tag_is_told_who_has_it(checkout):
-    checkout.slow(30)
-    first = checkout.start(*NIGHT)
-    while not (checkout.folder / "runs" / "t" / "0000" / "run.log").exists():
-        time.sleep(0.01)
-    output = checkout.agent(*NIGHT, expect=1)
-    assert f"pid {first.pid}" in output
-    other = checkout.agent("--tag", "other", *NIGHT[2:], expect=1)  # another night, the same device
-    assert f"pid {first.pid}" in other and "tag t" in other
-    first.terminate()
-    assert first.wait(timeout=10) == 0
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        ("raise RuntimeError('no such luck')", "no such luck"),
-        ("raise SystemExit(0)", "no valid result.json"),
-        ("getattr(prepare, 'o' + 's').abort()", "SIGABRT"),  # what the screen does not see
-    ],
-)
-def test_a_crash_is_recorded_with_its_class_and_never_kept(checkout, line, reason):
-    checkout.agent(*NIGHT, "--experiments", "1")
-    source = STUB.replace("    steps = 0\n", f"    steps = 0\n    {line}\n").replace("lr=0.4", "lr=0.1")
-    (checkout.folder / "train.py").write_text(source)
-    output = checkout.agent("--tag", "t", "--try", "crashes")
-    row = check_agreement(checkout)[-1]
-    assert row["verdict"] == "crash" and reason in row["reason"] and row["val_bpb"] is None
-    assert "crash" in output
-
-
 def test_a_baseline_that_crashes_ends_the_night_with_its_log(checkout):
     source = STUB.replace("    steps = 0\n", "    steps = 0\n    raise RuntimeError('at once')\n")
     (checkout.folder / "train.py").write_text(source)
     output = checkout.agent(*NIGHT, expect=1)
     assert "the baseline failed" in output and "RuntimeError: at once" in output
-
-
-def test_a_child_that_hangs_and_ignores_sigterm_is_killed(tmp_path):
-    (tmp_path / "0001" / "out").mkdir(parents=True)
-    (tmp_path / "0001" / "train.py").write_text(
-        "import signal, subprocess, sys, time\n"
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-        "time.sleep(60)\n"
-    )
-    done = agent.run(tmp_path / "0001", None, limit_s=1.0)
-    assert done.result is None and "time-out" in done.reason and done.seconds < 10
-    assert children_of(tmp_path) == []
-
-
-def test_no_key_of_the_user_reaches_a_child(checkout, monkeypatch):
-    monkeypatch.setenv("ANTHROPIC_API_KEY", "canary")
-    _, environment, _ = agent.child_command("train", checkout.folder / "runs" / "t" / "0001", None)
-    assert "canary" not in str(environment) and "ANTHROPIC_API_KEY" not in environment
 
 
 # --- try, replay, tags
@@ -552,12 +425,6 @@ def test_rules_that_changed_refuse_to_resume(checkout, name):
         file.write("\n# changed\n")
     output = checkout.agent("--tag", "t", "--experiments", "2", expect=1)
     assert name in output and "--tag NEW" in output
-
-
-def test_data_that_changed_during_the_night_stops_it(checkout):
-    checkout.agent(*NIGHT, "--experiments", "1")
-    (checkout.cache / "cpu-sotu" / "val.bin").write_text("other")
-    assert "val.bin changed" in checkout.agent("--tag", "t", "--experiments", "2", expect=1)
 
 
 def test_outside_a_repository_the_next_command_is_named(checkout):

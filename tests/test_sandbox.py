@@ -10,10 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, bubblewrap_works, make_checkout
+from conftest import NIGHT, STUB, bubblewrap_works, make_checkout
 
-STUB = (ROOT / "tests" / "stub_train.py").read_text()
-NIGHT = ("--tag", "t", "--proposer", "random", "--profile", "cpu")
 sandboxed = pytest.mark.skipif(not bubblewrap_works(), reason="bubblewrap is not installed, or may not run here")
 
 
