@@ -48,10 +48,10 @@ class Checkout:
         git = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null"}
         return {**os.environ, **git, "AUTORESEARCH_CACHE": str(self.cache), "CUDA_VISIBLE_DEVICES": ""}
 
-    def start(self, *args, script="agent.py", **environment):
+    def start(self, *args, script="agent.py", stdout=subprocess.PIPE, **environment):
         return subprocess.Popen(
             [sys.executable, script, *args], cwd=self.folder, env={**self.environment, **environment}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            stdout=stdout, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
         )  # fmt: skip
 
     def slow(self, step_s: float) -> None:
