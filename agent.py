@@ -895,6 +895,13 @@ class Journal:
     def of(self, event: str) -> list[dict]:
         return [row for row in self.rows if row["event"] == event]
 
+    def forget(self, number: int) -> None:
+        """Drops from memory what only the file needs to tell of an experiment long past: an agent that runs for weeks stays small."""
+        self.rows = [row for row in self.rows if row.get("number") != number or row["event"] == "result"]
+        for row in self.rows:
+            if row.get("number") == number:
+                row.update(edits=[], hypothesis="", metrics={**row["metrics"], "losses": []})
+
 
 # ---------------------------------------------------------------------------
 # Git, by plumbing: the checkout, its index, hooks and stash are never touched
@@ -1084,6 +1091,7 @@ class Night:
             self.write_view()
             self.remember(row)
             self.tidy(row)
+            self.journal.forget(experiment.number - constants.RECENT)
         return row
 
     def tidy(self, row: dict) -> None:

@@ -80,6 +80,7 @@ STARTUP_LIMIT_S = 600.0  # start to clock and clock to exit together: a cold com
 SCORE_LIMIT_S = 900.0  # one scoring; 20.97M tokens take under a minute on an H100
 PROBE_LIMIT_S = 120.0  # the trial of the sandbox: importing torch from a cold disk
 KILL_PATIENCE_S = 20.0  # how long a process may take to go after kill -9: a driver that writes out, a full disk
+RECENT = 10  # experiments whose edits are kept at hand
 MAX_BOUNCES = 3  # failed screens before an idea is dropped
 MAX_IDEAS = 20  # dropped ideas in a row before the night stops
 MAX_CRASHES = 10  # crashes in a row before the night stops
