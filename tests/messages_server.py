@@ -1,0 +1,108 @@
+"""A local server that speaks the streaming Messages API, with scripted replies: what the proposer is tested against."""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class MessagesServer:
+    """`script` holds one reply for each call: text, or (kind, argument); the last one is repeated for ever.
+
+    Kinds: "status" (code, headers, message), "refusal", "max_tokens", "cut", "error event", "pause". A function is called with
+    the request and returns one of these. `requests` are the bodies; `usage` adds up what was reported.
+    """
+
+    def __init__(self, script, think_s: float = 0.0, models=("claude-opus-5-5",)):
+        self.script, self.think_s, self.models = list(script), think_s, models
+        self.requests, self.usage = [], dict.fromkeys(("input", "cache_write", "cache_read", "output"), 0)
+        self.lock = threading.Lock()
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *args):
+                pass
+
+            def do_GET(self):
+                name = self.path.split("?")[0].rsplit("/", 1)[1]
+                if self.headers.get("x-api-key") == "wrong":
+                    self.answer(401, {"error": {"type": "authentication_error", "message": "invalid x-api-key"}})
+                elif name not in owner.models:
+                    self.answer(404, {"error": {"type": "not_found_error", "message": f"model: {name}"}})
+                else:
+                    self.answer(200, {"type": "model", "id": name, "display_name": name, "created_at": "2026-01-01T00:00:00Z"})
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                with owner.lock:
+                    owner.requests.append(body)
+                    reply = owner.script.pop(0) if len(owner.script) > 1 else owner.script[0]
+                reply = reply(body) if callable(reply) else reply
+                time.sleep(owner.think_s)
+                kind, argument = reply if isinstance(reply, tuple) else ("text", reply)
+                if kind == "status":
+                    code, headers, message = argument
+                    self.answer(code, {"type": "error", "error": {"type": "api_error", "message": message}}, headers)
+                else:
+                    self.stream(kind, argument)
+
+            def answer(self, code, facts, headers=()):
+                raw = json.dumps(facts).encode()
+                self.send_response(code)
+                for name, value in [("content-type", "application/json"), ("content-length", str(len(raw))), *headers]:
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(raw)
+
+            def stream(self, kind, text):
+                self.send_response(200)
+                self.send_header("content-type", "text/event-stream")
+                self.send_header("connection", "close")
+                self.end_headers()
+                usage = {"input_tokens": 100, "cache_creation_input_tokens": 30, "cache_read_input_tokens": 5000, "output_tokens": 1}
+                owner.count(input=100, cache_write=30, cache_read=5000)
+                message = {"id": "m", "type": "message", "role": "assistant", "content": [], "model": "claude-opus-5-5",
+                           "stop_reason": None, "stop_sequence": None, "usage": usage}  # fmt: skip
+                self.event("message_start", message=message)
+                if kind == "error event":
+                    owner.count(output=1)
+                    self.event("error", error={"type": "overloaded_error", "message": "Overloaded"})
+                    return
+                half = text if kind != "cut" else text[: len(text) // 2]
+                if kind != "refusal":
+                    self.event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+                    for begin in range(0, len(half), 50):
+                        self.event("content_block_delta", index=0, delta={"type": "text_delta", "text": half[begin : begin + 50]})
+                if kind == "cut":
+                    owner.count(output=1)
+                    return
+                if kind != "refusal":
+                    self.event("content_block_stop", index=0)
+                stop = {"text": "end_turn", "pause": "pause_turn"}.get(kind, kind)
+                tokens = 7 + len(half) // 4
+                owner.count(output=tokens)
+                self.event("message_delta", delta={"stop_reason": stop, "stop_sequence": None}, usage={"output_tokens": tokens})
+                self.event("message_stop")
+
+            def event(self, kind, **facts):
+                self.wfile.write(f"event: {kind}\ndata: {json.dumps({'type': kind, **facts})}\n\n".encode())
+                self.wfile.flush()
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def count(self, **tokens):
+        with self.lock:
+            for name, number in tokens.items():
+                self.usage[name] += number
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc):
+        self.server.shutdown()
+        self.server.server_close()
