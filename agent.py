@@ -516,7 +516,8 @@ def parse_reply(text: str) -> tuple[Proposal, str | None]:
         elif mark == SEARCH:
             state = "search"
         elif state == "between" and line.startswith("NOTES:"):
-            notes = " ".join("\n".join([line.removeprefix("NOTES:"), *lines[number + 1 :]]).split(" ")[:400]).strip()
+            text = "\n".join([line.removeprefix("NOTES:"), *lines[number + 1 :]])
+            notes = "".join(re.findall(r"\S+\s*", text)[:400]).strip()
             break
         elif state == "head":
             head.append(line)
@@ -697,6 +698,8 @@ class ClaudeProposer:
 
     def propose(self, source: str, ledger: Ledger, feedback: list[str]) -> Proposal | None:
         """Raises ReplyError for a reply that is no proposal, Problem where going on is of no use; None when the money is spent."""
+        if self.refusals >= constants.MAX_REFUSALS:
+            raise Problem(f"{self.refusals} replies were refusals; change program.md or choose another --model, {ON}")
         if feedback and self.turns:
             self.turns.append(
                 {"role": "user", "content": f"That cannot be run: {feedback[-1]}\n\nThe whole reply again, mended."}
@@ -716,10 +719,6 @@ class ClaudeProposer:
         if stop not in ("end_turn", "stop_sequence"):
             self.turns = []
             self.refusals += stop == "refusal"
-            if self.refusals >= constants.MAX_REFUSALS:
-                raise Problem(
-                    f"{self.refusals} replies were refusals; change program.md or choose another --model, {ON}"
-                )
             raise ReplyError(f"no whole reply: {stop or 'the stream was cut'}", facts)
         self.turns.append({"role": "assistant", "content": text or "(empty)"})
         self.refusals = 0
@@ -1566,12 +1565,12 @@ class Night:
             missed=missed,
         )
 
-    def waiting(self, proposer: str) -> Idea | None:
-        """A screened proposal of this proposer that a stop left unused; its source is to be made anew."""
-        used = {row["proposal"] for row in self.journal.of("start") if row["number"] < self.next_number}
+    def waiting(self, proposer: str, running: int | None = None) -> Idea | None:
+        """The first screened proposal that a stop left unused, `running` aside; its source is to be made anew."""
+        used = {row["proposal"] for row in self.journal.of("start") if row["number"] < self.next_number} | {running}
         used |= {row["proposal"] for row in self.journal.of("reject") if "proposal" in row}
         rows = [row for row in self.journal.of("proposal") if row["proposer"] == proposer and row["id"] not in used]
-        return Idea(rows[-1]["id"], proposal_of(rows[-1]), "") if rows else None
+        return Idea(rows[0]["id"], proposal_of(rows[0]), "") if rows else None
 
     @property
     def next_id(self) -> int:
@@ -2052,17 +2051,18 @@ def run_night(night: Night, proposer, args, view: "View") -> str:
             return False
         return (args.experiments is None or number <= args.experiments) and left_s() > mean_s
 
-    def think(running: Proposal, source: str, mean_s: float) -> None:
-        """Has the next idea thought of while this one trains."""
-        if not proposer.inline and wants_more(night.next_number + 1, 2 * mean_s):
-            ledger = night.ledger(running)
+    def think(running: Idea, source: str, mean_s: float) -> None:
+        """Has the next idea thought of while this one trains, unless one is in hand already."""
+        in_hand = proposer.inline or night.waiting(proposer.name, running.id)
+        if not in_hand and wants_more(night.next_number + 1, 2 * mean_s):
+            ledger = night.ledger(running.proposal)
             thinker.start(partial(find_idea, proposer, source, ledger, night.tried, night.next_id))
 
     try:
         if not night.results:
             source = night.settings["baseline"]
             idea = Idea(0, Proposal("baseline", "", ()), source)
-            think_now = partial(think, idea.proposal, source, night.settings["budget_s"])
+            think_now = partial(think, idea, source, night.settings["budget_s"])
             row, last_exit = experiment_once(night, idea, view, None, think_now, meanwhile)
             if row["verdict"] != "keep":
                 log = "\n".join(log_tail(night.folder / "0000" / "run.log")[-15:])
@@ -2087,7 +2087,7 @@ def run_night(night: Night, proposer, args, view: "View") -> str:
             idea = next_idea(night, proposer, thinker, source)
             if idea is None:
                 return proposer.exhausted
-            think_now = partial(think, idea.proposal, source, mean_s)
+            think_now = partial(think, idea, source, mean_s)
             _, last_exit = experiment_once(night, idea, view, last_exit, think_now, meanwhile)
         raise AssertionError("unreachable")
     finally:

@@ -27,12 +27,14 @@ class MessagesServer:
 
             def do_GET(self):
                 name = self.path.split("?")[0].rsplit("/", 1)[1]
-                if self.headers.get("x-api-key") == "wrong":
+                if "wrong" in f"{self.headers.get('x-api-key')} {self.headers.get('authorization')}":
                     self.answer(401, {"error": {"type": "authentication_error", "message": "invalid x-api-key"}})
                 elif name not in owner.models:
                     self.answer(404, {"error": {"type": "not_found_error", "message": f"model: {name}"}})
                 else:
-                    self.answer(200, {"type": "model", "id": name, "display_name": name, "created_at": "2026-01-01T00:00:00Z"})
+                    self.answer(
+                        200, {"type": "model", "id": name, "display_name": name, "created_at": "2026-01-01T00:00:00Z"}
+                    )
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -61,7 +63,12 @@ class MessagesServer:
                 self.send_header("content-type", "text/event-stream")
                 self.send_header("connection", "close")
                 self.end_headers()
-                usage = {"input_tokens": 100, "cache_creation_input_tokens": 30, "cache_read_input_tokens": 5000, "output_tokens": 1}
+                usage = {
+                    "input_tokens": 100,
+                    "cache_creation_input_tokens": 30,
+                    "cache_read_input_tokens": 5000,
+                    "output_tokens": 1,
+                }
                 owner.count(input=100, cache_write=30, cache_read=5000)
                 message = {"id": "m", "type": "message", "role": "assistant", "content": [], "model": "claude-opus-5-5",
                            "stop_reason": None, "stop_sequence": None, "usage": usage}  # fmt: skip
@@ -74,7 +81,11 @@ class MessagesServer:
                 if kind != "refusal":
                     self.event("content_block_start", index=0, content_block={"type": "text", "text": ""})
                     for begin in range(0, len(half), 50):
-                        self.event("content_block_delta", index=0, delta={"type": "text_delta", "text": half[begin : begin + 50]})
+                        self.event(
+                            "content_block_delta",
+                            index=0,
+                            delta={"type": "text_delta", "text": half[begin : begin + 50]},
+                        )
                 if kind == "cut":
                     owner.count(output=1)
                     return
@@ -83,7 +94,9 @@ class MessagesServer:
                 stop = {"text": "end_turn", "pause": "pause_turn"}.get(kind, kind)
                 tokens = 7 + len(half) // 4
                 owner.count(output=tokens)
-                self.event("message_delta", delta={"stop_reason": stop, "stop_sequence": None}, usage={"output_tokens": tokens})
+                self.event(
+                    "message_delta", delta={"stop_reason": stop, "stop_sequence": None}, usage={"output_tokens": tokens}
+                )
                 self.event("message_stop")
 
             def event(self, kind, **facts):
