@@ -698,6 +698,8 @@ class ClaudeProposer:
 
     def propose(self, source: str, ledger: Ledger, feedback: list[str]) -> Proposal | None:
         """Raises ReplyError for a reply that is no proposal, Problem where going on is of no use; None when the money is spent."""
+        schedule = schedule_of(program_text())
+        ledger = replace(ledger, operator=schedule[(ledger.next_number - 1) % len(schedule)])
         if self.refusals >= constants.MAX_REFUSALS:
             raise Problem(f"{self.refusals} replies were refusals; change program.md or choose another --model, {ON}")
         if feedback and self.turns:
@@ -1540,7 +1542,6 @@ class Night:
         """The history for the next proposal; `running` is the experiment that trains meanwhile."""
         results, number = self.results, self.next_number + (running is not None)
         notes = self.folder / "notes.md"
-        schedule = schedule_of(program_text())
         kept = [row["verdict"] == "keep" for row in results[-constants.STUCK_AFTER :]]
         recent = [
             (
@@ -1559,7 +1560,6 @@ class Night:
             recent=recent,
             running=running,
             notes=notes.read_text() if notes.exists() else "",
-            operator=schedule[(number - 1) % len(schedule)],
             repair=crash_to_repair(results),
             stuck=len(kept) == constants.STUCK_AFTER and not any(kept),
             missed=missed,

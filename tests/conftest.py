@@ -73,7 +73,7 @@ class Checkout:
 
 def make_checkout(folder: Path, cache: Path, stub: bool) -> Checkout:
     folder.mkdir()
-    for name in ("constants.py", "prepare.py", "train.py", "agent.py", ".gitignore"):
+    for name in ("constants.py", "prepare.py", "train.py", "agent.py", "program.md", ".gitignore"):
         shutil.copy(ROOT / name, folder)
     if stub:
         shutil.copy(ROOT / "tests" / "stub_prepare.py", folder / "prepare.py")

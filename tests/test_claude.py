@@ -1,7 +1,6 @@
 """Claude as the researcher, against a real local server that speaks the streaming Messages API (messages_server.py)."""
 
 import re
-import shutil
 import time
 from dataclasses import replace
 
@@ -36,7 +35,6 @@ def numbered():
 @pytest.fixture
 def night(checkout):
     """Runs a night with a scripted server: night(script, *flags) -> (output, server)."""
-    shutil.copy(ROOT / "program.md", checkout.folder)
 
     def run(script, *flags, expect=0, think_s=0.0, **environment):
         with MessagesServer(script, think_s) as server:
@@ -192,7 +190,6 @@ def test_an_edit_that_no_longer_applies_is_asked_anew(checkout, night):
 
 def test_fault_1_a_proposal_that_was_paid_for_is_used_after_a_kill(checkout, night):
     checkout.slow(0.4)
-    shutil.copy(ROOT / "program.md", checkout.folder)
     with MessagesServer([numbered()]) as server:
         keys = {"ANTHROPIC_API_KEY": "k", "ANTHROPIC_BASE_URL": server.url}
         process = checkout.start(*NIGHT, "--experiments", "3", **keys)
@@ -311,7 +308,6 @@ def test_interrupted_while_thinking_the_cost_so_far_is_journalled(checkout):
     """FAULTS 9, thinking: exit 0 at once; the call in flight is thrown away, and said to have cost at least its input."""
     import signal
 
-    shutil.copy(ROOT / "program.md", checkout.folder)
     with MessagesServer([numbered()], think_s=20.0) as server:
         process = checkout.start(*NIGHT, "--experiments", "3", ANTHROPIC_API_KEY="k", ANTHROPIC_BASE_URL=server.url)
         deadline = time.monotonic() + 60
