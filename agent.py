@@ -452,6 +452,7 @@ class Ledger:
     rejects: int  # proposals for this number that failed the screen
     results: list[dict]  # journal rows of the finished experiments
     recent: list[tuple[dict, str]]  # the last of them with the end of their log
+    setting: str = ""  # profile, budget, device, as one line
     running: Proposal | None = None
     notes: str = ""  # what the model wrote for itself
     operator: str = ""
@@ -577,7 +578,7 @@ def edits_text(edits) -> str:
 def request_text(source: str, ledger: Ledger) -> str:
     """What is asked for now: ledger, notes, the last edits with their outcomes, the incumbent's train.py, the operator."""
     keeps = [row for row in ledger.results if row["verdict"] == "keep"]
-    parts = []
+    parts = [f"# The setting\n\n{ledger.setting}"]
     if ledger.results:
         parts.append(
             "# The night so far\n\nNumber, verdict, difference in val_bpb to the incumbent of its time (negative is better), "
@@ -599,12 +600,10 @@ def request_text(source: str, ledger: Ledger) -> str:
     ]
     if told:
         parts.append("# The last experiments, with their edits\n\n" + "\n\n".join(told))
-    number = (
-        f"experiment {keeps[-1]['number']}, val_bpb {keeps[-1]['val_bpb']:.6f}"
-        if keeps
-        else "the baseline, now running"
-    )
-    parts.append(f"# train.py of the incumbent ({number})\n\n{source}")
+    best = keeps[-1] if keeps else None
+    number = f"experiment {best['number']}, val_bpb {best['val_bpb']:.6f}" if best else "the baseline, now running"
+    reached = f"Its run: {metrics_text(best['metrics'])}\n\n" if best else ""
+    parts.append(f"# train.py of the incumbent ({number})\n\n{reached}{source}")
     if ledger.repair:
         row = ledger.repair
         ask = (
@@ -619,6 +618,26 @@ def request_text(source: str, ledger: Ledger) -> str:
         ask += f" {ledger.missed}"
     parts.append(f"# Now\n\n{ask}\n\nOne proposal, in the form that the system prompt gives.")
     return "\n\n".join(parts)
+
+
+def setting_text(settings: dict) -> str:
+    """What a night runs on, as one line."""
+    s = settings
+    memory = f" with {s['memory_gb']:g} GB" if s["memory_gb"] else ""
+    mode = "torch.compile" if s["compile"] else "eager"
+    return (
+        f"profile {s['profile']}, dataset {s['dataset']}, {s['budget_s']:g} s of training a run, {s['device_name']}{memory}, "
+        f"{s['threads']} CPU threads, {s['dtype']}, {mode}"
+    )
+
+
+def metrics_text(metrics: dict) -> str:
+    """How far a run came, as one line: steps, tokens, epochs, parameters, memory, FLOPs and a few losses."""
+    told = {name: f"{value:.4g}" for name, value in metrics.items() if type(value) in (int, float) and name != "seed"}
+    losses = ", ".join(f"{loss:.3f} at {seconds:.0f} s" for seconds, loss in metrics.get("losses", [])[::4])
+    return ", ".join(f"{name} {value}" for name, value in told.items()) + (
+        f"; training loss {losses}" if losses else ""
+    )
 
 
 def by_number(results: list[dict], number: int) -> dict | None:
@@ -1558,6 +1577,7 @@ class Night:
             rejects=sum(row["number"] == number for row in self.journal.of("reject")),
             results=results,
             recent=recent,
+            setting=setting_text(self.settings),
             running=running,
             notes=notes.read_text() if notes.exists() else "",
             repair=crash_to_repair(results),

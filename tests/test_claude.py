@@ -349,11 +349,12 @@ def test_the_prompt_of_a_thousand_experiments_stays_small(tmp_path):
             parent=None,
             edits=[],
             hypothesis="",
+            metrics={"num_steps": 900, "losses": [[1.0, 5.0]]},
         )
     ]
     for n in range(1, 1001):
         rows.append(dict(number=n, verdict="discard", val_bpb=1.1, description="a description of some length " * 3, reason="", parent=0,
-                         edits=[{"search": "x = 1\n" * 20, "replace": "x = 2\n" * 20}], hypothesis=""))  # fmt: skip
+                         edits=[{"search": "x = 1\n" * 20, "replace": "x = 2\n" * 20}], hypothesis="", metrics={"num_steps": 900, "losses": [[1.0, 5.0]]}))  # fmt: skip
     ledger = agent.Ledger(
         1001, 0, rows, [(row, "line of the log\n" * 20) for row in rows[-5:]], notes="word " * 400, operator="improve"
     )
