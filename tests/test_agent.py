@@ -125,7 +125,7 @@ def test_a_program_that_differs_in_comments_only_is_no_new_idea():
 def experiment(**changes):
     metrics = {"training_seconds": 300.0, "num_steps": 1000}
     base = agent.Experiment(
-        number=1, parent=0, description="x", hypothesis="", edits=(), source="", val_bpb=1.0, crash="", metrics=metrics,
+        number=1, parent=0, description="x", hypothesis="", edits=(), operator="", repairs=None, missed=False, source="", val_bpb=1.0, crash="", metrics=metrics,
         run_seconds=320.0, scoring_seconds=20.0, idle_seconds=0.1,
     )  # fmt: skip
     return replace(base, **changes)
@@ -211,11 +211,11 @@ def test_random_moves_one_number_of_the_profile():
     names = {name for name, _ in agent.numeric_hyperparameters(REAL, "cpu")}
     assert {"n_layer", "matrix_lr", "step_tokens", "ROPE_BASE"} <= names
     for number in range(1, 30):
-        proposal = proposer.propose(REAL, agent.Ledger(number, 0, []), [])
+        proposal = proposer.propose(REAL, agent.Ledger(number, 0, [], []), [])
         new = agent.apply_edits(REAL, proposal.edits)
         changed = [pair for pair in zip(REAL.split("\n"), new.split("\n"), strict=True) if pair[0] != pair[1]]
         assert len(changed) == 1 and proposal.description.split(" ")[0] in changed[0][0]
-        assert proposal == proposer.propose(REAL, agent.Ledger(number, 0, []), [])
+        assert proposal == proposer.propose(REAL, agent.Ledger(number, 0, [], []), [])
 
 
 @given(st.one_of(st.integers(1, 10**6), st.floats(1e-6, 1e3)), st.integers())
