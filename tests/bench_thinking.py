@@ -2,7 +2,7 @@
 
     python tests/bench_thinking.py [EXPERIMENTS]
 
-A local server thinks for 80 % of a run's time; one proposal in five is kept, and one keep in four breaks the edit that waits.
+A local server thinks for 80 % of a run's time; one proposal in five is kept, and one keep in eight breaks the edit that waits.
 """
 
 import sys
@@ -13,11 +13,11 @@ from conftest import make_checkout, rows_of
 from messages_server import MessagesServer
 from test_claude import reply
 
-STEP_S, RUN_S = 0.6, 3.6  # the stub takes six steps
+STEP_S, RUN_S = 3.3, 20.0  # the stub takes six steps
 
 
 def script():
-    """Discards with every fifth reply a keep: a smaller width; every twentieth edit leans on the line that a keep changes."""
+    """Discards with every fifth reply a keep: a smaller width; every fortieth edit leans on the line that a keep changes."""
     count, width = 0, 64
 
     def answer(body):
@@ -28,7 +28,7 @@ def script():
         if count % 5 == 0:
             width -= 1
             return reply(f"narrower {count}", (now, f"        width={width},"))
-        line = now if count % 20 == 6 else "        beta=0.8,"
+        line = now if count % 40 == 6 else "        beta=0.8,"
         return reply(f"idea {count}", (line, f"{line}\n        idea={count},"))
 
     return [answer]
