@@ -101,7 +101,11 @@ class Experiment:
     missed: bool  # thought of while nothing ran: the waiting proposal did not apply to a new incumbent
     source: str  # sha256 of its train.py
     val_bpb: float | None
+    test_bpb: float | None  # of the baseline and of claims: those under the incumbent's val_bpb
+    confirm_bpb: float | None  # val on the second seed, where the claim was run again
     crash: str  # empty, or why there is no number
+    distrust: str  # empty, or why the scorer does not trust its number
+    rerun: bool  # run a second time, since the first was not at the incumbent's pace
     metrics: dict  # result.json, untrusted but checked
     run_seconds: float
     scoring_seconds: float | None
@@ -122,9 +126,14 @@ class Verdict:
 def judge(
     experiment: Experiment, incumbent: Experiment | None, baseline: Experiment | None, budget_s: float
 ) -> Verdict:
-    """Keep what lowers val_bpb, unless the number cannot be trusted. Pure. The baseline has no incumbent."""
+    """Keep what lowers val_bpb, unless the number cannot be trusted. Pure. The baseline has no incumbent.
+
+    Where both were run on the second seed too, the means decide.
+    """
     if experiment.crash or experiment.val_bpb is None:
         return Verdict("crash", experiment.crash or "no number")
+    if experiment.distrust:
+        return Verdict("invalid", experiment.distrust)
     metrics = experiment.metrics
     step = metrics["training_seconds"] / max(1, metrics["num_steps"])
     if metrics["training_seconds"] > budget_s + max(0.01 * budget_s, step):
@@ -139,7 +148,18 @@ def judge(
             )
     if incumbent is None:
         return Verdict("keep", "baseline")
-    return Verdict("keep" if experiment.val_bpb < incumbent.val_bpb else "discard")
+    gain = incumbent.val_bpb - experiment.val_bpb
+    if not gain > 0:
+        return Verdict("discard")
+    if experiment.test_bpb is not None and incumbent.test_bpb is not None:
+        on_test = incumbent.test_bpb - experiment.test_bpb
+        if gain - on_test > constants.TEST_ALARM * max(1.0, incumbent.val_bpb):
+            return Verdict("invalid", f"gained {gain:.4f} on val and {on_test:.4f} on test")
+    if experiment.confirm_bpb is not None and incumbent.confirm_bpb is not None:
+        mean, rival = ((e.val_bpb + e.confirm_bpb) / 2 for e in (experiment, incumbent))
+        if not mean < rival:
+            return Verdict("discard", f"not confirmed: on two seeds {mean:.6f} against {rival:.6f}")
+    return Verdict("keep")
 
 
 def overtime_s(budget_s: float) -> float:
@@ -154,11 +174,27 @@ IMPORTS = frozenset(
     "torch numpy triton math time gc functools itertools dataclasses contextlib typing collections copy prepare constants".split()
 )
 REFUSED = {  # name or attribute: why
-    **dict.fromkeys(("os", "sys", "subprocess", "socket", "ctypes", "cpp_extension"), "reaches outside the experiment"),
-    **dict.fromkeys(("environ", "__dict__", "_getframe", "builtins", "__builtins__"), "reaches into the harness"),
-    **dict.fromkeys(("eval", "exec"), "hides what runs; for evaluation mode use module.train(False)"),
-    **dict.fromkeys(("open", "memmap", "fromfile", "hub"), "reads or writes files; data comes from run.train_rows"),
-    **dict.fromkeys(("manual_seed",), "the seed belongs to the harness"),
+    name: reason
+    for names, reason in (
+        ("os sys subprocess socket ctypes cpp_extension pathlib shutil", "reaches outside the experiment"),
+        ("environ getenv putenv", "the environment decides nothing here; what a run may know is in `run`"),
+        (
+            "builtins __builtins__ __dict__ __globals__ __closure__ __subclasses__ __loader__ __spec__",
+            "reaches into the harness",
+        ),
+        ("_getframe f_back f_locals f_globals tb_frame gi_frame cr_frame", "walks the frames of its caller"),
+        ("get_objects get_referrers get_referents", "finds objects that belong to the harness"),
+        (
+            "eval exec compile_command __import__ import_module",
+            "hides what runs; for evaluation mode use module.train(False)",
+        ),
+        ("getattr setattr delattr globals locals vars", "hides which name is meant; write the attribute out"),
+        ("open memmap fromfile from_file loadtxt genfromtxt load hub", "reads files; data comes from run.train_rows"),
+        ("save savez savetxt tofile", "writes files; run.finish saves the weights"),
+        ("manual_seed set_rng_state_all seed_all default_generator", "the seed belongs to the harness"),
+        ("settings budget_s", "belongs to the harness; clock.progress and clock.seconds tell the time"),
+    )
+    for name in names.split()
 }
 
 
@@ -1027,7 +1063,9 @@ def probe(folder: Path, sandbox: Sandbox, forbidden: list[Path]) -> str:
     return f"it does not hide {', '.join(leaks)}" if leaks else ""
 
 
-def child_command(action: str, folder: Path, sandbox: Sandbox | None) -> tuple[list[str], dict[str, str], Path]:
+def child_command(
+    action: str, folder: Path, sandbox: Sandbox | None, more: tuple[str, ...] = ()
+) -> tuple[list[str], dict[str, str], Path]:
     """(argv, environment, working folder) of a child: "train", "score" or "probe" a run folder. The one place for isolation.
 
     The environment is an allow-list: no key of the user's reaches code that an LLM wrote.
@@ -1045,7 +1083,7 @@ def child_command(action: str, folder: Path, sandbox: Sandbox | None) -> tuple[l
         "AUTORESEARCH_RUN": str(folder),  # by which the next start finds what a killed agent left
     }
     program = ["../train.py"] if action == "train" else [str(harness / "prepare.py"), f"--{action}", str(folder)]
-    command = [sys.executable, "-u", *program]
+    command = [sys.executable, "-u", *program, *more]
     if sandbox:
         command = sandbox.command(action, folder) + command
     elif shutil.which("setpriv"):
@@ -1056,13 +1094,19 @@ def child_command(action: str, folder: Path, sandbox: Sandbox | None) -> tuple[l
 
 
 def run_child(
-    action: str, folder: Path, sandbox: Sandbox | None, log: Path, limit_s: float, meanwhile=lambda: None
+    action: str,
+    folder: Path,
+    sandbox: Sandbox | None,
+    log: Path,
+    limit_s: float,
+    meanwhile=lambda: None,
+    more: tuple[str, ...] = (),
 ) -> tuple[int | None, float]:
     """Runs a child to its end or its limit; returns (exit status, seconds), status None at the limit. Leaves none alive.
 
     Its output goes to `log`, capped; `meanwhile` is called some twenty times a second. A folder out/ over constants.OUT_BYTES ends it like the limit does.
     """
-    command, environment, cwd = child_command(action, folder, sandbox)
+    command, environment, cwd = child_command(action, folder, sandbox, more)
     start, process, looked = time.perf_counter(), None, 0.0
     with CappedLog(log) as output:
         try:
@@ -1251,17 +1295,25 @@ def run(folder: Path, sandbox: Sandbox | None, limit_s: float, meanwhile=lambda:
         return Run(None, f"no valid result.json: {error}", seconds)
 
 
-def score(folder: Path, sandbox: Sandbox | None, limit_s: float, meanwhile=lambda: None) -> tuple[dict | None, str]:
-    """Measures the weights of `folder` in a fresh process; returns (score.json's facts or None, why none)."""
+def score(
+    folder: Path, sandbox: Sandbox | None, limit_s: float, below: float, meanwhile=lambda: None
+) -> tuple[dict | None, str]:
+    """Measures the weights of `folder` in a fresh process; returns (score.json's facts or None, why none).
+
+    A val_bpb under `below` is a claim: it is probed, and measured on test too.
+    """
     log = folder / "score.log"
-    status, seconds = run_child("score", folder, sandbox, log, limit_s, meanwhile)
+    status, seconds = run_child("score", folder, sandbox, log, limit_s, meanwhile, ("--below", repr(below)))
     if status != 0:
         reason = out_of_bounds(limit_s, seconds) if status is None else crash_reason(status, log)
         return None, f"scoring: {reason}"
     try:
         facts = json.loads(log.read_bytes().splitlines()[-1])
-        if not (isinstance(facts["val_bpb"], float) and 0 < facts["val_bpb"] < 64):
-            raise ValueError(f"val_bpb is {facts['val_bpb']!r}")
+        for name in ("val_bpb", "test_bpb"):
+            none = facts[name] is None and name == "test_bpb"
+            if not none and not (isinstance(facts[name], float) and 0 < facts[name] < 64):
+                raise ValueError(f"{name} is {facts[name]!r}")
+        facts["invalid"] = sanitise(str(facts["invalid"]))[:500]
     except (IndexError, KeyError, TypeError, ValueError) as error:
         return None, f"scoring gave no number: {error}"
     facts["scoring_seconds"] = seconds
@@ -1404,7 +1456,7 @@ def read_journal(path: Path) -> tuple[list[dict], int]:
 class Journal:
     SHOWN = (
         "event", "number", "parent", "verdict", "reason", "val_bpb", "description", "commit", "run_seconds",
-        "scoring_seconds", "idle_seconds", "operator", "repairs", "missed",
+        "scoring_seconds", "idle_seconds", "operator", "repairs", "missed", "test_bpb", "confirm_bpb", "source",
     )  # fmt: skip
 
     def __init__(self, path: Path):
@@ -1532,6 +1584,7 @@ class Night:
     repository: Repository
     tried: dict[str, str] = field(default_factory=dict)  # fingerprint: outcome
     sandbox: Sandbox | None = None
+    confirm: bool = False  # whether every apparent win is run on a second seed
     card_mb: float | None = None  # memory of the card in use before the first run
     stamps: dict[str, tuple] = field(default_factory=dict)  # of the data files when they were last read in full
 
@@ -1680,12 +1733,12 @@ class Night:
             lines.append("\t".join((row["commit"][:7], bpb, memory, row["verdict"], description)))
         write_atomically(self.folder / "results.tsv", "\n".join(lines) + "\n")
 
-    def make_folder(self, number: int, source: str, until_clock: bool = False) -> Path:
+    def make_folder(self, name: str, source: str, seed: int, until_clock: bool = False) -> Path:
         """An empty run folder with train.py, run.json and the incumbent's compile cache."""
-        folder = self.folder / f"{number:04d}"
+        folder = self.folder / name
         self.empty_folder(folder)
         (folder / "train.py").write_text(source)
-        (folder / "run.json").write_text(json.dumps({"seed": self.settings["seed"], "until_clock": until_clock}))
+        (folder / "run.json").write_text(json.dumps({"seed": seed, "until_clock": until_clock}))
         if (self.folder / "cache").exists():
             shutil.copytree(self.folder / "cache", folder / "cache", dirs_exist_ok=True)
         return folder
@@ -1864,6 +1917,7 @@ def open_night(tag: str, args, repository: Repository) -> Night:
     end_orphans(folder)
     night.recover()
     night.sandbox = choose_sandbox(night, args)
+    night.confirm = args.confirm if args.confirm is not None else settings["profile"] == "cpu"
     arguments = {name: value for name, value in vars(args).items() if value is not None}
     versions = {"python": sys.version.split()[0], "torch": settings["torch"]}
     journal.append(
@@ -1971,6 +2025,55 @@ def next_idea(night: Night, proposer, thinker: Thinker, source: str) -> Idea | N
     return replace(idea, missed=bool(missed)) if idea else None
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A run and what the scorer said of it."""
+
+    run: Run
+    scores: dict | None
+    crash: str
+
+
+def measure(night: Night, folder: Path, below: float, view: "View", meanwhile=lambda: None) -> Measured:
+    """Trains and scores a run folder, within the bounds that the baseline sets. Raises Problem."""
+    budget_s, results = night.settings["budget_s"], night.results
+    limit_s, score_limit_s = budget_s + constants.STARTUP_LIMIT_S, constants.SCORE_LIMIT_S
+    if results:  # what outlasts these is invalid anyway
+        limit_s = min(limit_s, results[0]["run_seconds"] + overtime_s(budget_s) + 5)
+        score_limit_s = min(score_limit_s, 2 * results[0]["scoring_seconds"] + 15)
+    trained = run(folder, night.sandbox, limit_s, meanwhile)
+    scores, crash = None, trained.reason
+    if trained.result is not None:
+        view.phase = "scoring"
+        scores, crash = score(folder, night.sandbox, score_limit_s, below, meanwhile)
+    night.check_unchanged()
+    if crash:  # a full disk is no fault of the experiment: it is run again
+        try:
+            check_disk(night.folder)
+        except Problem:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    return Measured(trained, scores, crash)
+
+
+def ready_for_a_run(night: Night) -> None:
+    """Raises Problem where harness or data changed, the disk is full, or something still holds the card."""
+    night.check_unchanged()
+    check_disk(night.folder)
+    wait_for_card(night.card_mb)
+
+
+def off_pace(metrics: dict, incumbent: dict) -> bool:
+    """Whether a run of the incumbent's model and batch had another throughput than the incumbent: the machine's noise."""
+
+    def facts(m: dict) -> tuple[float, tuple]:
+        shape = (m["num_params_M"], round(m["total_tokens_M"] / max(1, m["num_steps"]), 9))
+        return m["total_tokens_M"] / max(1e-9, m["training_seconds"]), shape
+
+    (pace, shape), (usual, usual_shape) = facts(metrics), facts(incumbent)
+    return shape == usual_shape and abs(pace - usual) > constants.WOBBLE * usual
+
+
 def experiment_once(
     night: Night, idea: Idea, view: "View", last_exit: float | None, begun=lambda: None, meanwhile=lambda: None
 ) -> tuple[dict, float]:
@@ -1983,22 +2086,15 @@ def experiment_once(
     results, keeps = night.results, night.keeps
     baseline = experiment_of(results[0]) if results else None
     incumbent = experiment_of(keeps[-1]) if keeps else None
-    budget_s = settings["budget_s"]
-    limit_s = budget_s + constants.STARTUP_LIMIT_S
-    score_limit_s = constants.SCORE_LIMIT_S
-    if baseline is not None:  # what outlasts these is invalid anyway
-        limit_s = min(limit_s, baseline.run_seconds + overtime_s(budget_s) + 5)
-        score_limit_s = min(score_limit_s, 2 * baseline.scoring_seconds + 15)
-    night.check_unchanged()
-    check_disk(night.folder)
-    wait_for_card(night.card_mb)
+    seed, cpu = settings["seed"], settings["profile"] == "cpu"
+    ready_for_a_run(night)
     if baseline is None and settings["compile"]:  # so that the baseline's own start-up is as warm as all others
-        folder = night.make_folder(number, source, until_clock=True)
+        folder = night.make_folder(f"{number:04d}", source, seed, until_clock=True)
         view.begin(number, "compiling once, unrecorded", folder)
-        run(folder, night.sandbox, limit_s)
+        run(folder, night.sandbox, settings["budget_s"] + constants.STARTUP_LIMIT_S)
         shutil.rmtree(night.folder / "cache", ignore_errors=True)
         os.replace(folder / "cache", night.folder / "cache")
-    folder = night.make_folder(number, source)
+    folder = night.make_folder(f"{number:04d}", source, seed)
     digest = hashlib.sha256(source.encode()).hexdigest()
     night.tried.setdefault(fingerprint(source), f"experiment {number}, running now: {proposal.description}")
     parent = incumbent.number if incumbent else None
@@ -2006,19 +2102,13 @@ def experiment_once(
     begun()
     idle_s = None if last_exit is None else time.perf_counter() - last_exit
     view.begin(number, proposal.description, folder)
-    trained = run(folder, night.sandbox, limit_s, meanwhile)
-    scored, crash = None, trained.reason
-    if trained.result is not None:
-        view.phase = "scoring"
-        scored, crash = score(folder, night.sandbox, score_limit_s, meanwhile)
-    ended = time.perf_counter()
-    night.check_unchanged()
-    if crash:  # a full disk is no fault of the experiment: it is run again
-        try:
-            check_disk(night.folder)
-        except Problem:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+    below = incumbent.val_bpb if incumbent else math.inf
+    measured, rerun = measure(night, folder, below, view, meanwhile), False
+    if cpu and incumbent and not measured.crash and off_pace(measured.run.result, incumbent.metrics):
+        rerun, folder = True, night.make_folder(f"{number:04d}", source, seed)
+        view.begin(number, f"again, at the usual pace: {proposal.description}", folder)
+        measured = measure(night, folder, below, view, meanwhile)
+    scores = measured.scores or {}
     experiment = Experiment(
         number=number,
         parent=incumbent.number if incumbent else None,
@@ -2029,17 +2119,66 @@ def experiment_once(
         repairs=proposal.repairs,
         missed=idea.missed,
         source=digest,
-        val_bpb=scored["val_bpb"] if scored else None,
-        crash=crash,
-        metrics=trained.result or {},
-        run_seconds=trained.seconds,
-        scoring_seconds=scored["scoring_seconds"] if scored else None,
+        val_bpb=scores.get("val_bpb"),
+        test_bpb=scores.get("test_bpb"),
+        confirm_bpb=None,
+        crash=measured.crash,
+        distrust=scores.get("invalid", ""),
+        rerun=rerun,
+        metrics=measured.run.result or {},
+        run_seconds=measured.run.seconds,
+        scoring_seconds=scores.get("scoring_seconds"),
         idle_seconds=idle_s,
     )
-    verdict = judge(experiment, incumbent, baseline, budget_s)
+    verdict = judge(experiment, incumbent, baseline, settings["budget_s"])
+    if verdict.word == "keep" and incumbent:
+        large = incumbent.val_bpb - experiment.val_bpb > constants.LARGE_GAIN * incumbent.val_bpb
+        if night.confirm or large:
+            experiment, verdict = confirm(night, experiment, source, incumbent, baseline, view, meanwhile)
+    ended = time.perf_counter()
     row = night.record(experiment, verdict, source)
     view.finished(row, incumbent)
     return row, ended
+
+
+def confirm(night: Night, experiment: Experiment, source: str, incumbent, baseline, view, meanwhile):
+    """(experiment, verdict) of a claim after it and its incumbent were run on the second seed as well."""
+    sources = {"incumbent": night.repository.source(night.keeps[-1]["commit"]), "claim": source}
+    plan = [(name, text, constants.CONFIRM_SEED) for name, text in sources.items()]
+    first, second = trials(night, plan, view, meanwhile)
+    if second["val_bpb"] is None or second["distrust"]:
+        why = second["crash"] or second["distrust"]
+        return experiment, Verdict("discard", f"not confirmed: on the second seed {why}")
+    experiment = replace(experiment, confirm_bpb=second["val_bpb"])
+    incumbent = replace(incumbent, confirm_bpb=first["val_bpb"])
+    return experiment, judge(experiment, incumbent, baseline, night.settings["budget_s"])
+
+
+def trials(night: Night, plan: list[tuple[str, str, int]], view: "View", meanwhile=lambda: None) -> list[dict]:
+    """The journal's `trial` rows of (name, source, seed), in order: each pair of source and seed is run once in a night.
+
+    Interrupted, the same command goes on with what is missing.
+    """
+    rows = []
+    for name, source, seed in plan:
+        digest = hashlib.sha256(source.encode()).hexdigest()
+        done = [row for row in night.journal.of("trial") if (row["source"], row["seed"]) == (digest, seed)]
+        if not done:
+            ready_for_a_run(night)
+            folder = night.make_folder(f"trial-{digest[:8]}-{seed}", source, seed)
+            view.begin(night.next_number, f"{name} on seed {seed}", folder)
+            measured = measure(night, folder, math.inf, view, meanwhile)
+            scores, result = measured.scores or {}, measured.run.result or {}
+            done = [
+                night.journal.append(
+                    "trial", name=name, source=digest, seed=seed, val_bpb=scores.get("val_bpb"),
+                    test_bpb=scores.get("test_bpb"), crash=measured.crash, distrust=scores.get("invalid", ""),
+                    metrics=result, run_seconds=measured.run.seconds, scoring_seconds=scores.get("scoring_seconds"),
+                )
+            ]  # fmt: skip
+            shutil.rmtree(folder, ignore_errors=True)
+        rows.append(done[0])
+    return rows
 
 
 def experiment_of(row: dict) -> Experiment:
@@ -2292,7 +2431,7 @@ def restore_arguments(args, journal: Path, key: str | None) -> None:
     """Flags that were not given come from the night's last start. Raises Problem where nobody is there to propose."""
     rows, _ = read_journal(journal)
     stored = next((row["arguments"] for row in reversed(rows) if row["event"] == "night"), {})
-    for name in ("experiments", "hours", "proposer", "replay", "kept", "no_sandbox", "model", "max_usd"):
+    for name in ("experiments", "hours", "proposer", "replay", "kept", "no_sandbox", "model", "max_usd", "confirm"):
         if getattr(args, name) is None:
             setattr(args, name, stored.get(name))
     if args.proposer is None and not args.describe and (key or os.environ.get("ANTHROPIC_BASE_URL")):
@@ -2366,6 +2505,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--no-sandbox", action="store_true", default=None, help="run train.py as you, with your network and your files"
     )
+    parser.add_argument(
+        "--confirm",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="run every apparent win on a second seed before it is kept; default: for the cpu profile only",
+    )
     parser.add_argument("--demo", action="store_true", help="cpu profile, random, 20 s a run, 4 experiments, tag demo")
     args = parser.parse_args()
     if args.demo:
@@ -2373,6 +2518,7 @@ def parse_arguments() -> argparse.Namespace:
             parser.error("--demo stands alone: it sets tag, profile, dataset and proposer")
         args.tag, args.profile, args.dataset, args.proposer = "demo", "cpu", "sotu", "random"
         args.budget, args.experiments = args.budget or 20.0, args.experiments or 4
+        args.confirm = bool(args.confirm)
     if args.replay and args.proposer is None:
         args.proposer = "replay"
     if args.kept and not args.replay:

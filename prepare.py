@@ -23,6 +23,7 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -831,11 +832,11 @@ class Run:
     def start_clock(self, model) -> Clock:
         """Starts the five minutes. Raises Problem if the model already predicts better than an untrained one would."""
         rows = self.train_rows[: self.profile.eval_batch_rows]
-        nats, _, tokens = evaluate_sums(model, rows, self.token_bytes, len(rows))
-        floor = constants.UNTRAINED_LOSS * math.log(self.profile.vocab_size)
-        if not nats / tokens >= floor:
+        nats = evaluate_nats(model, rows, self.token_bytes, len(rows))
+        loss, floor = float(nats[nats > 0].mean()), constants.UNTRAINED_LOSS * math.log(self.profile.vocab_size)
+        if not loss >= floor:
             raise Problem(
-                f"the model was trained before the clock: loss {nats / tokens:.3f}, an untrained one's is over {floor:.3f}"
+                f"the model was trained before the clock: loss {loss:.3f}, an untrained one's is over {floor:.3f}"
             )
         if self.settings.until_clock:
             sys.exit(0)
@@ -971,6 +972,8 @@ def start() -> Run:
     if settings.by_hand:
         folder = settings.out.parent  # what --score needs later: the source, the weights
         settings.out.mkdir(parents=True, exist_ok=True)
+        for name in ("model.pt", "result.json"):
+            (settings.out / name).unlink(missing_ok=True)  # of an earlier train.py
         write_atomically(folder / "train.py", Path(sys.argv[0]).read_bytes())
     print(
         f"profile {run.profile.name}, dataset {settings.dataset}, device {run.device}, {settings.profile.dtype}, "
@@ -984,49 +987,142 @@ def start() -> Run:
 # Evaluation and scoring
 
 
-def evaluate_sums(model, rows: np.ndarray, token_bytes, batch_rows: int) -> tuple[float, int, int]:
-    """(nats, bytes, tokens) over the targets of (N, T+1) rows; special tokens count in none of them.
+def evaluate_nats(
+    model, rows: np.ndarray, token_bytes, batch_rows: int, targets=None, guard=lambda: None
+) -> np.ndarray:
+    """(N, T) float32: the nats of each target of (N, T+1) rows, 0 where it is a special token.
 
-    The model gets tokens and returns (B, T, vocab) logits; it never sees targets. The log-softmax is taken here, in
-    float32. Raises ValueError on a wrong shape or on logits that are not finite.
+    The model gets tokens and returns (B, T, vocab) logits; no array of targets exists until it has answered. The
+    log-softmax is taken here, in float32. `targets` are other rows to take the targets from; `guard` is called after each
+    answer. Raises ValueError on a wrong shape or on logits that are not finite.
     """
     import torch
 
     device, vocab = token_bytes.device, len(token_bytes)
-    nats = torch.zeros((), dtype=torch.float64, device="cpu")
-    total_bytes = tokens = 0
+    targets = rows if targets is None else targets
+    nats = np.empty((len(rows), rows.shape[1] - 1), np.float32)
     was_training = model.training
     model.eval()
     with torch.no_grad():
         for begin in range(0, len(rows), batch_rows):
-            batch = torch.from_numpy(rows[begin : begin + batch_rows].astype(np.int64)).to(device)
-            x, y = batch[:, :-1], batch[:, 1:].reshape(-1)
+            x = torch.from_numpy(rows[begin : begin + batch_rows, :-1].astype(np.int64)).to(device)
+            shape = (*x.shape, vocab)
             logits = model(x)
-            if logits.shape != (*x.shape, vocab):
-                raise ValueError(f"forward returned {tuple(logits.shape)}, not (B, T, vocab) = {(*x.shape, vocab)}")
-            lengths = token_bytes[y]
+            guard()
+            if type(logits) is not torch.Tensor or logits.shape != shape:
+                raise ValueError(f"forward returned {tuple(getattr(logits, 'shape', ()))}, not (B, T, vocab) = {shape}")
+            y = torch.from_numpy(targets[begin : begin + batch_rows, 1:].astype(np.int64)).to(device).reshape(-1)
             losses = []
             for part, target in zip(logits.reshape(-1, vocab).split(4096), y.split(4096), strict=True):
                 logprobs = torch.log_softmax(part.float(), dim=-1)
                 if not torch.isfinite(logprobs).all():
                     raise ValueError("forward returned logits that are not finite")
                 losses.append(-logprobs.gather(1, target[:, None]).squeeze(1))
-            counted = lengths > 0
-            nats += torch.cat(losses)[counted].double().sum().cpu()
-            total_bytes += int(lengths.sum())
-            tokens += int(counted.sum())
+            counted = torch.cat(losses) * (token_bytes[y] > 0)
+            nats[begin : begin + batch_rows] = counted.reshape(shape[:2]).cpu().numpy()
     model.train(was_training)
-    return float(nats), total_bytes, tokens
+    return nats
+
+
+def bits_per_byte(nats: np.ndarray, rows: np.ndarray, token_bytes) -> float:
+    """nats / (ln 2 x bytes) of the targets of (N, T+1) rows; special tokens count in neither."""
+    return float(nats.sum(dtype=np.float64)) / (math.log(2) * int(token_bytes.cpu().numpy()[rows[:, 1:]].sum()))
 
 
 def evaluate_bpb(model, rows: np.ndarray, token_bytes, batch_rows: int = 8) -> float:
-    """Bits per byte of the model on (N, T+1) rows: nats / (ln 2 x bytes). Lower is better, whatever the vocabulary."""
-    nats, total_bytes, _ = evaluate_sums(model, rows, token_bytes, batch_rows)
-    return nats / (math.log(2) * total_bytes)
+    """Bits per byte of the model on (N, T+1) rows. Lower is better, whatever the vocabulary."""
+    return bits_per_byte(evaluate_nats(model, rows, token_bytes, batch_rows), rows, token_bytes)
 
 
-def score(folder: Path, settings: Settings) -> dict:
-    """Measures the weights that FOLDER/train.py saved, in this fresh process; returns what score.json holds."""
+def bound_functions():
+    """A function that raises Problem where something that an evaluation calls is not what it was when this was called."""
+    import torch
+
+    names = {
+        torch: "from_numpy no_grad log_softmax isfinite cat",
+        torch.Tensor: "to float split reshape gather squeeze all cpu numpy detach view contiguous shape __neg__ __mul__ __gt__ __getitem__",
+        torch.nn.Module: "__call__ eval train load_state_dict named_parameters named_buffers",
+        np: "empty arange where abs",
+        sys.modules[__name__]: "evaluate_nats bits_per_byte altered_change state_digest",
+    }
+    bound = [(owner, name, getattr(owner, name)) for owner, text in names.items() for name in text.split()]
+
+    def check() -> None:
+        replaced = [name for owner, name, function in bound if getattr(owner, name, None) is not function]
+        if replaced:
+            raise Problem(f"train.py replaced {', '.join(replaced)}, which the evaluation calls")
+
+    return check
+
+
+def state_digest(model) -> str:
+    """sha256 of all parameters and buffers."""
+    import torch
+
+    digest, module = hashlib.sha256(), torch.nn.Module  # the class's own methods, which no model overrides
+    for name, tensor in [*module.named_parameters(model), *module.named_buffers(model)]:
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(name.encode() + raw.tobytes())
+    return digest.hexdigest()
+
+
+def altered_change(model, nats, rows, token_bytes, batch_rows: int, chosen, cuts, random, guard) -> tuple[float, float]:
+    """(mean, largest absolute) change in nats of the targets up to the cut when the tokens from the cut on are other text.
+
+    nats: (N, T), from the rows' own pass. chosen, cuts: (n,) row numbers, and positions in 1..T; a cut at T replaces nothing,
+    so that order and neighbours of the rows are all that differs.
+    """
+    T = rows.shape[1] - 1
+    others = (chosen + random.integers(1, max(2, len(rows)), len(chosen))) % len(rows)
+    altered = np.where(np.arange(T + 1) >= cuts[:, None], rows[others], rows[chosen])
+    moved = evaluate_nats(model, altered, token_bytes, batch_rows, rows[chosen], guard) - nats[chosen]
+    moved = moved[np.arange(T) < cuts[:, None]]  # target t is token t + 1, predicted from tokens 0 to t
+    return float(moved.mean(dtype=np.float64)), float(np.abs(moved).max())
+
+
+def score(folder: Path, settings: Settings, below: float) -> dict:
+    """Measures the weights that FOLDER/train.py saved, in this fresh process; returns what score.json holds.
+
+    Every model is measured on val and its state is checked; one under `below` bits per byte is a claim, so that its causality is
+    probed and test is measured too. "invalid" says why the number cannot be trusted. Raises Problem and ValueError.
+    """
+    profile, began = settings.profile, perf_counter()
+    rows, test_rows = (open_rows(settings.data / f"{split}.bin", profile) for split in ("val", "test"))
+    rows, test_rows = rows[: profile.val_rows], test_rows[: profile.test_rows]
+    encoding = load_tokenizer(settings.data / "tokenizer.txt")
+    model, token_bytes, guard = load_model(folder, settings, encoding)
+    evaluate = partial(evaluate_nats, token_bytes=token_bytes, batch_rows=profile.eval_batch_rows, guard=guard)
+    random = np.random.default_rng()  # from the system's entropy: train.py cannot know what is drawn
+    digest = state_digest(model)
+    nats = evaluate(model, rows)
+    val_bpb, seconds = bits_per_byte(nats, rows, token_bytes), {"val": perf_counter() - began}
+    T, first = profile.max_seq_len, random.permutation(min(profile.eval_batch_rows, len(rows)))
+    first[: len(first) // 2] = random.integers(0, len(rows), len(first) // 2)  # half of its neighbours are others
+    facts, checks = {"val_bpb": val_bpb, "test_bpb": None, "val_tokens": nats.size}, {}
+    if val_bpb < below:
+        chosen = random.permutation(len(rows))[: constants.PROBE_ROWS]
+        cuts = random.integers(1, T, len(chosen))
+        cuts[:3] = (1, 2, T - 1)[: len(cuts)]
+        checks["probe"] = (chosen, cuts, "looks ahead: other text after a position moved the predictions before it")
+        facts["test_bpb"] = bits_per_byte(evaluate(model, test_rows), test_rows, token_bytes)
+        seconds["test"] = perf_counter() - began - sum(seconds.values())
+    checks["state"] = (first, np.full(len(first), T), "keeps state: the first rows scored differently at the end")
+    wrong = []
+    for name, (chosen, cuts, what) in checks.items():
+        mean, largest = altered_change(
+            model, nats, rows, token_bytes, profile.eval_batch_rows, chosen, cuts, random, guard
+        )
+        facts[name] = {"rows": len(chosen), "mean_nats": mean, "largest_nats": largest}
+        seconds[name] = perf_counter() - began - sum(seconds.values())
+        if not (abs(mean) < constants.PROBE_MEAN_NATS and largest < constants.PROBE_NATS[profile.dtype]):
+            wrong.append(f"{what} ({mean:+.5f} nats on average, {largest:.4f} at most)")
+    if state_digest(model) != digest:
+        wrong.append("evaluation changed the model's weights")
+    return facts | {"invalid": "; ".join(wrong), "seconds": seconds}
+
+
+def load_model(folder: Path, settings: Settings, encoding):
+    """(model with its saved weights, token_bytes, guard) of a run folder. Runs its train.py."""
     import importlib.util
 
     import torch
@@ -1034,24 +1130,60 @@ def score(folder: Path, settings: Settings) -> dict:
     torch.set_num_threads(settings.threads)
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")
-    start = perf_counter()
-    rows = open_rows(settings.data / "val.bin", settings.profile)[: settings.profile.val_rows]
-    token_bytes = torch.from_numpy(token_byte_lengths(load_tokenizer(settings.data / "tokenizer.txt")))
-    token_bytes = token_bytes.to(settings.device)
+    token_bytes = torch.from_numpy(token_byte_lengths(encoding)).to(settings.device)
     weights = torch.load(settings.out / "model.pt", map_location=settings.device, weights_only=True)
+    guard = bound_functions()
     sys.modules.setdefault("prepare", sys.modules[__name__])  # what train.py imports is this very module
     spec = importlib.util.spec_from_file_location("train", folder / "train.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     with torch.device(settings.device):
         model = module.build_model(settings.profile)
-    model.load_state_dict(weights)
-    val_bpb = evaluate_bpb(model, rows, token_bytes, settings.profile.eval_batch_rows)
-    return {
-        "val_bpb": val_bpb,
-        "val_tokens": rows.shape[0] * (rows.shape[1] - 1),
-        "scoring_seconds": perf_counter() - start,
-    }
+    try:
+        torch.nn.Module.load_state_dict(model, weights)
+    except RuntimeError as error:
+        said = str(error).split("\n", 2)[1].strip() if "\n" in str(error) else str(error)
+        raise Problem(f"{settings.out / 'model.pt'} does not hold the weights of {folder / 'train.py'}: {said}") from None
+    guard()
+    return model, token_bytes, guard
+
+
+def score_by_hand(folder: Path, settings: Settings, below: float) -> None:
+    """Prints what score() finds and some text that the model writes. Raises Problem where the number cannot be trusted."""
+    print(f"warning: this runs {folder / 'train.py'} as you, with your files and your network", flush=True)
+    facts = score(folder, settings, below)
+    for name, value in facts.items():
+        if name.endswith("_bpb"):
+            print(f"{name + ':':18}{'not measured' if value is None else f'{value:.6f}'}")
+    for name in ("probe", "state"):
+        if name in facts:
+            found = facts[name]
+            print(
+                f"{name + ':':18}{found['rows']} rows, {found['mean_nats']:+.1e} nats on average, {found['largest_nats']:.1e} at most"
+            )
+    print("seconds:          " + ", ".join(f"{name} {value:.1f}" for name, value in facts["seconds"].items()))
+    if facts["invalid"]:
+        raise Problem(f"this number cannot be trusted: {facts['invalid']}")
+    encoding = load_tokenizer(settings.data / "tokenizer.txt")
+    model, _, _ = load_model(folder, settings, encoding)
+    bos_id = encoding.encode_single_token(constants.SPECIAL_TOKENS[0])
+    print(f"\nit writes:\n{sample_text(model, encoding, bos_id, min(120, settings.profile.max_seq_len))}")
+
+
+def sample_text(model, encoding, bos_id: int, max_tokens: int) -> str:
+    """What the model writes from the start of a document, drawn at temperature 0.8."""
+    import torch
+
+    device, tokens = next(model.parameters()).device, [bos_id]
+    model.eval()
+    with torch.no_grad():
+        while len(tokens) < max_tokens:
+            logits = model(torch.tensor([tokens], device=device))[0, -1].float()
+            token = int(torch.multinomial(torch.softmax(logits / 0.8, dim=-1), 1))
+            if token == bos_id:
+                break
+            tokens.append(token)
+    return encoding.decode(tokens[1:])
 
 
 def probe(folder: Path, settings: Settings) -> dict:
@@ -1105,6 +1237,13 @@ def main() -> None:
     parser.add_argument("--num-shards", type=int, metavar="N", help="training shards of climbmix (gpu: 16, cpu: 1)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenise; default: one a core")
     parser.add_argument("--score", type=Path, metavar="FOLDER", help="measure FOLDER/out/model.pt with FOLDER/train.py")
+    parser.add_argument(
+        "--below",
+        type=float,
+        default=math.inf,
+        metavar="BPB",
+        help="with --score: probe and test only a val_bpb under it",
+    )
     parser.add_argument("--machine", action="store_true", help="print what this machine runs on, as JSON")
     parser.add_argument("--probe", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)  # the agent, of its sandbox
     args = parser.parse_args()
@@ -1125,8 +1264,10 @@ def main() -> None:
                 settings = settings_from_night(json.loads(night.read_text()), folder)
             else:
                 settings = replace(settings_by_hand(), out=folder / "out")
-            answer = Answer()
-            answer.give(score(folder, settings))
+            if not settings.by_hand:
+                answer = Answer()
+                answer.give(score(folder, settings, args.below))
+            score_by_hand(folder, settings, args.below)
         else:
             name, dataset = constants.choose(args.profile, args.dataset)
             profile = constants.PROFILES[name]

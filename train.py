@@ -301,7 +301,8 @@ class GPT(nn.Module):
 
 def build_model(profile) -> GPT:
     """The untrained model of a profile."""
-    return GPT(CONFIGS[profile.name], profile.vocab_size, profile.max_seq_len, getattr(torch, profile.dtype))
+    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[profile.dtype]
+    return GPT(CONFIGS[profile.name], profile.vocab_size, profile.max_seq_len, dtype)
 
 
 # ---------------------------------------------------------------------------

@@ -52,7 +52,16 @@ def night(experiments: int, ahead: bool) -> dict:
         idle = sum(row["idle_seconds"] for row in rows)
         missed = [row["idle_seconds"] for row in rows if row["missed"]]
         keeps = sum(row["verdict"] == "keep" for row in rows)
-        return {"busy_s": busy, "idle_s": idle, "missed": len(missed), "missed_s": sum(missed), "keeps": keeps}
+        each = sorted(row["idle_seconds"] for row in rows if not row["missed"])
+        return {
+            "busy_s": busy,
+            "idle_s": idle,
+            "median_s": each[len(each) // 2],
+            "most_s": each[-1],
+            "missed": len(missed),
+            "missed_s": sum(missed),
+            "keeps": keeps,
+        }
 
 
 def main() -> None:
@@ -63,7 +72,8 @@ def main() -> None:
         rest = (facts["idle_s"] - facts["missed_s"]) / (facts["idle_s"] + facts["busy_s"])
         print(
             f"thinking {name:15}: idle {facts['idle_s']:.1f} s, {share:.1%} of the night; without the {facts['missed']} misses "
-            f"after a keep {rest:.1%}; {facts['keeps']} keeps in {experiments}"
+            f"after a keep {rest:.1%} (median {facts['median_s']:.2f} s, at most {facts['most_s']:.2f} s); {facts['keeps']} keeps in "
+            f"{experiments}"
         )
 
 

@@ -17,7 +17,7 @@ for name in list(os.environ):
 
 
 STUB = (ROOT / "tests" / "stub_train.py").read_text()
-NIGHT = ("--tag", "t", "--proposer", "random", "--profile", "cpu")
+NIGHT = ("--tag", "t", "--proposer", "random", "--profile", "cpu", "--no-confirm")
 
 
 @pytest.fixture(scope="session")

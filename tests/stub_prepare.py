@@ -1,7 +1,8 @@
 """Stands in for prepare.py in tests of the agent: the same commands and contract, no torch, runs of milliseconds.
 
 The "model" is the dict that build_model returns; its val_bpb is a closed form of it, so that every verdict can be derived
-by hand: 1 + (ln(lr / 0.1))^2 + width / 10000.
+by hand: 1 + (ln(lr / 0.1))^2 + width / 10000. A model may have `luck` on the night's seed, `overfit` val, and be caught
+by the scorer for `distrust`.
 """
 
 import json
@@ -61,9 +62,12 @@ def main():
         forbidden = json.loads((Path(sys.argv[-1]) / "run.json").read_text())["forbidden"]
         print(json.dumps({"reachable": [path for path in forbidden if os.path.isfile(path)], "network": []}))
     elif "--score" in sys.argv:
-        model = json.loads((Path(sys.argv[-1]) / "out" / "model.pt").read_text())
-        val_bpb = 1 + math.log(model["lr"] / 0.1) ** 2 + model["width"] / 10_000
-        print(json.dumps({"val_bpb": val_bpb, "val_tokens": 1000}))
+        folder, below = Path(sys.argv[sys.argv.index("--score") + 1]), float(sys.argv[sys.argv.index("--below") + 1])
+        model, seed = (json.loads((folder / name).read_text()) for name in ("out/model.pt", "run.json"))
+        true_bpb = 1 + math.log(model["lr"] / 0.1) ** 2 + model["width"] / 10_000
+        val_bpb = true_bpb - model.get("overfit", 0.0) - (model.get("luck", 0.0) if seed["seed"] == 1 else 0.0)
+        test_bpb = true_bpb if val_bpb < below else None
+        print(json.dumps({"val_bpb": val_bpb, "test_bpb": test_bpb, "invalid": model.get("distrust", "")}))
     else:  # prepare: the files whose presence the agent checks
         data = Path(os.environ["AUTORESEARCH_CACHE"]) / "cpu-sotu"
         data.mkdir(parents=True, exist_ok=True)

@@ -125,8 +125,8 @@ def test_a_program_that_differs_in_comments_only_is_no_new_idea():
 def experiment(**changes):
     metrics = {"training_seconds": 300.0, "num_steps": 1000}
     base = agent.Experiment(
-        number=1, parent=0, description="x", hypothesis="", edits=(), operator="", repairs=None, missed=False, source="", val_bpb=1.0, crash="", metrics=metrics,
-        run_seconds=320.0, scoring_seconds=20.0, idle_seconds=0.1,
+        number=1, parent=0, description="x", hypothesis="", edits=(), operator="", repairs=None, missed=False, source="", val_bpb=1.0,
+        test_bpb=1.0, confirm_bpb=None, crash="", distrust="", rerun=False, metrics=metrics, run_seconds=320.0, scoring_seconds=20.0, idle_seconds=0.1,
     )  # fmt: skip
     return replace(base, **changes)
 
@@ -134,17 +134,22 @@ def experiment(**changes):
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"val_bpb": 0.99}, "keep"),
+        ({"val_bpb": 0.995}, "keep"),
         ({"val_bpb": 1.0}, "discard"),  # equal is not lower
         ({"val_bpb": 1.01}, "discard"),
         ({"val_bpb": None, "crash": "RuntimeError"}, "crash"),
         ({"val_bpb": 0.5, "metrics": {"training_seconds": 304.0, "num_steps": 1000}}, "invalid"),
         ({"val_bpb": 0.5, "run_seconds": 320.0 + 61}, "invalid"),
         ({"val_bpb": 0.5, "scoring_seconds": 51.0}, "invalid"),
+        ({"val_bpb": 1.5, "distrust": "looks ahead"}, "invalid"),
+        ({"val_bpb": 0.97, "test_bpb": 0.9801}, "invalid"),  # gained 0.03 on val, 0.0199 on test
+        ({"val_bpb": 0.97, "test_bpb": 0.9799}, "keep"),
+        ({"val_bpb": 0.99, "test_bpb": 0.99, "confirm_bpb": 1.005}, "keep"),  # means 0.9975 and 0.9985
+        ({"val_bpb": 0.99, "test_bpb": 0.99, "confirm_bpb": 1.007}, "discard"),
     ],
 )
 def test_the_verdict_is_a_pure_function_of_the_numbers(changes, word):
-    assert agent.judge(experiment(**changes), experiment(), experiment(number=0), 300.0).word == word
+    assert agent.judge(experiment(**changes), experiment(confirm_bpb=0.997), experiment(number=0), 300.0).word == word
 
 
 def test_the_baseline_is_kept():

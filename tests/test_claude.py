@@ -12,7 +12,7 @@ import agent
 from agent import Edit
 
 LINE = "        lr=0.4,  # best at 0.1"
-NIGHT = ("--tag", "t", "--profile", "cpu")
+NIGHT = ("--tag", "t", "--profile", "cpu", "--no-confirm")
 
 
 def reply(description: str, *edits: tuple[str, str], notes: str = "") -> str:
