@@ -4,6 +4,8 @@
     python agent.py --demo                 four short experiments on the CPU, no key needed: shows the loop
     python agent.py --proposer random      a night of key-free local search
     python agent.py --try "wider MLP"      your own train.py as one experiment
+    python agent.py --check nov23          what that night gained, on fresh seeds, with an interval
+    python agent.py --ablate nov23         which of its kept changes carry weight
 
 Everything is recorded under runs/TAG/; the winner is on the branch autoresearch/TAG. Your checkout never changes.
 Ctrl-C stops; the same command goes on where it stopped.
@@ -2265,6 +2267,159 @@ def seconds_of_earlier_starts(rows: list[dict]) -> float:
 
 
 # ---------------------------------------------------------------------------
+# After the night: --check and --ablate, the honest numbers
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of `a` less mean of `b`, in bits per byte, with 95 % intervals; positive where b is better."""
+
+    mean: float
+    pooled: tuple[float, float]  # from the noise within all groups of replicates
+    welch: tuple[float, float]  # from a and b alone, variances not assumed equal
+
+
+def pooled_noise(groups: list[list[float]]) -> tuple[float, int]:
+    """(standard deviation within groups, its degrees of freedom) of replicated measurements."""
+    squares = sum((value - sum(group) / len(group)) ** 2 for group in groups for value in group)
+    freedom = sum(len(group) - 1 for group in groups)
+    return (math.sqrt(squares / freedom) if freedom else math.nan), freedom
+
+
+def difference(a: list[float], b: list[float], others: list[list[float]] = ()) -> Difference:
+    """The difference of two programs, each measured twice or more; `others` are further replicated programs of the night."""
+    from scipy import stats
+
+    mean = sum(a) / len(a) - sum(b) / len(b)
+    noise, freedom = pooled_noise([a, b, *others])
+    half = stats.t.ppf(0.975, freedom) * noise * math.sqrt(1 / len(a) + 1 / len(b))
+    welch = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    return Difference(mean, (mean - half, mean + half), (float(welch.low), float(welch.high)))
+
+
+def holm(p_values: list[float], level: float = 0.05) -> list[bool]:
+    """Which hypotheses are rejected at a family-wise error of `level` (Holm 1979)."""
+    rejected, order = [False] * len(p_values), sorted(range(len(p_values)), key=lambda i: p_values[i])
+    for rank, i in enumerate(order):
+        if p_values[i] > level / (len(p_values) - rank):
+            break
+        rejected[i] = True
+    return rejected
+
+
+def replicates(night: Night, but: set[str] = frozenset()) -> list[list[float]]:
+    """The test_bpb of each program of the night that was measured on two seeds or more, those of the sources `but` aside."""
+    groups: dict[str, list[float]] = {}
+    for row in night.results + night.journal.of("trial"):
+        if row.get("test_bpb") is not None and row["source"] not in but:
+            groups.setdefault(row["source"], []).append(row["test_bpb"])
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def test_numbers(rows: list[dict]) -> list[float]:
+    """test_bpb of trial rows. Raises Problem for one that has none."""
+    for row in rows:
+        why = row["crash"] or row["distrust"]
+        if why:
+            raise Problem(f"{row['name']} on seed {row['seed']} gave no number that counts: {why}")
+    return [row["test_bpb"] for row in rows]
+
+
+def check(night: Night, seeds: int, view: "View") -> str:
+    """Baseline and incumbent on fresh seeds, alternating; says what the night gained. Returns why it ended."""
+    first, best = night.keeps[0], night.keeps[-1]
+    if first is best:
+        raise Problem(f"night {night.tag} kept nothing but its baseline: there is no gain to check")
+    sources = {
+        "baseline": night.repository.source(first["commit"]),
+        "incumbent": night.repository.source(best["commit"]),
+    }
+    plan = []
+    for i in range(seeds):
+        pair = [(name, source, constants.CHECK_SEED + i) for name, source in sources.items()]
+        plan += pair if i % 2 == 0 else pair[::-1]
+    rows = trials(night, plan, view)
+    a, b = (test_numbers([row for row in rows if row["name"] == name]) for name in sources)
+    found = difference(a, b, replicates(night, {first["source"], best["source"]}))
+    claimed = first["val_bpb"] - best["val_bpb"]
+    night.journal.append("check", seeds=seeds, baseline=a, incumbent=b, claimed=claimed, **asdict(found))
+    low, high = found.pooled
+    view.say(f"claimed by one seed, on val: {claimed:.6f} (experiment {best['number']})")
+    view.say(f"on {seeds} fresh seeds, on test: {found.mean:+.6f}, 95 % interval {low:+.6f} to {high:+.6f}")
+    view.say(f"Welch, from these {2 * seeds} runs alone: {found.welch[0]:+.6f} to {found.welch[1]:+.6f}")
+    if low <= 0 <= high:
+        view.say("not distinguishable from the baseline")
+    else:
+        view.say("better than the baseline" if low > 0 else "worse than the baseline")
+    return f"checked with {2 * seeds} runs"
+
+
+def without(repository: Repository, source: str, before: str, after: str) -> str | None:
+    """The source with the step from `before` to `after` undone, as git revert would; None where that conflicts."""
+    with tempfile.TemporaryDirectory() as folder:
+        names = [str(Path(folder) / name) for name in ("ours", "base", "theirs")]
+        for name, text in zip(names, (source, after, before), strict=True):
+            Path(name).write_text(text)
+        try:
+            merged = repository.git("merge-file", "-p", "-q", *names) + "\n"
+            compile(merged, "train.py", "exec")
+        except (subprocess.CalledProcessError, SyntaxError):
+            return None
+    return merged
+
+
+def ablate(night: Night, view: "View") -> str:
+    """Each kept change undone alone, against three runs of the incumbent; words, not numbers. Returns why it ended."""
+    from scipy import stats
+
+    keeps, repository = night.keeps, night.repository
+    if len(keeps) < 2:
+        raise Problem(f"night {night.tag} kept nothing but its baseline: there is nothing to undo")
+    sources = [repository.source(row["commit"]) for row in keeps]
+    seed, whole = constants.ABLATE_SEED, sources[-1]
+    reference = test_numbers(trials(night, [("incumbent", whole, seed + i) for i in range(3)], view))
+    mean = sum(reference) / 3
+
+    def p_value(bpb: float) -> float:
+        noise, freedom = pooled_noise([reference, *replicates(night, {keeps[-1]["source"]})])
+        return 2 * float(stats.t.sf(abs(bpb - mean) / (noise * math.sqrt(1 + 1 / 3)), freedom))
+
+    table = []  # (row of the keep, its undoing, test_bpb or None, why there is none)
+    for before, after, row in zip(sources[:-1], sources[1:], keeps[1:], strict=True):
+        source = without(repository, whole, before, after)
+        if source is None or source == whole:
+            table.append((row, None, None, "cannot be undone alone"))
+            continue
+        (trial,) = trials(night, [(f"without {row['number']}", source, seed)], view)
+        why = trial["crash"] or trial["distrust"]
+        table.append((row, (before, after), None if why else trial["test_bpb"], why))
+    measured = [entry for entry in table if entry[2] is not None]
+    rejected = iter(holm([p_value(bpb) for _, _, bpb, _ in measured]))
+
+    def word(bpb: float, significant: bool) -> str:
+        return ("carries weight" if bpb > mean else "hurts") if significant else "cannot tell"
+
+    words = [why if bpb is None else word(bpb, next(rejected)) for _, _, bpb, why in table]
+    view.say(f"{'no.':>4}  without it")
+    for (row, _, _, _), said in zip(table, words, strict=True):
+        view.say(f"{row['number']:4d}  {said:22}  {row['description']}")
+    open_cases = [step for (_, step, _, _), said in zip(table, words, strict=True) if said == "cannot tell"]
+    together, source = None, whole
+    for before, after in reversed(open_cases if len(open_cases) > 1 else []):
+        source = without(repository, source, before, after) or source
+    if source != whole:
+        (trial,) = trials(night, [("without all that cannot be told", source, seed)], view)
+        together = trial["crash"] or trial["distrust"] or word(trial["test_bpb"], p_value(trial["test_bpb"]) < 0.05)
+        view.say(f"all {len(open_cases)} that cannot be told, undone together: {together}")
+    rows = [
+        {"number": row["number"], "word": said, "test_bpb": bpb}
+        for (row, _, bpb, _), said in zip(table, words, strict=True)
+    ]
+    night.journal.append("ablate", incumbent=reference, rows=rows, together=together)
+    return f"{len(table)} kept changes looked at"
+
+
+# ---------------------------------------------------------------------------
 # The terminal
 
 
@@ -2289,8 +2444,9 @@ class View:
             f"night {self.night.tag}: profile {s['profile']}, dataset {s['dataset']}, {s['device_name']}, {mode}, {s['threads']} threads"
         )
         self.say(f"budget {s['budget_s']:g} s a run, sandbox: {self.night.tier}, branch autoresearch/{self.night.tag}")
-        self.say(f"{'no.':>4}  {'val_bpb':>9}  {'change':>9}  {'verdict':8} {'memory':>7}  description")
-        for i, row in enumerate(self.night.results):
+        if self.proposer:
+            self.say(f"{'no.':>4}  {'val_bpb':>9}  {'change':>9}  {'verdict':8} {'memory':>7}  description")
+        for i, row in enumerate(self.night.results if self.proposer else []):
             keeps = [earlier for earlier in self.night.results[:i] if earlier["verdict"] == "keep"]
             self.finished(row, experiment_of(keeps[-1]) if keeps else None)
         if self.live:
@@ -2344,7 +2500,7 @@ class View:
             phase = f"{'━' * round(20 * done):─<20} {done:4.0%}  loss {facts[3]}  {facts[4]} tok/s"
         else:
             phase = self.phase
-        if not self.proposer.inline:
+        if self.proposer and not self.proposer.inline:
             phase += f"  {self.proposer.status or 'idea in hand'}, ${self.proposer.spent_usd:.2f}"
         width = self.console.width
         return Text(f"{self.number:4d}  {phase}  {elapsed:.0f} s  {sanitise(self.title)}"[: width - 1], style="cyan")
@@ -2403,6 +2559,11 @@ def print_summary(night: Night, why: str, proposer) -> None:
 
 def choose_tag(args) -> str:
     """The flag, else the newest unfinished night with the same settings, else today's."""
+    if args.check or args.ablate:
+        if not (RUNS / (args.check or args.ablate) / "journal.jsonl").is_file():
+            nights = ", ".join(sorted(path.parent.name for path in RUNS.glob("*/journal.jsonl"))) or "none yet"
+            raise Problem(f"there is no night {args.check or args.ablate}; there are: {nights}")
+        return args.check or args.ablate
     if args.tag:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", args.tag) or args.tag == "by-hand":
             raise Problem(f"--tag {args.tag!r}: a tag has letters, digits, - and _, at most 40, and is not by-hand")
@@ -2436,7 +2597,7 @@ def restore_arguments(args, journal: Path, key: str | None) -> None:
             setattr(args, name, stored.get(name))
     if args.proposer is None and not args.describe and (key or os.environ.get("ANTHROPIC_BASE_URL")):
         args.proposer = "claude"
-    if args.proposer is None and not args.describe:
+    if args.proposer is None and not (args.describe or args.check or args.ablate):
         raise Problem(
             "ANTHROPIC_API_KEY is not set, so nobody is there to propose edits. Three ways on: `python agent.py --demo` shows the loop; `python agent.py "
             "--proposer random` searches without a key; or point a coding agent at program.md: it edits train.py and runs "
@@ -2511,6 +2672,15 @@ def parse_arguments() -> argparse.Namespace:
         default=None,
         help="run every apparent win on a second seed before it is kept; default: for the cpu profile only",
     )
+    parser.add_argument(
+        "--check",
+        metavar="TAG",
+        help="run baseline and winner of a night on fresh seeds: what it gained, with an interval",
+    )
+    parser.add_argument("--seeds", type=positive(int), metavar="K", help="how many seeds --check takes (cpu 5, gpu 3)")
+    parser.add_argument(
+        "--ablate", metavar="TAG", help="undo each kept change of a night alone: which of them carry weight"
+    )
     parser.add_argument("--demo", action="store_true", help="cpu profile, random, 20 s a run, 4 experiments, tag demo")
     args = parser.parse_args()
     if args.demo:
@@ -2521,6 +2691,12 @@ def parse_arguments() -> argparse.Namespace:
         args.confirm = bool(args.confirm)
     if args.replay and args.proposer is None:
         args.proposer = "replay"
+    if args.seeds is not None and (not args.check or args.seeds < 2):
+        parser.error("--seeds goes with --check, and takes 2 or more")
+    if (args.check or args.ablate) and (
+        args.describe or args.replay or args.tag or args.demo or (args.check and args.ablate)
+    ):
+        parser.error("--check TAG and --ablate TAG stand alone")
     if args.kept and not args.replay:
         parser.error("--kept goes with --replay")
     return args
@@ -2539,15 +2715,23 @@ def main() -> None:
         restore_arguments(args, RUNS / tag / "journal.jsonl", key)
         with locked(RUNS / tag / "lock", f"night {tag}", f"agent.py, tag {tag}"):
             night = open_night(tag, args, repository)
-            proposer = make_proposer(night, args, key)
+            proposer = None if args.check or args.ablate else make_proposer(night, args, key)
             device = constants.device_lock(night.settings["device"])
             with locked(device, f"the device {night.settings['device_name']}", f"agent.py, tag {tag}"):
                 try:
                     with View(night, proposer) as view:
-                        why = run_night(night, proposer, args, view)
+                        if args.check:
+                            why = check(night, args.seeds or constants.CHECK_SEEDS[night.settings["profile"]], view)
+                        elif args.ablate:
+                            why = ablate(night, view)
+                        else:
+                            why = run_night(night, proposer, args, view)
                 except KeyboardInterrupt:
                     why = "interrupted; the same command goes on"
-            print_summary(night, why, proposer)
+            if proposer:
+                print_summary(night, why, proposer)
+            else:
+                print(f"\n{why}.")
     except (Problem, ScreenError) as problem:
         sys.exit(f"error: {problem}")
     except OSError as error:

@@ -1143,7 +1143,9 @@ def load_model(folder: Path, settings: Settings, encoding):
         torch.nn.Module.load_state_dict(model, weights)
     except RuntimeError as error:
         said = str(error).split("\n", 2)[1].strip() if "\n" in str(error) else str(error)
-        raise Problem(f"{settings.out / 'model.pt'} does not hold the weights of {folder / 'train.py'}: {said}") from None
+        raise Problem(
+            f"{settings.out / 'model.pt'} does not hold the weights of {folder / 'train.py'}: {said}"
+        ) from None
     guard()
     return model, token_bytes, guard
 

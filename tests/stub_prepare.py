@@ -1,8 +1,8 @@
 """Stands in for prepare.py in tests of the agent: the same commands and contract, no torch, runs of milliseconds.
 
 The "model" is the dict that build_model returns; its val_bpb is a closed form of it, so that every verdict can be derived
-by hand: 1 + (ln(lr / 0.1))^2 + width / 10000. A model may have `luck` on the night's seed, `overfit` val, and be caught
-by the scorer for `distrust`.
+by hand: 1 + (ln(lr / 0.1))^2 + width / 10000. A model may have `luck` on the night's seed, twice its reverse on others, `overfit` val, be caught
+by the scorer for `distrust`, and its numbers may carry `noise` by seed.
 """
 
 import json
@@ -64,8 +64,10 @@ def main():
     elif "--score" in sys.argv:
         folder, below = Path(sys.argv[sys.argv.index("--score") + 1]), float(sys.argv[sys.argv.index("--below") + 1])
         model, seed = (json.loads((folder / name).read_text()) for name in ("out/model.pt", "run.json"))
-        true_bpb = 1 + math.log(model["lr"] / 0.1) ** 2 + model["width"] / 10_000
-        val_bpb = true_bpb - model.get("overfit", 0.0) - (model.get("luck", 0.0) if seed["seed"] == 1 else 0.0)
+        true_bpb = model.get("noise", 0.0) * math.sin(7 * seed["seed"] + 10 * model["lr"])
+        true_bpb += model.get("luck", 0.0) * (-1 if seed["seed"] == 1 else 2)
+        true_bpb += 1 + math.log(model["lr"] / 0.1) ** 2 + model["width"] / 10_000
+        val_bpb = true_bpb - model.get("overfit", 0.0)
         test_bpb = true_bpb if val_bpb < below else None
         print(json.dumps({"val_bpb": val_bpb, "test_bpb": test_bpb, "invalid": model.get("distrust", "")}))
     else:  # prepare: the files whose presence the agent checks
