@@ -1066,6 +1066,14 @@ def state_digest(model) -> str:
     return digest.hexdigest()
 
 
+def draw_probe(count: int, T: int, random) -> tuple[np.ndarray, np.ndarray]:
+    """(row numbers, cuts) of a probe: rows in random order, each cut at a random position in 1..T-1; 1, 2, T-1 always."""
+    chosen = random.permutation(count)[: constants.PROBE_ROWS]
+    cuts = random.integers(1, T, len(chosen))
+    cuts[:3] = (1, 2, T - 1)[: len(cuts)]
+    return chosen, cuts
+
+
 def altered_change(model, nats, rows, token_bytes, batch_rows: int, chosen, cuts, random, guard) -> tuple[float, float]:
     """(mean, largest absolute) change in nats of the targets up to the cut when the tokens from the cut on are other text.
 
@@ -1100,9 +1108,7 @@ def score(folder: Path, settings: Settings, below: float) -> dict:
     first[: len(first) // 2] = random.integers(0, len(rows), len(first) // 2)  # half of its neighbours are others
     facts, checks = {"val_bpb": val_bpb, "test_bpb": None, "val_tokens": nats.size}, {}
     if val_bpb < below:
-        chosen = random.permutation(len(rows))[: constants.PROBE_ROWS]
-        cuts = random.integers(1, T, len(chosen))
-        cuts[:3] = (1, 2, T - 1)[: len(cuts)]
+        chosen, cuts = draw_probe(len(rows), T, random)
         checks["probe"] = (chosen, cuts, "looks ahead: other text after a position moved the predictions before it")
         facts["test_bpb"] = bits_per_byte(evaluate(model, test_rows), test_rows, token_bytes)
         seconds["test"] = perf_counter() - began - sum(seconds.values())
