@@ -103,6 +103,26 @@ def test_value_embeddings_are_mixed_by_their_gates():
     assert torch.allclose(model(x), none)  # without value embeddings the gate has nothing to mix
 
 
+def test_a_pair_of_tokens_finds_its_row():
+    idx = torch.tensor([[5, 7, 5, 7], [7, 5, 5, 0]])
+    rows = train.pair_hash(idx, 1000)
+    by_hand = [[0 if t == 0 else (36313 * r[t] ^ 27191 * r[t - 1]) % 999 + 1 for t in range(4)] for r in idx.tolist()]
+    assert rows.tolist() == by_hand
+    assert rows[0, 1] == rows[0, 3] != rows[0, 2]  # 5, 7 twice; 7, 5 is another pair
+    every = train.pair_hash(torch.randint(0, 2048, (4, 256)), 64)
+    assert every.min() == 0 and every[:, 1:].min() == 1 and every.max() == 63
+
+
+def test_the_pair_table_is_added_to_the_embedding():
+    model = shaken(small_model())
+    idx = torch.arange(32).view(2, 16)  # no pair occurs twice
+    before = model(idx)
+    with torch.no_grad():
+        model.bigrams.weight[train.pair_hash(idx, model.bigrams.num_embeddings)[1, 9]] += 1.0
+    moved = (model(idx) - before).abs().amax(dim=-1) > 0
+    assert moved[1, 9:].all() and not moved[1, :9].any()
+
+
 def test_weights_follow_the_activations_dtype():
     model = small_model(replace(SMALL, table_dtype=torch.bfloat16), torch.bfloat16)
     assert model.embed.weight.dtype == torch.bfloat16 and model.head.weight.dtype == torch.float32
