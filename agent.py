@@ -958,9 +958,11 @@ class Thinker:
             event, facts = self.said.get()
             journal.append(event, **facts)
 
-    def finish(self, journal: "Journal"):
-        """The outcome of the work, awaited; raises what it raised."""
+    def finish(self, journal: "Journal", give_up=lambda: False):
+        """The outcome of the work, awaited; raises what it raised, TimeoutError once give_up() says so."""
         while self.thread.is_alive():
+            if give_up():
+                raise TimeoutError
             self.pump(journal)
             self.thread.join(0.02)
         self.pump(journal)
@@ -1996,11 +1998,14 @@ def find_idea(proposer, source: str, ledger: Ledger, tried: dict[str, str], numb
     )
 
 
-def next_idea(night: Night, proposer, thinker: Thinker, source: str) -> Idea | None:
-    """The idea in hand, applied to the present incumbent, or else a new one; None when the proposer has nothing left."""
+def next_idea(night: Night, proposer, thinker: Thinker, source: str, give_up) -> Idea | None:
+    """The idea in hand, applied to the present incumbent, or else a new one; None when the proposer has nothing left.
+
+    Raises TimeoutError once give_up() says so.
+    """
     missed, idea = "", None
     if thinker.busy:
-        idea = thinker.finish(night.journal)
+        idea = thinker.finish(night.journal, give_up)
         if idea is None:
             return None
     elif proposer.name != "try":
@@ -2023,7 +2028,7 @@ def next_idea(night: Night, proposer, thinker: Thinker, source: str) -> Idea | N
     if proposer.inline:
         return work(night.journal.append)
     thinker.start(work)
-    idea = thinker.finish(night.journal)
+    idea = thinker.finish(night.journal, give_up)
     return replace(idea, missed=bool(missed)) if idea else None
 
 
@@ -2246,7 +2251,10 @@ def run_night(night: Night, proposer, args, view: "View") -> str:
                     f"{constants.MAX_CRASHES} experiments crashed in a row; read {night.folder}/results.tsv and the last run.log"
                 )
             source = night.repository.source(night.keeps[-1]["commit"])
-            idea = next_idea(night, proposer, thinker, source)
+            try:
+                idea = next_idea(night, proposer, thinker, source, lambda: left_s() < mean_s)  # noqa: B023
+            except TimeoutError:
+                return f"{args.hours:g} hours are used up, the last of them waiting for an idea"
             if idea is None:
                 return proposer.exhausted
             think_now = partial(think, idea, source, mean_s)

@@ -1,13 +1,15 @@
 """How often the scorer's probe finds a peek at the next token, by the share of positions that peek; and what it costs.
 
-    python tests/bench_probe.py [TRIALS]
+    python tests/bench_probe.py [TRIALS] [FOLDER]
 
 Needs prepared data of the cpu profile. The model is a table of next-token logits; where a hash of the last two tokens
-says so, it is shown the next one.
+says so, it is shown the next one. With the FOLDER of a run, such as runs/by-hand, its honest model is probed likewise.
 """
 
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,31 +37,44 @@ class Peeker(torch.nn.Module):
         return logits
 
 
+def probe(model, rows, token_bytes, trials: int) -> tuple[int, float, float]:
+    """(times found out, seconds of a probe, largest change in nats) of a model, each time at other rows and cuts."""
+    random, batch = np.random.default_rng(), constants.PROFILES["cpu"].eval_batch_rows
+    nats = prepare.evaluate_nats(model, rows, token_bytes, batch)
+    found, most, start = 0, 0.0, time.perf_counter()
+    for _ in range(trials):
+        chosen, cuts = prepare.draw_probe(len(rows), rows.shape[1] - 1, random)
+        mean, largest = prepare.altered_change(
+            model, nats, rows, token_bytes, batch, chosen, cuts, random, lambda: None
+        )
+        found += abs(mean) >= constants.PROBE_MEAN_NATS or largest >= constants.PROBE_NATS["bfloat16"]
+        most = max(most, largest)
+    return found, (time.perf_counter() - start) / trials, most
+
+
 def main() -> None:
     trials = int(sys.argv[1]) if len(sys.argv) > 1 else 20
     profile = constants.PROFILES["cpu"]
     data = constants.data_dir("cpu", "sotu")
     rows = prepare.open_rows(data / "val.bin", profile)
     lengths = prepare.token_byte_lengths(prepare.load_tokenizer(data / "tokenizer.txt"))
-    token_bytes, random = torch.from_numpy(lengths), np.random.default_rng()
-    T, batch = profile.max_seq_len, profile.eval_batch_rows
-    for permille in (1000, 50, 10, 5, 2, 1, 0):
-        found, seconds = 0, 0.0
-        for salt in range(trials):
-            torch.manual_seed(salt)
-            model = Peeker(profile.vocab_size, permille, salt)
-            nats = prepare.evaluate_nats(model, rows, token_bytes, batch)
-            start = time.perf_counter()
-            chosen, cuts = prepare.draw_probe(len(rows), T, random)
-            mean, largest = prepare.altered_change(
-                model, nats, rows, token_bytes, batch, chosen, cuts, random, lambda: None
-            )
-            seconds += time.perf_counter() - start
-            found += abs(mean) >= constants.PROBE_MEAN_NATS or largest >= constants.PROBE_NATS["bfloat16"]
+    token_bytes = torch.from_numpy(lengths)
+    for dtype in ("float32", "bfloat16") if len(sys.argv) > 2 else ():
+        folder = Path(sys.argv[2]).resolve()
+        settings = replace(prepare.settings_by_hand(), profile=replace(profile, dtype=dtype), out=folder / "out")
+        model = prepare.load_model(folder, settings, prepare.load_tokenizer(data / "tokenizer.txt"))[0]
+        found, seconds, most = probe(model, rows, token_bytes, trials)
         print(
-            f"peek at {permille / 10:5.1f} % of positions: found {found} of {trials}, {seconds / trials:.1f} s a probe",
+            f"honest, {dtype}: found out {found} of {trials} times, {seconds:.1f} s a probe, largest change {most:.1e} nats",
             flush=True,
         )
+    for permille in (1000, 50, 10, 5, 2, 1):
+        outcomes = []
+        for salt in range(trials):
+            torch.manual_seed(salt)
+            outcomes.append(probe(Peeker(profile.vocab_size, permille, salt), rows, token_bytes, 1))
+        found = sum(outcome[0] for outcome in outcomes)
+        print(f"peek at {permille / 10:5.1f} % of positions: found {found} of {trials}", flush=True)
 
 
 if __name__ == "__main__":

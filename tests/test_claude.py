@@ -282,6 +282,13 @@ def test_fault_19_hours_and_experiments_stop_the_thinking_too(checkout, night):
     assert len(server.requests) == 3 and len(check_agreement(checkout)) == 4
 
 
+def test_fault_15_an_outage_is_waited_out_until_the_hours_are_used_up(checkout, night):
+    start = time.monotonic()
+    output, server = night([add("idea", 1), ("status", (529, [], "overloaded"))], "--hours", "0.002")
+    assert "hours are used up, the last of them waiting for an idea" in output and time.monotonic() - start < 40
+    assert len(check_agreement(checkout)) == 2 and len(server.requests) > 2
+
+
 def test_after_fifteen_discards_a_new_direction_is_asked_for(checkout, night):
     _, server = night([numbered()], "--experiments", "18")
     asks = [body["messages"][0]["content"].split("# Now")[1] for body in server.requests]
