@@ -23,7 +23,7 @@ def script():
     def answer(body):
         nonlocal count, width
         count += 1
-        source = body["messages"][0]["content"]
+        source = body["messages"][0]["content"].split("# train.py of the incumbent")[1]
         now = next(line for line in source.split("\n") if line.startswith("        width="))
         if count % 5 == 0:
             width -= 1
