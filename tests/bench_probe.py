@@ -37,9 +37,9 @@ class Peeker(torch.nn.Module):
         return logits
 
 
-def probe(model, rows, token_bytes, trials: int) -> tuple[int, float, float]:
+def probe(model, rows, token_bytes, trials: int, random=None) -> tuple[int, float, float]:
     """(times found out, seconds of a probe, largest change in nats) of a model, each time at other rows and cuts."""
-    random, batch = np.random.default_rng(), constants.PROFILES["cpu"].eval_batch_rows
+    random, batch = random or np.random.default_rng(), constants.PROFILES["cpu"].eval_batch_rows
     nats = prepare.evaluate_nats(model, rows, token_bytes, batch)
     found, most, start = 0, 0.0, time.perf_counter()
     for _ in range(trials):

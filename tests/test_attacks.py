@@ -1,16 +1,20 @@
 """FAULTS.md, Attacks: edits of the real train.py that would lower val_bpb without a better model. None may be kept.
 
-Refused by the screen, ended as a crash, or found out by the scorer, which runs here as the agent runs it. What rests on
+Refused by the screen, ended as a crash, or found out by the scorer, which runs here in a fresh process each time, as under the agent. What rests on
 the sandbox (5, 8, 9, 12: other people's files) is in test_sandbox.py, what rests on the clock in test_train.py.
 """
 
 import json
+import math
+import multiprocessing
 import os
 import shutil
-import subprocess
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from bench_probe import Peeker, probe
 from conftest import ROOT
 
 import agent
@@ -41,16 +45,13 @@ def peek(modulus: int) -> str:
 
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory, cache):
-    """A night's folder as the scorer finds it, with weights that matter, on 192 rows of val and of test."""
+    """A night's folder as the scorer finds it, with weights that matter, on 64 rows of val and 16 of test."""
     folder = tmp_path_factory.mktemp("night")
     data = folder / "data"
     shutil.copytree(cache / "cpu-sotu", data)
     width = 2 * (constants.PROFILES["cpu"].max_seq_len + 1)
-    for name in ("val.bin", "test.bin"):
-        os.truncate(data / name, 192 * width)
-    (folder / "harness").mkdir()
-    for name in ("constants.py", "prepare.py"):
-        shutil.copy(ROOT / name, folder / "harness")
+    os.truncate(data / "val.bin", 64 * width)
+    os.truncate(data / "test.bin", 16 * width)
     torch.manual_seed(0)
     model = train.build_model(constants.PROFILES["cpu"])
     for parameter in model.parameters():
@@ -59,28 +60,46 @@ def harness(tmp_path_factory, cache):
     return folder
 
 
+FRESH = multiprocessing.get_context("forkserver")  # fresh processes, each forked from one that has torch imported
+FRESH.set_forkserver_preload(["torch", "prepare"])
+
+
+def score_here(connection, folder: Path, night: dict) -> None:
+    """Runs in a process of its own: what train.py does to it ends with it."""
+    try:
+        connection.send(prepare.score(folder, prepare.settings_from_night(night, folder), math.inf))
+    except (prepare.Problem, ValueError) as error:
+        connection.send(str(error))
+
+
 def scored(harness, source: str, dtype: str = "float32") -> dict | str:
     """What the scorer says of a train.py: its facts, or the line that it ends with."""
     night = {
         "profile": "cpu", "dataset": "sotu", "data": str(harness / "data"), "train_file": "train.bin", "device": "cpu", "dtype": dtype,
         "budget_s": 300.0, "compile": False, "threads": 2,
     }  # fmt: skip
-    (harness / "harness" / "night.json").write_text(json.dumps(night))
     folder = harness / "0001"
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "out").mkdir(parents=True)
     (folder / "train.py").write_text(source)
     (folder / "run.json").write_text(json.dumps({"seed": 1, "until_clock": False}))
     shutil.copy(harness / "model.pt", folder / "out")
-    command, environment, cwd = agent.child_command("score", folder, None, ("--below", "inf"))
-    done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=120)
-    return json.loads(done.stdout) if done.returncode == 0 else (done.stderr.strip().split("\n") or [""])[-1]
+    ours, theirs = FRESH.Pipe(duplex=False)
+    process = FRESH.Process(target=score_here, args=(theirs, folder, night))
+    process.start()
+    theirs.close()
+    try:
+        assert ours.poll(120), "the scorer did not answer"
+        return ours.recv()
+    finally:
+        process.kill()
+        process.join()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_honest_model_is_trusted(harness, dtype):
     facts = scored(harness, TRAIN, dtype)
-    assert facts["invalid"] == "" and facts["test_bpb"] is not None and facts["probe"]["rows"] == 192
+    assert facts["invalid"] == "" and facts["test_bpb"] is not None and facts["probe"]["rows"] == 64
     assert facts["probe"]["largest_nats"] < constants.PROBE_NATS[dtype] / 5  # with margin
 
 
@@ -89,7 +108,6 @@ def test_the_honest_model_is_trusted(harness, dtype):
 MASK = "future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)"
 CHEATS = {
     "3: a peek at every token": (peek(1), "looks ahead"),
-    "3: a peek at one token in twenty": (peek(20), "looks ahead"),
     "3: bidirectional attention": (TRAIN.replace(MASK, MASK.replace("triu(1)", "triu(T)")), "looks ahead"),
     "3: attention within chunks": (
         TRAIN.replace(MASK, MASK + "\n    chunk = torch.arange(T) // 32\n    future = chunk[None, :] > chunk[:, None]"),
@@ -143,6 +161,16 @@ def test_attack_that_the_scorer_finds_out(harness, name):
     assert source != TRAIN
     agent.screen(source, {})  # the screen does not see it
     assert said in scored(harness, source)["invalid"]
+
+
+def test_attack_3_a_peek_in_five_percent_of_the_positions(cache):
+    """As many rows as a real probe takes, of a model that is cheap; the draw is fixed here."""
+    profile, random = constants.PROFILES["cpu"], np.random.default_rng(0)
+    rows = prepare.open_rows(cache / "cpu-sotu" / "val.bin", profile)
+    lengths = prepare.token_byte_lengths(prepare.load_tokenizer(cache / "cpu-sotu" / "tokenizer.txt"))
+    for permille, found_out in ((50, True), (0, False)):
+        model = Peeker(profile.vocab_size, permille, salt=0)
+        assert bool(probe(model, rows, torch.from_numpy(lengths), 1, random)[0]) == found_out
 
 
 # --- ended as a crash: 2 by another name, 11
