@@ -40,6 +40,7 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import constants
@@ -1608,6 +1609,11 @@ class Night:
         return self.journal.of("result")
 
     @property
+    def runs(self) -> list[dict]:
+        """All that was trained and scored for the night itself: experiments, and the runs that confirm them."""
+        return self.results + [row for row in self.journal.of("trial") if row["seed"] == constants.CONFIRM_SEED]
+
+    @property
     def keeps(self) -> list[dict]:
         return [row for row in self.results if row["verdict"] == "keep"]
 
@@ -2240,7 +2246,7 @@ def run_night(night: Night, proposer, args, view: "View") -> str:
             if args.describe and done:
                 return "tried"
             results = night.results
-            mean_s = sum(row["run_seconds"] + (row["scoring_seconds"] or 0) for row in results) / len(results)
+            mean_s = seconds_of(night.runs) / len(results)  # of an experiment, with its confirmation
             if not args.describe and args.experiments is not None and night.next_number > args.experiments:
                 return f"all {args.experiments} experiments are done"
             if left_s() < mean_s:
@@ -2268,10 +2274,21 @@ def run_night(night: Night, proposer, args, view: "View") -> str:
             )
 
 
+def seconds_of(runs: list[dict]) -> float:
+    return sum(row["run_seconds"] + (row["scoring_seconds"] or 0.0) for row in runs)
+
+
 def seconds_of_earlier_starts(rows: list[dict]) -> float:
-    """Seconds that earlier starts of this night were at work, by the monotonic clock of each, to its last row."""
+    """Seconds that earlier starts of this night were at work, by the monotonic clock of each, to its last row.
+
+    Those of --check and --ablate do not count.
+    """
     starts = [i for i, row in enumerate(rows) if row["event"] == "night"]
-    return sum(rows[following - 1]["uptime"] for following in starts[1:])
+    return sum(
+        rows[following - 1]["uptime"]
+        for start, following in pairwise(starts)
+        if not {"check", "ablate"} & set(rows[start]["arguments"])
+    )
 
 
 # ---------------------------------------------------------------------------
@@ -2529,9 +2546,8 @@ def print_summary(night: Night, why: str, proposer) -> None:
         f"baseline {first:.6f}, best {best:.6f} (experiment {keeps[-1]['number']}), gain {first - best:.6f}, as claimed by one seed"
     )
     print(f"{len(results) - 1} experiments: " + ", ".join(f"{count} {word}" for word, count in counts.items()))
-    training = sum(row["metrics"].get("training_seconds") or 0.0 for row in results)
-    idle = sum(row["idle_seconds"] or 0.0 for row in results)
-    busy = sum(row["run_seconds"] + (row["scoring_seconds"] or 0.0) for row in results)
+    training = sum(row["metrics"].get("training_seconds") or 0.0 for row in night.runs)
+    idle, busy = sum(row["idle_seconds"] or 0.0 for row in results), seconds_of(night.runs)
     print(
         f"training {training:.0f} s of {busy + idle:.0f} s ({training / (busy + idle):.0%}); idle between runs {idle:.1f} s"
     )

@@ -32,15 +32,11 @@ def forward(*lines: str) -> str:
     return TRAIN.replace(FORWARD, "    def forward(self, idx):\n" + "\n".join(f"        {line}" for line in lines))
 
 
-def peek(modulus: int) -> str:
-    """A model that copies the next token at one position in `modulus`, chosen by what stands there."""
-    return forward(
-        "logits = self.logits(idx).clone()",
-        "following = F.pad(idx, (0, 1))[:, 1:]",
-        f"chosen = (idx * 7919 + F.pad(idx, (1, 0))[:, :-1]) % {modulus} == 0",
-        "boost = 8.0 * F.one_hot(following, logits.size(-1)).to(logits.dtype)",
-        "return logits + boost * chosen[..., None]",
-    )
+PEEK = forward(
+    "logits = self.logits(idx)",
+    "following = F.one_hot(F.pad(idx, (0, 1))[:, 1:], logits.size(-1))",
+    "return logits + 8.0 * following.to(logits.dtype)",
+)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +103,7 @@ def test_the_honest_model_is_trusted(harness, dtype):
 
 MASK = "future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)"
 CHEATS = {
-    "3: a peek at every token": (peek(1), "looks ahead"),
+    "3: a peek at every token": (PEEK, "looks ahead"),
     "3: bidirectional attention": (TRAIN.replace(MASK, MASK.replace("triu(1)", "triu(T)")), "looks ahead"),
     "3: attention within chunks": (
         TRAIN.replace(MASK, MASK + "\n    chunk = torch.arange(T) // 32\n    future = chunk[None, :] > chunk[:, None]"),

@@ -39,6 +39,14 @@ def night(checkout):
     return run
 
 
+def test_checking_uses_up_no_hours_of_the_night():
+    def start(*words):
+        return {"event": "night", "arguments": dict.fromkeys(words, "t"), "uptime": 0.0}
+
+    rows = [start(), {"event": "result", "uptime": 50.0}, start("check"), {"event": "trial", "uptime": 900.0}, start()]
+    assert agent.seconds_of_earlier_starts(rows) == 50.0
+
+
 # --- the keep rule
 
 
