@@ -194,7 +194,7 @@ def test_the_card_is_back_at_its_floor_before_the_next_run(tmp_path, monkeypatch
 def test_fault_9_interrupted_in_each_state(checkout, state, number):
     """Child dead, the row written that was being written, exit 0 within 5 s, resumable."""
     stub = (checkout.folder / "prepare.py").read_text()
-    slow = {"training": "time.sleep(self.step_s)", "scoring": "model = json.loads((Path(sys.argv[-1])"}
+    slow = {"training": "time.sleep(self.step_s)", "scoring": "folder, below = Path(sys.argv"}
     if state == "recording":  # git takes its time: the signal comes while the objects are written
         (checkout.folder / "agent.py").write_text(
             (checkout.folder / "agent.py").read_text().replace(
@@ -239,13 +239,14 @@ def test_fault_9_a_second_interrupt_stops_at_once(checkout):
     ("line", "reason"),
     [
         ("raise RuntimeError('CUDA out of memory. Tried to allocate 20 GiB')", "out of memory"),
-        ("getattr(prepare, 'o' + 's').kill(getattr(prepare, 'o' + 's').getpid(), 11)", "SIGSEGV"),
+        ("import os; os.kill(os.getpid(), 11)", "SIGSEGV"),
         ("raise SystemExit(0)", "no valid result.json"),
         ("raise KeyError('x')", "KeyError"),
         ("raise SystemExit('loss nan at step 3: the run diverged')", "loss nan"),
     ],
 )
 def test_fault_11_a_crash_is_recorded_with_its_class_and_never_kept(checkout, line, reason):
+    checkout.drop_screen()
     checkout.agent(*NIGHT, "--experiments", "1")
     source = STUB.replace("    steps = 0\n", f"    steps = 0\n    {line}\n").replace("lr=0.4", "lr=0.1")
     (checkout.folder / "train.py").write_text(source)
@@ -257,13 +258,14 @@ def test_fault_11_a_crash_is_recorded_with_its_class_and_never_kept(checkout, li
 
 def test_fault_12_a_flood_of_output_is_capped(checkout):
     """300 MB of binary, escape sequences and carriage returns end as a head and a tail of plain text."""
+    checkout.drop_screen()
     checkout.agent(*NIGHT, "--experiments", "1")
     flood = "bytes(range(256)) * 4000 + b'\\x1b[2J\\x1b[31mred\\rover\\n'"
     code = (
         "    print('the first line', flush=True)\n"
         f"    flood = {flood}\n"
         "    for _ in range(300):\n"
-        "        getattr(prepare, 'o' + 's').write(1, flood)\n"
+        "        import os; os.write(1, flood)\n"
         "    print('\\nthe last line', flush=True)\n    raise SystemExit(1)\n"
     )
     (checkout.folder / "train.py").write_text(STUB.replace("    steps = 0\n", "    steps = 0\n" + code))
@@ -306,7 +308,7 @@ def test_fault_21_the_clock_of_the_machine_jumps(monkeypatch):
     monkeypatch.setattr(time, "time", lambda: jumped)
     assert not clock.expired and clock.progress < 0.01 and clock.seconds < 5
     rows = [
-        {"event": "night", "at": "2026-11-23T23:00:00+01:00", "uptime": 1.0},
+        {"event": "night", "at": "2026-11-23T23:00:00+01:00", "uptime": 1.0, "arguments": {}},
         {"event": "result", "at": "2020-01-01T00:00:00+01:00", "uptime": 100.0},
         {"event": "night", "at": "2031-01-01T00:00:00+01:00", "uptime": 1.0},
     ]

@@ -313,7 +313,9 @@ def test_a_run_by_hand_learns_and_its_score_agrees(real_checkout):
         command, cwd=real_checkout.folder, env=real_checkout.environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["val_bpb"] == pytest.approx(result["val_bpb"], rel=1e-4)
+    said = dict(line.split(":", 1) for line in done.stdout.splitlines() if "_bpb:" in line)
+    assert float(said["val_bpb"]) == pytest.approx(result["val_bpb"], rel=1e-4) and 1 < float(said["test_bpb"]) < 4
+    assert "as you" in done.stdout and len(done.stdout.split("it writes:\n")[1]) > 20
     assert real_checkout.git("status", "--short") == ""
 
 
