@@ -108,7 +108,7 @@ class Experiment:
     confirm_bpb: float | None  # val on the second seed, where the claim was run again
     crash: str  # empty, or why there is no number
     distrust: str  # empty, or why the scorer does not trust its number
-    rerun: bool  # run a second time, since the first was not at the incumbent's pace
+    rerun_seconds: float  # that a first run took which was not at the incumbent's pace; 0 where there was none
     metrics: dict  # result.json, untrusted but checked
     run_seconds: float
     scoring_seconds: float | None
@@ -1462,6 +1462,7 @@ class Journal:
     SHOWN = (
         "event", "number", "parent", "verdict", "reason", "val_bpb", "description", "commit", "run_seconds",
         "scoring_seconds", "idle_seconds", "operator", "repairs", "missed", "test_bpb", "confirm_bpb", "source",
+        "rerun_seconds",
     )  # fmt: skip
 
     def __init__(self, path: Path):
@@ -2099,7 +2100,7 @@ def experiment_once(
     results, keeps = night.results, night.keeps
     baseline = experiment_of(results[0]) if results else None
     incumbent = experiment_of(keeps[-1]) if keeps else None
-    seed, cpu = settings["seed"], settings["profile"] == "cpu"
+    seed, paced = settings["seed"], settings["profile"] == "cpu" and settings["budget_s"] >= constants.COMPILE_FROM_S
     ready_for_a_run(night)
     if baseline is None and settings["compile"]:  # so that the baseline's own start-up is as warm as all others
         folder = night.make_folder(f"{number:04d}", source, seed, until_clock=True)
@@ -2116,9 +2117,10 @@ def experiment_once(
     idle_s = None if last_exit is None else time.perf_counter() - last_exit
     view.begin(number, proposal.description, folder)
     below = incumbent.val_bpb if incumbent else math.inf
-    measured, rerun = measure(night, folder, below, view, meanwhile), False
-    if cpu and incumbent and not measured.crash and off_pace(measured.run.result, incumbent.metrics):
-        rerun, folder = True, night.make_folder(f"{number:04d}", source, seed)
+    measured, rerun_s = measure(night, folder, below, view, meanwhile), 0.0
+    if paced and incumbent and not measured.crash and off_pace(measured.run.result, incumbent.metrics):
+        rerun_s = measured.run.seconds + measured.scores["scoring_seconds"]
+        folder = night.make_folder(f"{number:04d}", source, seed)
         view.begin(number, f"again, at the usual pace: {proposal.description}", folder)
         measured = measure(night, folder, below, view, meanwhile)
     scores = measured.scores or {}
@@ -2137,7 +2139,7 @@ def experiment_once(
         confirm_bpb=None,
         crash=measured.crash,
         distrust=scores.get("invalid", ""),
-        rerun=rerun,
+        rerun_seconds=rerun_s,
         metrics=measured.run.result or {},
         run_seconds=measured.run.seconds,
         scoring_seconds=scores.get("scoring_seconds"),
@@ -2275,7 +2277,7 @@ def run_night(night: Night, proposer, args, view: "View") -> str:
 
 
 def seconds_of(runs: list[dict]) -> float:
-    return sum(row["run_seconds"] + (row["scoring_seconds"] or 0.0) for row in runs)
+    return sum(row["run_seconds"] + (row["scoring_seconds"] or 0.0) + row.get("rerun_seconds", 0.0) for row in runs)
 
 
 def seconds_of_earlier_starts(rows: list[dict]) -> float:

@@ -2,7 +2,7 @@
 
 The "model" is the dict that build_model returns; its val_bpb is a closed form of it, so that every verdict can be derived
 by hand: 1 + (ln(lr / 0.1))^2 + width / 10000. A model may have `luck` on the night's seed, twice its reverse on others, `overfit` val, be caught
-by the scorer for `distrust`, and its numbers may carry `noise` by seed.
+by the scorer for `distrust`, be `slow`, and its numbers may carry `noise` by seed.
 """
 
 import json
@@ -35,7 +35,12 @@ class Run:
     def finish(self, model, *, steps, tokens):
         Path("model.pt").write_text(json.dumps(model))
         result = dict.fromkeys(("peak_vram_mb", "mfu_percent"))
-        result |= {"training_seconds": 0.01, "total_seconds": 0.1, "total_tokens_M": tokens / 1e6, "num_steps": steps}
+        result |= {
+            "training_seconds": 0.01 * model.get("slow", 1),
+            "total_seconds": 0.1,
+            "total_tokens_M": tokens / 1e6,
+            "num_steps": steps,
+        }
         result |= {"num_params_M": 0.1, "startup_seconds": 0.05, "epoch": 0.1, "loader_wait_seconds": 0.0}
         result |= {"seed": json.loads(Path("../run.json").read_text())["seed"], "device": "cpu", "backend": "stub"}
         result["losses"] = [[0.0, 2.0], [0.01, 1.5]]

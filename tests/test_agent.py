@@ -126,7 +126,7 @@ def experiment(**changes):
     metrics = {"training_seconds": 300.0, "num_steps": 1000}
     base = agent.Experiment(
         number=1, parent=0, description="x", hypothesis="", edits=(), operator="", repairs=None, missed=False, source="", val_bpb=1.0,
-        test_bpb=1.0, confirm_bpb=None, crash="", distrust="", rerun=False, metrics=metrics, run_seconds=320.0, scoring_seconds=20.0, idle_seconds=0.1,
+        test_bpb=1.0, confirm_bpb=None, crash="", distrust="", rerun_seconds=0.0, metrics=metrics, run_seconds=320.0, scoring_seconds=20.0, idle_seconds=0.1,
     )  # fmt: skip
     return replace(base, **changes)
 

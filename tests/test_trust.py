@@ -85,6 +85,17 @@ def test_a_run_off_the_pace_of_the_same_model_is_run_again():
     assert not agent.off_pace({**usual, "total_tokens_M": 5.6, "num_steps": 700}, usual)  # another batch
 
 
+def test_what_was_off_the_pace_stands_with_its_second_run(checkout, night):
+    results = night(
+        [("        beta=0.8,", "        beta=0.8,\n        slow=2,"), ("        beta=0.8,", "        beta=0.7,")]
+    )
+    assert results[1]["rerun_seconds"] > 0 and results[2]["rerun_seconds"] == 0
+    short = checkout.agent(
+        "--tag", "short", *FLAGS[2:], "--replay", str(checkout.folder.parent / "ideas.jsonl"), "--budget", "20"
+    )
+    assert "experiments" in short and rows_of(checkout, "result", "short")[1]["rerun_seconds"] == 0
+
+
 # --- statistics
 
 
