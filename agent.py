@@ -2586,9 +2586,11 @@ def print_summary(night: Night, why: str, proposer) -> None:
 def choose_tag(args) -> str:
     """The flag, else the newest unfinished night with the same settings, else today's."""
     if args.check or args.ablate:
-        if not (RUNS / (args.check or args.ablate) / "journal.jsonl").is_file():
-            nights = ", ".join(sorted(path.parent.name for path in RUNS.glob("*/journal.jsonl"))) or "none yet"
-            raise Problem(f"there is no night {args.check or args.ablate}; there are: {nights}")
+        nights = sorted(path.parent.name for path in RUNS.glob("*/journal.jsonl"))
+        if (args.check or args.ablate) not in nights:
+            raise Problem(
+                f"there is no night {args.check or args.ablate}; there are: {', '.join(nights) or 'none yet'}"
+            )
         return args.check or args.ablate
     if args.tag:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", args.tag) or args.tag == "by-hand":

@@ -93,10 +93,7 @@ MAX_REPAIRS = 2  # attempts to mend one crashed idea
 MAX_REFUSALS = 3  # refusals in a row before the night stops
 STUCK_AFTER = 15  # experiments without a keep before a new direction is asked for
 LEDGER_LINES = 200  # experiments that the model sees one by one; older ones come in groups
-CHECK_SEEDS = {
-    "cpu": 5,
-    "gpu": 3,
-}  # fresh seeds that --check takes, by profile: a CPU is noisier and its runs cost less
+CHECK_SEEDS = {"cpu": 5, "gpu": 3}  # how many --check takes: a CPU is noisier, and its runs cost less
 LARGE_GAIN = 0.03  # x incumbent: more than any published edit gave; run again on the second seed before it is believed
 TEST_ALARM = 0.01  # bpb, or x incumbent if more: a gain on val that exceeds the gain on test by this is not believed
 WOBBLE = 0.03  # of the incumbent's tokens a second: a CPU run of the same model further off is run again

@@ -1266,7 +1266,10 @@ def main() -> None:
             folder = args.score.resolve()
             for needed in (folder / "train.py", folder / "out" / "model.pt"):
                 if not needed.exists():
-                    raise Problem(f"{needed} does not exist; --score takes the folder of a run, such as runs/by-hand")
+                    raise Problem(
+                        f"{needed} does not exist; --score takes the folder of a run that has its weights: runs/by-hand after "
+                        "python train.py, or that of a night's winner, such as runs/nov23/0042"
+                    )
             night = Path(__file__).resolve().parent / "night.json"
             if night.exists():
                 settings = settings_from_night(json.loads(night.read_text()), folder)

@@ -32,9 +32,7 @@ class Config:
     value_embeds: bool  # a second embedding of the token, mixed into the values of every other layer
     smear: bool  # mixes the token before into each embedding, by a learned share for each channel
     bigram_rows: int  # of a hashed table of token pairs, added to the embedding; 0: none
-    conv_taps: (
-        int  # earlier tokens that a learned short convolution mixes into queries, keys, values and MLP input; 0: none
-    )
+    conv_taps: int  # earlier tokens that a short convolution mixes into queries, keys, values and MLP input; 0: none
     softcap: float  # logits are squashed into (-softcap, softcap); 0: not
     step_tokens: int  # tokens of one optimizer step
     micro_rows: int  # rows of one forward pass, halved while they do not fit the card
