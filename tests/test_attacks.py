@@ -236,5 +236,20 @@ def test_attack_that_the_screen_refuses(name):
         agent.screen(TRAIN + "\n" + REFUSED[name] + "\n", {})
 
 
+KERNEL = """
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def double(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + at, 2 * tl.load(x_ptr + at, mask=at < n), mask=at < n)
+"""
+
+
 def test_kernels_are_fair_game():
-    agent.screen("import triton\nimport triton.language as tl\n" + TRAIN, {})
+    agent.screen(TRAIN + KERNEL, {})
+    agent.screen(TRAIN + KERNEL.replace("import triton.language as tl", "from triton import language as tl"), {})
+    with pytest.raises(agent.ScreenError, match="refused"):
+        agent.screen(TRAIN + KERNEL.replace("tl.load(", "torch.load("), {})
