@@ -107,8 +107,8 @@ def real_checkout(tmp_path, cache):
 
 
 def rows_of(checkout, event=None, tag="t"):
-    lines = (checkout.folder / "runs" / tag / "journal.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    lines = (checkout.folder / "runs" / tag / "journal.jsonl").read_text().splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the agent may be writing the last one
     return [row for row in rows if event in (None, row["event"])]
 
 
