@@ -1097,6 +1097,7 @@ def child_command(
         "PYTHONUNBUFFERED": "1",
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
         "TRITON_CACHE_DIR": str(folder / "cache" / "triton"),
+        "TMPDIR": str(folder / "cache" / "tmp") if action == "train" else "/tmp",  # precompiled headers, 8 s to make
         "AUTORESEARCH_RUN": str(folder),  # by which the next start finds what a killed agent left
     }
     program = ["../train.py"] if action == "train" else [str(harness / "prepare.py"), f"--{action}", str(folder)]
@@ -1121,7 +1122,7 @@ def run_child(
 ) -> tuple[int | None, float]:
     """Runs a child to its end or its limit; returns (exit status, seconds), status None at the limit. Leaves none alive.
 
-    Its output goes to `log`, capped; `meanwhile` is called some twenty times a second. A folder out/ over constants.OUT_BYTES ends it like the limit does.
+    Its output goes to `log`, capped; `meanwhile` is called some twenty times a second. A folder over constants.OUT_BYTES ends it like the limit does.
     """
     command, environment, cwd = child_command(action, folder, sandbox, more)
     start, process, looked = time.perf_counter(), None, 0.0
@@ -1139,8 +1140,8 @@ def run_child(
                     time.sleep(0.005)  # the child closed its output
                 if time.perf_counter() - looked > 2.0:
                     looked = time.perf_counter()
-                    if folder_bytes(folder / "out") > constants.OUT_BYTES:
-                        output.write(f"\nout/ grew over {constants.OUT_BYTES / 2**30:g} GiB\n".encode())
+                    if folder_bytes(folder) > constants.OUT_BYTES:
+                        output.write(f"\nits folder grew over {constants.OUT_BYTES / 2**30:g} GiB\n".encode())
                         break
             status, seconds = process.poll(), time.perf_counter() - start
         finally:
@@ -1770,7 +1771,7 @@ class Night:
     def empty_folder(folder: Path) -> None:
         """The folder of a child, with what it may write to and nothing else."""
         shutil.rmtree(folder, ignore_errors=True)
-        for name in ("out", "cache"):
+        for name in ("out", "cache/tmp"):
             (folder / name).mkdir(parents=True)
 
     def check_unchanged(self) -> None:
