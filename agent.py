@@ -109,6 +109,9 @@ class Experiment:
     crash: str  # empty, or why there is no number
     distrust: str  # empty, or why the scorer does not trust its number
     rerun_seconds: float  # that a first run took which was not at the incumbent's pace; 0 where there was none
+    cold_seconds: (
+        float | None
+    )  # of the baseline: its unrecorded first start, which compiled everything; None where nothing is
     metrics: dict  # result.json, untrusted but checked
     run_seconds: float
     scoring_seconds: float | None
@@ -142,7 +145,7 @@ def judge(
     if metrics["training_seconds"] > budget_s + max(0.01 * budget_s, step):
         return Verdict("invalid", f"trained {metrics['training_seconds']:.1f} s of {budget_s:g} s")
     if baseline is not None:
-        if experiment.run_seconds > baseline.run_seconds + overtime_s(budget_s):
+        if experiment.run_seconds > baseline.run_seconds + overtime_s(budget_s, baseline.cold_seconds):
             return Verdict("invalid", f"took {experiment.run_seconds:.0f} s, the baseline {baseline.run_seconds:.0f} s")
         if experiment.scoring_seconds > 2 * baseline.scoring_seconds + 10:
             return Verdict(
@@ -165,9 +168,9 @@ def judge(
     return Verdict("keep")
 
 
-def overtime_s(budget_s: float) -> float:
-    """Seconds by which a run may outlast the baseline's, start to exit."""
-    return max(15.0, budget_s / 5)
+def overtime_s(budget_s: float, cold_s: float | None) -> float:
+    """Seconds by which a run may outlast the baseline's, start to exit: chance, and compiling a new model from nothing."""
+    return max(15.0, budget_s / 5) + 1.5 * (cold_s or 0.0)
 
 
 # ---------------------------------------------------------------------------
@@ -393,12 +396,12 @@ class RandomProposer:
     name, inline, facts = "random", True, {}
     exhausted = "nothing is left to propose"
 
-    def __init__(self, tag: str, profile: str):
-        self.tag, self.profile = tag, profile
+    def __init__(self, tag: str, profile: str, peak_tflops: float | None):
+        self.tag, self.profile, self.peak_tflops = tag, profile, peak_tflops
 
     def propose(self, source: str, ledger: "Ledger", feedback: list[str]) -> Proposal | None:
         draw = random.Random(f"{self.tag}/{ledger.next_number}/{ledger.rejects}")
-        knobs = numeric_hyperparameters(source, self.profile)
+        knobs = numeric_hyperparameters(source, self.profile, self.peak_tflops)
         if not knobs:
             raise Problem("train.py has no numeric hyperparameters that `random` could move; use another proposer")
         name, node = draw.choice(knobs)
@@ -415,8 +418,11 @@ class RandomProposer:
         )
 
 
-def numeric_hyperparameters(source: str, profile: str) -> list[tuple[str, ast.Constant]]:
-    """The numbers at the top of train.py that serve the profile: CONFIGS[profile]'s keywords, plain NAME = number."""
+def numeric_hyperparameters(source: str, profile: str, peak_tflops: float | None) -> list[tuple[str, ast.Constant]]:
+    """The numbers at the top of train.py that serve the profile: plain NAME = number, CONFIGS[profile]'s keywords.
+
+    On a GPU those of the card's own row of CARDS stand in for them.
+    """
 
     def is_number(node) -> bool:
         return (isinstance(node, ast.Constant) and type(node.value) in (int, float)) or (
@@ -426,7 +432,7 @@ def numeric_hyperparameters(source: str, profile: str) -> list[tuple[str, ast.Co
             and is_number(node.right)
         )
 
-    knobs = []
+    knobs, of_card = [], []
     for node in ast.parse(source).body:
         if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
             continue
@@ -437,13 +443,22 @@ def numeric_hyperparameters(source: str, profile: str) -> list[tuple[str, ast.Co
             for key, entry in zip(value.keys, value.values, strict=True):
                 if isinstance(key, ast.Constant) and key.value == profile and isinstance(entry, ast.Call):
                     knobs += [(word.arg, word.value) for word in entry.keywords if word.arg and is_number(word.value)]
+        elif name == "CARDS" and isinstance(value, ast.Tuple) and profile == "gpu":
+            rows = [row.elts for row in value.elts if isinstance(row, ast.Tuple) and len(row.elts) == 2]
+            fitting = (sizes for least, sizes in rows if ast.literal_eval(least) <= (peak_tflops or 0))
+            sizes = next(fitting, None)
+            of_card = [(word.arg, word.value) for word in sizes.keywords] if isinstance(sizes, ast.Call) else []
+    knobs = [knob for knob in knobs if knob[0] not in dict(of_card)] + of_card
     for _, node in knobs:
         node.value = ast.literal_eval(node) if isinstance(node, ast.Constant) else node.left.value**node.right.value
     return knobs
 
 
 def neighbour(value: int | float, draw: random.Random) -> str:
-    """A nearby value as source text: powers of two double or halve, small integers step, floats scale by up to 2."""
+    """A nearby value as source text: powers of two double or halve, small integers step, floats scale by up to 2.
+
+    Of a fraction over a half, such as a momentum, the distance to 1 is what scales.
+    """
     if isinstance(value, int):
         if value >= 16 and value & (value - 1) == 0:
             return str(draw.choice((value // 2, value * 2)))
@@ -452,8 +467,10 @@ def neighbour(value: int | float, draw: random.Random) -> str:
         return str(value + draw.choice((-1, 1)) if value > 1 else value + 1)
     if value == 0.0:
         return repr(draw.choice((0.01, 0.1)))
-    scaled = value * 2 ** draw.choice((-1.0, -0.6, -0.3, 0.3, 0.6, 1.0))
-    return repr(float(f"{scaled:.2g}"))
+    factor = 2 ** draw.choice((-1.0, -0.6, -0.3, 0.3, 0.6, 1.0))
+    if 0.5 < value < 1:
+        return repr(round(1 - float(f"{(1 - value) * factor:.2g}"), 12))
+    return repr(float(f"{value * factor:.2g}"))
 
 
 class ReplayProposer:
@@ -1063,7 +1080,8 @@ def make_sandbox(settings: dict, repository: "Repository") -> Sandbox:
 
 def probe(folder: Path, sandbox: Sandbox, forbidden: list[Path]) -> str:
     """Why the sandbox does not do, as one line; empty where a child in `folder` works and reaches nothing forbidden."""
-    (folder / "run.json").write_text(json.dumps({"seed": 0, "until_clock": False, "forbidden": [*map(str, forbidden)]}))
+    own = {"seed": 0, "until_clock": False, "found": {}, "forbidden": [*map(str, forbidden)]}
+    (folder / "run.json").write_text(json.dumps(own))
     log = folder / "run.log"
     status, _ = run_child("probe", folder, sandbox, log, constants.PROBE_LIMIT_S)
     lines = log_tail(log)
@@ -1355,7 +1373,9 @@ RESULT_RANGES = {  # result.json: numbers and the range they must lie in
     "epoch": (0, 1e9),
     "seed": (0, 2**63),
     "loader_wait_seconds": (0, 1e6),
+    "micro_rows": (1, 1e6),
 }
+OPTIONAL_RESULTS = ("peak_vram_mb", "mfu_percent", "startup_seconds", "micro_rows")  # null where they do not apply
 
 
 def read_result(path: Path) -> dict:
@@ -1375,7 +1395,7 @@ def read_result(path: Path) -> dict:
         raise ValueError("not the keys that prepare.finish writes")
     for key, (low, high) in RESULT_RANGES.items():
         value = result[key]
-        optional = value is None and key in ("peak_vram_mb", "mfu_percent", "startup_seconds")
+        optional = value is None and key in OPTIONAL_RESULTS
         if not optional and not (type(value) in (int, float) and low <= value <= high):
             raise ValueError(f"{key} is {str(value)[:40]!r}")
     for key in ("device", "backend"):
@@ -1503,7 +1523,8 @@ class Journal:
         self.rows = [row for row in self.rows if row.get("number") != number or row["event"] == "result"]
         for row in self.rows:
             if row.get("number") == number and row["verdict"] != "keep":
-                metrics = {name: row["metrics"].get(name) for name in ("peak_vram_mb", "training_seconds")}
+                kept = ("peak_vram_mb", "training_seconds", "backend", "micro_rows")
+                metrics = {name: row["metrics"].get(name) for name in kept}
                 shown = {name: row[name] for name in self.SHOWN} | {"metrics": metrics}
                 row.clear()
                 row.update(shown)
@@ -1758,11 +1779,17 @@ class Night:
         write_atomically(self.folder / "results.tsv", "\n".join(lines) + "\n")
 
     def make_folder(self, name: str, source: str, seed: int, until_clock: bool = False) -> Path:
-        """An empty run folder with train.py, run.json and the incumbent's compile cache."""
+        """An empty run folder with train.py, run.json and the incumbent's compile cache.
+
+        Later runs take the attention backend and the micro-batch that the baseline found.
+        """
         folder = self.folder / name
         self.empty_folder(folder)
         (folder / "train.py").write_text(source)
-        (folder / "run.json").write_text(json.dumps({"seed": seed, "until_clock": until_clock}))
+        baseline = self.results[0]["metrics"] if self.results else {}
+        found = {"attention": baseline.get("backend"), "micro_rows": baseline.get("micro_rows")}
+        own = {"seed": seed, "until_clock": until_clock, "found": found}
+        (folder / "run.json").write_text(json.dumps(own))
         if (self.folder / "cache").exists():
             shutil.copytree(self.folder / "cache", folder / "cache", dirs_exist_ok=True)
         return folder
@@ -1926,7 +1953,7 @@ def open_night(tag: str, args, repository: Repository) -> Night:
                     f"{name} differs from the one night {tag} began with; put it back, or start another with --tag NEW"
                 )
         facts = json.loads(ask_prepare("--machine", "--profile", settings["profile"], "--dataset", settings["dataset"]))
-        for name in ("device_name", "torch"):
+        for name in ("device_name", "torch", "flash_attention"):
             if facts[name] != settings[name]:
                 raise Problem(
                     f"night {tag} ran with {name} {settings[name]}, here it is {facts[name]}; start another with --tag NEW"
@@ -2066,7 +2093,7 @@ def measure(night: Night, folder: Path, below: float, view: "View", meanwhile=la
     budget_s, results = night.settings["budget_s"], night.results
     limit_s, score_limit_s = budget_s + constants.STARTUP_LIMIT_S, constants.SCORE_LIMIT_S
     if results:  # what outlasts these is invalid anyway
-        limit_s = min(limit_s, results[0]["run_seconds"] + overtime_s(budget_s) + 5)
+        limit_s = min(limit_s, results[0]["run_seconds"] + overtime_s(budget_s, results[0]["cold_seconds"]) + 5)
         score_limit_s = min(score_limit_s, 2 * results[0]["scoring_seconds"] + 15)
     trained = run(folder, night.sandbox, limit_s, meanwhile)
     scores, crash = None, trained.reason
@@ -2090,15 +2117,19 @@ def ready_for_a_run(night: Night) -> None:
     wait_for_card(night.card_mb)
 
 
-def off_pace(metrics: dict, incumbent: dict) -> bool:
-    """Whether a run of the incumbent's model and batch had another throughput than the incumbent: the machine's noise."""
+def pace_may_decide(measured: "Measured", incumbent: Experiment) -> bool:
+    """Whether a run of the incumbent's model and batch had another throughput, and one that its verdict may hang on."""
+    if measured.crash:
+        return False
 
     def facts(m: dict) -> tuple[float, tuple]:
         shape = (m["num_params_M"], round(m["total_tokens_M"] / max(1, m["num_steps"]), 9))
         return m["total_tokens_M"] / max(1e-9, m["training_seconds"]), shape
 
-    (pace, shape), (usual, usual_shape) = facts(metrics), facts(incumbent)
-    return shape == usual_shape and abs(pace - usual) > constants.WOBBLE * usual
+    (pace, shape), (usual, usual_shape) = facts(measured.run.result), facts(incumbent.metrics)
+    off = abs(pace / usual - 1)
+    close = abs(measured.scores["val_bpb"] - incumbent.val_bpb) < 2 * constants.PACE_BPB * off
+    return shape == usual_shape and off > constants.WOBBLE and close
 
 
 def experiment_once(
@@ -2115,10 +2146,11 @@ def experiment_once(
     incumbent = experiment_of(keeps[-1]) if keeps else None
     seed, paced = settings["seed"], settings["profile"] == "cpu" and settings["budget_s"] >= constants.COMPILE_FROM_S
     ready_for_a_run(night)
+    cold_s = None
     if baseline is None and settings["compile"]:  # so that the baseline's own start-up is as warm as all others
         folder = night.make_folder(f"{number:04d}", source, seed, until_clock=True)
         view.begin(number, "compiling once, unrecorded", folder)
-        run(folder, night.sandbox, settings["budget_s"] + constants.STARTUP_LIMIT_S)
+        cold_s = run(folder, night.sandbox, settings["budget_s"] + constants.STARTUP_LIMIT_S).seconds
         shutil.rmtree(night.folder / "cache", ignore_errors=True)
         os.replace(folder / "cache", night.folder / "cache")
     folder = night.make_folder(f"{number:04d}", source, seed)
@@ -2131,7 +2163,7 @@ def experiment_once(
     view.begin(number, proposal.description, folder)
     below = incumbent.val_bpb if incumbent else math.inf
     measured, rerun_s = measure(night, folder, below, view, meanwhile), 0.0
-    if paced and incumbent and not measured.crash and off_pace(measured.run.result, incumbent.metrics):
+    if paced and incumbent and pace_may_decide(measured, incumbent):
         rerun_s = measured.run.seconds + measured.scores["scoring_seconds"]
         folder = night.make_folder(f"{number:04d}", source, seed)
         view.begin(number, f"again, at the usual pace: {proposal.description}", folder)
@@ -2153,6 +2185,7 @@ def experiment_once(
         crash=measured.crash,
         distrust=scores.get("invalid", ""),
         rerun_seconds=rerun_s,
+        cold_seconds=cold_s,
         metrics=measured.run.result or {},
         run_seconds=measured.run.seconds,
         scoring_seconds=scores.get("scoring_seconds"),
@@ -2666,7 +2699,7 @@ def make_proposer(night: Night, args, key: str | None):
         schedule_of(program_text())
         proposer.preflight()
         return proposer
-    return RandomProposer(night.tag, night.settings["profile"])
+    return RandomProposer(night.tag, night.settings["profile"], night.settings["peak_tflops"])
 
 
 def positive(kind):

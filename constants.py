@@ -1,6 +1,7 @@
 """The fixed rules of the game: profiles, budgets, data, paths. Standard library only; importing it does nothing."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -19,7 +20,13 @@ class Profile:
     test_rows: int
     default_dataset: str
     default_shards: int  # training shards of climbmix
-    dtype: str = "float32"  # compute dtype, decided once by prepare.machine(): bfloat16 where it is fast
+    # what prepare.machine() finds, once a night:
+    dtype: str = "float32"  # of the activations: bfloat16 where it is fast
+    peak_tflops: float | None = None  # of the card, dense bf16; None on a CPU or an unknown card
+    memory_gb: float | None = None  # of the card, in 1e9 bytes
+    # what the night's baseline found on that card; None: not found yet
+    attention: str | None = None  # the backend
+    micro_rows: int | None = None  # rows of a forward pass that fit
 
 
 PROFILES = {
@@ -62,10 +69,11 @@ CHECK_SEED, ABLATE_SEED = 101, 201  # the first of those that --check and --abla
 SOURCE_BYTES = 64_000  # train.py stays under this
 LITERAL_CHARS = 1_000  # no literal in train.py is longer: weights and answers do not hide in the source
 
-# Dense bf16 peak in TFLOP/s by name of the card, for mfu_percent; first match wins, an unknown card has no mfu.
+# Dense bf16 peak in TFLOP/s by name of the card; first match wins.
 PEAK_TFLOPS = (
     ("B200", 2250.0),
     ("H100 NVL", 835.0),
+    ("H200 NVL", 835.0),
     ("H100 PCIe", 756.0),
     ("H100", 989.0),
     ("H200", 989.0),
@@ -77,6 +85,17 @@ PEAK_TFLOPS = (
     ("RTX 4090", 165.2),
     ("RTX 3090", 71.0),
 )
+
+
+def peak_tflops(card: str) -> float | None:
+    """The peak of a card by the name that its driver gives; None for one that the table does not have.
+
+    "NVIDIA A100-SXM4-80GB" -> 312.0; "NVIDIA RTX A1000" and "NVIDIA GeForce RTX 4090 Laptop GPU" -> None
+    """
+    if re.search(r"\b(Laptop|Ti|D|Max-Q)\b", card):
+        return None
+    return next((peak for name, peak in PEAK_TFLOPS if re.search(rf"\b{name}\b", card)), None)
+
 
 # ---------------------------------------------------------------------------
 # Limits that the agent sets from outside (seconds, bytes)
@@ -96,7 +115,8 @@ LEDGER_LINES = 200  # experiments that the model sees one by one; older ones com
 CHECK_SEEDS = {"cpu": 5, "gpu": 3}  # how many --check takes: a CPU is noisier, and its runs cost less
 LARGE_GAIN = 0.03  # x incumbent: more than any published edit gave; run again on the second seed before it is believed
 TEST_ALARM = 0.01  # bpb, or x incumbent if more: a gain on val that exceeds the gain on test by this is not believed
-WOBBLE = 0.03  # of the incumbent's tokens a second: a CPU run of the same model further off is run again
+WOBBLE = 0.03  # of the incumbent's tokens a second: a CPU run of the same model further off may be run again
+PACE_BPB = 0.09  # bpb that all of the throughput is worth, near its usual value: 1 % is worth 0.0009
 NEAR_MISS = 0.001  # x incumbent: a discard this close is worth combining
 MODEL = "claude-opus-5-5"
 REPLY_TOKENS = 32_000  # of one reply, thinking included

@@ -587,28 +587,37 @@ def prepare(profile: Profile, dataset: str, num_shards: int, workers: int) -> No
 
 
 def machine(profile: str) -> dict:
-    """What a night decides once: device, dtype, compiler, threads. Profile cpu takes the CPU even where a GPU is."""
+    """What a night decides once: device and what it can do, dtype, compiler, threads. Profile cpu takes the CPU in any case.
+
+    Raises Problem where profile gpu finds no GPU.
+    """
     import shutil
+    from importlib.metadata import distributions
 
     import torch
 
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    facts = {"torch": torch.__version__, "threads": threads, "memory_gb": None, "device": "cpu", "device_name": "cpu"}
+    facts = {"torch": torch.__version__, "threads": threads, "peak_tflops": None, "memory_gb": None}
+    installed = {package.metadata["Name"].lower().replace("_", "-"): package.version for package in distributions()}
+    facts["flash_attention"] = {name: installed[name] for name in ("flash-attn-3", "flash-attn-4") if name in installed}
     if profile == "gpu" and torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
+        card = torch.cuda.get_device_properties(0)
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        facts |= {
+        return facts | {
             "device": "cuda",
-            "device_name": properties.name,
-            "memory_gb": round(properties.total_memory / 1e9, 1),
+            "device_name": card.name,
+            "peak_tflops": constants.peak_tflops(card.name) if bf16 else None,
+            "memory_gb": round(card.total_memory / 1e9, 1),
+            "dtype": "bfloat16" if bf16 else "float32",
+            "compiler": (card.major, card.minor) >= (7, 0),  # what Triton needs
         }
-        return facts | {"dtype": "bfloat16" if bf16 else "float32", "compiler": True}
-    if profile == "gpu":
-        raise Problem("profile gpu needs a GPU and torch sees none; take --profile cpu, or AUTORESEARCH_PROFILE=cpu")
-    torch.set_num_threads(threads)
-    compiler = any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
     if profile == "gpu" and torch.backends.mps.is_available():
         return facts | {"device": "mps", "device_name": "mps", "dtype": "float32", "compiler": False}
+    if profile == "gpu":
+        raise Problem("profile gpu needs a GPU and torch sees none; take --profile cpu, or AUTORESEARCH_PROFILE=cpu")
+    facts |= {"device": "cpu", "device_name": "cpu"}
+    torch.set_num_threads(threads)
+    compiler = any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
 
     def best_seconds(dtype) -> float:
         a = torch.ones(1024, 1024, dtype=dtype)
@@ -645,7 +654,7 @@ def settings_from_night(night: dict, folder: Path) -> Settings:
     """The settings of a run in `folder`, from the night's night.json and the folder's run.json."""
     own = json.loads((folder / "run.json").read_text())
     return Settings(
-        profile=replace(constants.PROFILES[night["profile"]], dtype=night["dtype"]),
+        profile=filled(night["profile"], night | own["found"]),
         dataset=night["dataset"],
         data=Path(night["data"]),
         train_file=night["train_file"],
@@ -658,6 +667,12 @@ def settings_from_night(night: dict, folder: Path) -> Settings:
         by_hand=False,
         until_clock=own["until_clock"],
     )
+
+
+def filled(profile: str, facts: dict) -> Profile:
+    """The profile with what machine() and a baseline found."""
+    names = ("dtype", "peak_tflops", "memory_gb", "attention", "micro_rows")
+    return replace(constants.PROFILES[profile], **{name: facts[name] for name in names if name in facts})
 
 
 def settings_by_hand() -> Settings:
@@ -675,7 +690,7 @@ def settings_by_hand() -> Settings:
     train_file = newest_train_file(data, name, dataset)
     facts = machine(name)
     return Settings(
-        profile=replace(constants.PROFILES[name], dtype=facts["dtype"]),
+        profile=filled(name, facts),
         dataset=dataset,
         data=data,
         train_file=train_file,
@@ -779,6 +794,8 @@ class Run:
         self.token_bytes = torch.from_numpy(token_byte_lengths(encoding)).to(self.device)
         self.train_rows = open_rows(settings.data / settings.train_file, settings.profile)
         self.clock, self.startup_seconds, self.loader_wait_seconds = None, None, 0.0
+        self.losses, self.smoothed = [], None  # [seconds, loss]; its running mean
+        self.said = (0.0, 0)  # seconds and tokens at the last line of progress
         self.lock = None  # on the device, by hand; under the agent the agent holds it
 
     def batches(self, rows: np.ndarray, batch_size: int):
@@ -850,12 +867,43 @@ class Run:
         self.clock = Clock(self.settings.budget_s, self.device)
         return self.clock
 
+    def mfu_percent(self, flops_per_token: float | None, tokens: int, seconds: float) -> float | None:
+        """Model FLOPs utilisation; None where the card's peak is not known."""
+        peak = self.profile.peak_tflops
+        return 100 * flops_per_token * tokens / seconds / (peak * 1e12) if peak and flops_per_token else None
+
+    def report(self, step: int, tokens: int, loss: float, flops_per_token: float | None = None) -> None:
+        """The progress of a run that has done `step` steps; `loss` is that of one of the last, in nats.
+
+        Step, percent of the budget, smoothed loss, tokens a second, mfu, seconds left: on a terminal one line that is written
+        over, elsewhere a line every few seconds.
+        """
+        seconds, terminal = self.clock.seconds, sys.stdout.isatty()
+        self.losses.append((seconds, loss))
+        self.smoothed = loss if self.smoothed is None else 0.9 * self.smoothed + 0.1 * loss
+        since = seconds - self.said[0]
+        if since > (0.5 if terminal else 2.0):
+            fresh, self.said = tokens - self.said[1], (seconds, tokens)
+            mfu = self.mfu_percent(flops_per_token, fresh, since)
+            line = (
+                f"step {step:5d}  {100 * self.clock.progress:5.1f}%  loss {self.smoothed:.4f}  {fresh / since:9,.0f} tok/s"
+                f"{'' if mfu is None else f'  mfu {mfu:4.1f}%'}  {max(0.0, self.settings.budget_s - seconds):4.0f} s left"
+            )
+            print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal else "\n", flush=True)
+
     def finish(
-        self, model, *, steps: int, tokens: int, losses=(), flops_per_token: float | None = None, backend="sdpa"
+        self,
+        model,
+        *,
+        steps: int,
+        tokens: int,
+        micro_rows: int | None = None,
+        flops_per_token: float | None = None,
+        backend: str = "sdpa",
     ):
         """Stops the clock, saves the weights, writes result.json, prints the summary.
 
-        losses: [seconds, loss] pairs, thinned to about 20. By hand it also evaluates val and prints it.
+        By hand it also evaluates val and prints it.
         """
         import torch
 
@@ -866,20 +914,18 @@ class Run:
         os.replace(self.settings.out / ".model.pt", self.settings.out / "model.pt")
         cuda = self.device.type == "cuda"
         name = torch.cuda.get_device_name() if cuda else self.device.type
-        peak = next((peak for card, peak in constants.PEAK_TFLOPS if card in name), None) if cuda else None
-        mfu = 100 * flops_per_token * tokens / seconds / (peak * 1e12) if peak and flops_per_token else None
         val_bpb = None
         if self.settings.by_hand:
             print("\nevaluating on val", flush=True)
             rows = open_rows(self.settings.data / "val.bin", self.profile)[: self.profile.val_rows]
             val_bpb = evaluate_bpb(model, rows, self.token_bytes, self.profile.eval_batch_rows)
-        losses = [[round(at, 2), round(loss, 4)] for at, loss in losses]
+        losses = [[round(at, 2), round(loss, 4)] for at, loss in self.losses]
         result = {
             "val_bpb": val_bpb,
             "training_seconds": seconds,
             "total_seconds": time.time() - self.process_start,
             "peak_vram_mb": torch.cuda.max_memory_allocated() / 2**20 if cuda else None,
-            "mfu_percent": mfu,
+            "mfu_percent": self.mfu_percent(flops_per_token, tokens, seconds),
             "total_tokens_M": tokens / 1e6,
             "num_steps": steps,
             "num_params_M": sum(p.numel() for p in model.parameters()) / 1e6,
@@ -888,6 +934,7 @@ class Run:
             "seed": self.seed,
             "device": name,
             "backend": backend,
+            "micro_rows": micro_rows,
             "loader_wait_seconds": self.loader_wait_seconds,
             "losses": losses[:: max(1, len(losses) // 20)],
         }

@@ -9,8 +9,8 @@ Not covered: more than one GPU, inference with a cache, resuming a run.
 import gc
 import math
 from collections import deque
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import torch
 import torch.nn as nn
@@ -31,17 +31,19 @@ class Config:
     table_dtype: torch.dtype  # of the embedding tables and their moments
     value_embeds: bool  # a second embedding of the token, mixed into the values of every other layer
     smear: bool  # mixes the token before into each embedding, by a learned share for each channel
-    bigram_rows: int  # of a hashed table of token pairs, added to the embedding; 0: none
+    bigram_rows: int  # of a hashed table of token pairs, added to the stream before each layer; 0: none
+    bigram_scale: float  # of what is added, at the start
     conv_taps: int  # earlier tokens that a short convolution mixes into queries, keys, values and MLP input; 0: none
     softcap: float  # logits are squashed into (-softcap, softcap); 0: not
     step_tokens: int  # tokens of one optimizer step
-    micro_rows: int  # rows of one forward pass, halved while they do not fit the card
+    micro_rows: int  # rows of one forward pass; 0: as many as fit the card
     embed_lr: float  # AdamW; all AdamW rates are scaled by (width / 768)^-0.5
     bigram_lr: float
     head_lr: float
     scalar_lr: float
     matrix_lr: float  # Muon
     embed_decay: float
+    value_decay: float
     bigram_decay: float
     head_decay: float
     matrix_decay: float  # cautious, falls to 0 over the run
@@ -51,7 +53,7 @@ class Config:
 
 
 CONFIGS = {
-    "gpu": Config(
+    "gpu": Config(  # an H100's; CARDS has smaller ones
         n_layer=9,  # 8 layers +0.003, 10 layers +0.002
         n_embd=640,
         head_dim=128,
@@ -59,18 +61,20 @@ CONFIGS = {
         table_dtype=torch.bfloat16,  # half the memory traffic of large tables
         value_embeds=True,  # alternating layers, the last included
         smear=False,  # not in the published recipe
-        bigram_rows=0,  # likewise
-        conv_taps=0,  # likewise
+        bigram_rows=2**18,  # the one addition to it; 0 switches it off
+        conv_taps=0,  # not in the published recipe
         softcap=15.0,
         step_tokens=2**18,  # half the reference's: -0.0119, its largest single step
-        micro_rows=128,
+        micro_rows=0,
         embed_lr=0.9,  # .6 -> .8: -0.0033
-        bigram_lr=0.03,
+        bigram_scale=0.05,
+        bigram_lr=0.3,
         head_lr=0.005,
         scalar_lr=0.5,
         matrix_lr=0.04,
         embed_decay=0.001,
-        bigram_decay=0.1,
+        value_decay=0.003,
+        bigram_decay=0.0,
         head_decay=0.01,
         matrix_decay=0.2,
         warmdown=0.75,
@@ -86,6 +90,7 @@ CONFIGS = {
         value_embeds=True,  # in the last layer: -0.004 at equal steps
         smear=True,
         bigram_rows=2**16,  # -0.028 at equal steps
+        bigram_scale=1.0,
         conv_taps=2,  # -0.0035 at equal steps, with 2 layers of 192 and of 256; for the MLP another -0.002
         softcap=0.0,  # tanh over 8M logits is 13 % of a step; without it -0.002 at equal steps
         step_tokens=2**12,  # half of it: the same at equal tokens, but slower; twice: +0.007
@@ -96,6 +101,7 @@ CONFIGS = {
         scalar_lr=0.5,
         matrix_lr=0.04,
         embed_decay=0.001,
+        value_decay=0.001,
         bigram_decay=0.1,  # forgets pairs that are not seen again: without it the second epoch overfits, 1.307 against 1.254
         head_decay=0.01,
         matrix_decay=0.1,
@@ -104,12 +110,27 @@ CONFIGS = {
         momentum_steps=100,
     ),
 }
+CARDS = (  # for profile gpu: from this peak on (bf16 TFLOP/s), what differs from above; an unknown card takes the last row
+    (600, dict()),  # H100, H200, B200
+    (250, dict(n_layer=8, n_embd=512, step_tokens=2**17)),  # A100, L40S: between its neighbours, not measured
+    (60, dict(n_layer=5, n_embd=512, step_tokens=2**16, bigram_rows=2**16)),  # 3090, 4090: where their owners ended up
+    (0, dict(n_layer=4, n_embd=384, step_tokens=2**15, bigram_rows=0)),  # older and smaller ones, from 8 GB up
+)
 ROPE_BASE = 200_000  # 10k -> 200k: -0.0012
 X0_INIT = 0.05  # share of the embedding added again before each layer; 0: +0.004
 GATE_CHANNELS = 32  # channels of the residual stream that decide how much value embedding a head takes
 ADAM_BETAS, ADAM_EPS = (0.8, 0.95), 1e-10
 MUON_BETA2 = 0.95  # NorMuon's second moment
 BLOW_UP = 100.0  # nats: a loss over this, or NaN, ends the run
+
+
+def config_of(profile) -> Config:
+    """The sizes for a profile on the card that it was filled in for."""
+    config = CONFIGS[profile.name]
+    if profile.name == "gpu":
+        config = replace(config, **next(sizes for least, sizes in CARDS if (profile.peak_tflops or 0) >= least))
+    return config
+
 
 # ---------------------------------------------------------------------------
 # Model
@@ -160,10 +181,10 @@ def dense_attention(q, k, v):
     return scores.masked_fill(future, -math.inf).softmax(dim=-1).to(v.dtype) @ v
 
 
-def attend(q, k, v, window: int):
+def attend(q, k, v, window: int, backend: str):
     """Causal attention of (B, T, H, D) within each row; window 0 is the whole row."""
     B, T, H, D = q.shape
-    if uses_varlen(q):
+    if backend != "sdpa":
         from torch.nn.attention.varlen import varlen_attn
 
         assert q.dtype in (torch.bfloat16, torch.float16) and q.dtype == k.dtype == v.dtype
@@ -181,11 +202,48 @@ def attend(q, k, v, window: int):
     return y.transpose(1, 2)
 
 
-def uses_varlen(q) -> bool:
-    """FlashAttention through varlen_attn: CUDA from sm80 on, and `meta`, where its shapes and dtypes are checked."""
-    if q.dtype == torch.float32:
-        return False
-    return q.device.type == "meta" or (q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0))
+@cache
+def choose_attention(device: torch.device, dtype: torch.dtype, found: str | None) -> str:
+    """The first backend that proves itself: FlashAttention 3, 4 or 2, else torch's own. `found` is what the night's baseline took."""
+    if device.type == "meta" and dtype != torch.float32:
+        return "FA2"  # there its shapes and dtypes are checked
+    if device.type != "cuda" or dtype == torch.float32 or torch.cuda.get_device_capability(device) < (8, 0):
+        return "sdpa"
+    for backend in (found,) if found else ("FA3", "FA4", "FA2", "sdpa"):
+        trouble = attention_trouble(backend, device, dtype)
+        if not trouble:
+            print(f"attention: {backend}", flush=True)
+            return backend
+        print(f"attention: {backend} does not work here: {trouble}", flush=True)
+    raise SystemExit(f"no attention backend works on this card; the night's baseline took {found}")
+
+
+def attention_trouble(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """What is wrong with a backend, forward and backward, on a windowed case against a dense mask; empty where nothing is."""
+    from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
+
+    B, T, H, D, window = 2, 512, 2, 128, 256
+    try:
+        if backend in ("FA3", "FA4"):
+            activate_flash_attention_impl(backend)
+        else:
+            restore_flash_attention_impl(_raise_warn=False)
+        wave = torch.arange(B * T * H * D, device=device).view(B, T, H, D)
+        q, k, v, g = (torch.sin(wave * pitch).to(dtype) for pitch in (0.7, 1.3, 2.9, 0.3))
+        i = torch.arange(T, device=device)
+        mask = (i <= i[:, None]) & (i > i[:, None] - window)
+        results = []
+        for exact in (True, False):
+            inputs = [(t.float() if exact else t.clone()).requires_grad_() for t in (q, k, v)]
+            if exact:
+                y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in inputs), attn_mask=mask).transpose(1, 2)
+            else:
+                y = attend(*inputs, window, backend)
+            results.append([y, *torch.autograd.grad(y, inputs, g.to(y.dtype))])
+        errors = [((a - b.float()).norm() / a.norm()).item() for a, b in zip(*results, strict=True)]
+        return "" if max(errors) < 0.02 else f"it differs from a dense mask by {max(errors):.1%}"
+    except (ImportError, RuntimeError, ValueError, AttributeError, TypeError, AssertionError) as error:
+        return (str(error) or type(error).__name__).split("\n")[0][:120]
 
 
 def short_convolution(x, taps):
@@ -203,9 +261,9 @@ def pair_hash(idx, rows: int):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: Config, window: int, value_embed: bool):
+    def __init__(self, config: Config, window: int, value_embed: bool, backend: str):
         super().__init__()
-        self.head_dim, self.window = config.head_dim, window
+        self.head_dim, self.window, self.backend = config.head_dim, window, backend
         self.query, self.key, self.value, self.out = (Linear(config.n_embd, config.n_embd) for _ in range(4))
         self.gate = Linear(GATE_CHANNELS, config.n_embd // config.head_dim) if value_embed else None
         taps = torch.zeros(3, config.conv_taps, config.n_embd)  # no mixing at the start
@@ -221,7 +279,7 @@ class Attention(nn.Module):
             gate = 2 * torch.sigmoid(self.gate(x[..., :GATE_CHANNELS]))  # (B, T, H), 1 at the start
             v = v + gate[..., None] * value_embed.view(B, T, -1, self.head_dim)
         q, k = (norm(rotate(t, cos, sin)) for t in (q, k))  # QK norm: Henry et al. 2020
-        return self.out(attend(q, k, v, self.window).reshape(B, T, C))
+        return self.out(attend(q, k, v, self.window, self.backend).reshape(B, T, C))
 
 
 class MLP(nn.Module):
@@ -237,9 +295,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: Config, window: int, value_embed: bool):
+    def __init__(self, config: Config, window: int, value_embed: bool, backend: str):
         super().__init__()
-        self.attention, self.mlp = Attention(config, window, value_embed), MLP(config)
+        self.attention, self.mlp = Attention(config, window, value_embed, backend), MLP(config)
 
     def forward(self, x, value_embed, cos, sin):
         x = x + self.attention(norm(x), value_embed, cos, sin)
@@ -247,25 +305,21 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self, config: Config, vocab_size: int, max_seq_len: int, dtype: torch.dtype):
+    def __init__(self, config: Config, vocab_size: int, max_seq_len: int, dtype: torch.dtype, backend: str = "sdpa"):
         super().__init__()
         n = config.n_layer
         has_value = [config.value_embeds and (n - 1 - i) % 2 == 0 for i in range(n)]
         windows = [config.short_window if i % 5 != 4 and i != n - 1 else 0 for i in range(n)]
-        self.dtype, self.softcap = dtype, config.softcap  # dtype of the activations
-        self.embed = nn.Embedding(vocab_size, config.n_embd, dtype=config.table_dtype)
-        self.value_embeds = nn.ModuleDict(
-            {
-                str(i): nn.Embedding(vocab_size, config.n_embd, dtype=config.table_dtype)
-                for i in range(n)
-                if has_value[i]
-            }
-        )
-        self.blocks = nn.ModuleList(Block(config, windows[i], has_value[i]) for i in range(n))
+        self.dtype, self.softcap, self.backend = dtype, config.softcap, backend  # dtype of the activations
+        table = partial(nn.Embedding, embedding_dim=config.n_embd, dtype=config.table_dtype)
+        self.embed = table(vocab_size)
+        self.value_embeds = nn.ModuleDict({str(i): table(vocab_size) for i in range(n) if has_value[i]})
+        self.blocks = nn.ModuleList(Block(config, windows[i], has_value[i], backend) for i in range(n))
         self.head = Linear(config.n_embd, vocab_size)
         self.bigrams = None
         if config.bigram_rows:
-            self.bigrams = nn.Embedding(config.bigram_rows, config.n_embd, dtype=config.table_dtype)
+            self.bigrams = table(config.bigram_rows)
+            self.bigram_scale = nn.Parameter(torch.full((n,), config.bigram_scale))
         self.smear = nn.Parameter(torch.full((config.n_embd,), 0.5)) if config.smear else None
         self.residual_scale = nn.Parameter(torch.ones(n))  # x <- a x + b x0 before each layer
         self.x0_scale = nn.Parameter(torch.full((n,), X0_INIT))
@@ -291,29 +345,27 @@ class GPT(nn.Module):
             for layer in (attention.out, block.mlp.down, *([attention.gate] if attention.gate else [])):
                 nn.init.zeros_(layer.weight)  # every block begins as the identity
 
-    def logits(self, idx):
+    def forward(self, idx):
         """(B, T) -> (B, T, vocab), float32, squashed by the softcap (Gemma 2)."""
         T = idx.size(1)
         cos, sin = self.cos[:T], self.sin[:T]
         x = norm(self.embed(idx).to(self.dtype))  # (B, T, C)
         if self.smear is not None:  # as modded-nanogpt's smear, without its gate
             x = norm(x + self.smear.to(x.dtype) * F.pad(x, (0, 0, 1, 0))[:, :-1])
-        if self.bigrams is not None:
-            x = x + self.bigrams(pair_hash(idx, self.bigrams.num_embeddings)).to(x.dtype)
+        pairs = None if self.bigrams is None else self.bigrams(pair_hash(idx, self.bigrams.num_embeddings)).to(x.dtype)
         x0 = x
         for i, block in enumerate(self.blocks):
             x = self.residual_scale[i].to(x.dtype) * x + self.x0_scale[i].to(x.dtype) * x0
+            if pairs is not None:
+                x = x + self.bigram_scale[i].to(x.dtype) * pairs
             value_embed = self.value_embeds[str(i)](idx).to(self.dtype) if str(i) in self.value_embeds else None
             x = block(x, value_embed, cos, sin)
         logits = self.head(norm(x)).float()
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
-    def forward(self, idx):
-        return self.logits(idx)
-
     def loss(self, idx, targets):
         """Mean cross-entropy in nats; what training compiles."""
-        logits = self.logits(idx)
+        logits = self.forward(idx)
         return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
 
     def flops_per_token(self, max_seq_len: int) -> float:
@@ -327,7 +379,8 @@ class GPT(nn.Module):
 def build_model(profile) -> GPT:
     """The untrained model of a profile."""
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[profile.dtype]
-    return GPT(CONFIGS[profile.name], profile.vocab_size, profile.max_seq_len, dtype)
+    backend = choose_attention(torch.get_default_device(), dtype, profile.attention)
+    return GPT(config_of(profile), profile.vocab_size, profile.max_seq_len, dtype, backend)
 
 
 # ---------------------------------------------------------------------------
@@ -369,24 +422,18 @@ class Muon(torch.optim.Optimizer):
         update = torch.compile(muon_update, dynamic=False, fullgraph=True) if compiled else muon_update
         self.update = partial(update, dtype=dtype)
         for group in self.param_groups:
-            first = group["params"][0]
+            first, K = group["params"][0], len(group["params"])
             n, m = first.shape
-            variance_shape = (len(group["params"]), n, 1) if n >= m else (len(group["params"]), 1, m)
-            self.state[first]["momentum"] = first.new_zeros(len(group["params"]), n, m)
-            self.state[first]["variance"] = first.new_zeros(variance_shape)
+            self.state[first]["momentum"] = first.new_zeros(K, n, m)
+            self.state[first]["variance"] = first.new_zeros((K, n, 1) if n >= m else (K, 1, m))
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             params, state = group["params"], self.state[group["params"][0]]
             rates = torch.tensor([group["lr"], group["momentum"], group["weight_decay"]])  # floats would recompile
-            weights = self.update(
-                torch.stack(params),
-                torch.stack([p.grad for p in params]),
-                state["momentum"],
-                state["variance"],
-                rates.unbind(),
-            )
+            stacked = torch.stack(params), torch.stack([p.grad for p in params])
+            weights = self.update(*stacked, state["momentum"], state["variance"], rates.unbind())
             torch._foreach_copy_(params, list(weights.unbind()))
 
 
@@ -407,9 +454,7 @@ def muon_update(weights, grads, momentum, variance, rates, dtype: torch.dtype):
     return weights - lr * max(1.0, n / m) ** 0.5 * (update + decay * weights * agrees)
 
 
-def build_optimizers(
-    model: GPT, config: Config, dtype: torch.dtype, compiled: bool = False
-) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: GPT, config: Config, dtype: torch.dtype, compiled=False) -> list[torch.optim.Optimizer]:
     """[AdamW, Muon]; every group keeps its full rate in `initial_lr`."""
     scale = (config.n_embd / 768) ** -0.5
     gates = [block.attention.gate.weight for block in model.blocks if block.attention.gate is not None]
@@ -417,18 +462,19 @@ def build_optimizers(
     matrices = [p for block in model.blocks for p in block.parameters() if p.ndim == 2 and id(p) not in is_gate]
     mixers = [part.taps for block in model.blocks for part in (block.attention, block.mlp) if part.taps is not None]
     mixers += [model.smear] if model.smear is not None else []
-    tables = [model.embed.weight, *(table.weight for table in model.value_embeds.values())]
+    value_tables = [table.weight for table in model.value_embeds.values()]
     groups = [
-        dict(params=tables, lr=config.embed_lr * scale, weight_decay=config.embed_decay),
+        dict(params=[model.embed.weight], lr=config.embed_lr * scale, weight_decay=config.embed_decay),
         dict(params=[model.head.weight], lr=config.head_lr * scale, weight_decay=config.head_decay),
-        dict(
-            params=[model.residual_scale], lr=config.scalar_lr * 0.01, weight_decay=0.0
-        ),  # 100 times lower: it compounds
+        dict(params=[model.residual_scale], lr=config.scalar_lr * 0.01, weight_decay=0.0),  # lower, since it compounds
         dict(params=[model.x0_scale], lr=config.scalar_lr, weight_decay=0.0, betas=(0.96, 0.95)),
     ]
+    if value_tables:
+        groups.append(dict(params=value_tables, lr=config.embed_lr * scale, weight_decay=config.value_decay))
     if model.bigrams is not None:
         rate = config.bigram_lr * scale
         groups.append(dict(params=[model.bigrams.weight], lr=rate, weight_decay=config.bigram_decay))
+        groups.append(dict(params=[model.bigram_scale], lr=config.scalar_lr * 0.01, weight_decay=0.0))
     if mixers:
         groups.append(dict(params=mixers, lr=config.scalar_lr * 0.01, weight_decay=0.0))
     if gates:
@@ -457,17 +503,30 @@ def set_schedule(optimizers, config: Config, progress: float, step: int) -> None
 
 
 def train_step(loss_fn, optimizers, batches, accumulate: int):
-    """One optimizer step over `accumulate` micro-batches; returns their mean loss, a tensor still on the device."""
-    total = 0.0
+    """One optimizer step over `accumulate` micro-batches; returns their losses (accumulate,), on the device."""
+    losses = []
     for _ in range(accumulate):
         x, y = next(batches)
-        loss = loss_fn(x, y) / accumulate
-        loss.backward()
-        total = total + loss.detach()
+        loss = loss_fn(x, y)
+        (loss / accumulate).backward()
+        losses.append(loss.detach())
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return total
+    return torch.stack(losses)
+
+
+def first_micro_rows(config: Config, profile) -> int:
+    """Rows of the first forward pass to try; they divide the rows of a step."""
+    step_rows = config.step_tokens // profile.max_seq_len
+    rows = config.micro_rows or profile.micro_rows
+    if not rows and profile.memory_gb:
+        row_gb = 0.45 * config.n_layer * config.n_embd / 5760  # as others measured for 9 x 640
+        rows = 2 ** int(math.log2(max(1.0, (0.85 * profile.memory_gb - 4) / row_gb)))
+    rows = min(rows or 4, step_rows)
+    while step_rows % rows:
+        rows //= 2
+    return rows
 
 
 def warm_up(run, model, optimizers, loss_fn, config: Config, steps: int = 3) -> int:
@@ -477,8 +536,7 @@ def warm_up(run, model, optimizers, loss_fn, config: Config, steps: int = 3) -> 
     """
     saved = [p.detach().clone() for p in model.parameters()]
     generators = (torch.get_rng_state(), torch.cuda.get_rng_state() if run.device.type == "cuda" else None)
-    step_rows = config.step_tokens // run.profile.max_seq_len
-    micro_rows = min(config.micro_rows, step_rows)
+    step_rows, micro_rows = config.step_tokens // run.profile.max_seq_len, first_micro_rows(config, run.profile)
     while True:
         batches, failed = run.batches(run.train_rows, micro_rows), False
         try:
@@ -512,7 +570,7 @@ def warm_up(run, model, optimizers, loss_fn, config: Config, steps: int = 3) -> 
 
 if __name__ == "__main__":
     run = prepare.start()
-    config = CONFIGS[run.profile.name]
+    config = config_of(run.profile)
     with torch.device(run.device):
         model = build_model(run.profile)
     optimizers = build_optimizers(model, config, run.dtype, run.compile)
@@ -525,29 +583,25 @@ if __name__ == "__main__":
     gc.disable()  # a collection stalls a step by up to half a second
 
     clock = run.start_clock(model)
-    step, losses, pending = 0, [], deque()
-    smooth, said = None, (0.0, 0)
-    in_flight = 2 if run.device.type == "cuda" else 0  # losses are read when their step is surely done
+    step, pending = 0, deque()
+    in_flight = 3 if run.device.type == "cuda" else 0  # losses are read when the clock has seen their step end
+    flops_per_token = model.flops_per_token(run.profile.max_seq_len)
     while not clock.expired:
         set_schedule(optimizers, config, clock.progress, step)
-        pending.append(train_step(loss_fn, optimizers, batches, accumulate))
+        losses = train_step(loss_fn, optimizers, batches, accumulate)
+        pending.append(losses.to("cpu", non_blocking=True))  # into pinned memory: nothing waits here
         step += 1
         if len(pending) > in_flight:
-            loss = pending.popleft().item()
-            if not loss < BLOW_UP:
-                raise SystemExit(f"loss {loss} at step {step - in_flight}: the run diverged")
-            smooth = loss if smooth is None else 0.9 * smooth + 0.1 * loss
-            losses.append((clock.seconds, loss))
-        seconds = clock.seconds
-        if seconds - said[0] > 2.0:
-            rate = (step - said[1]) * config.step_tokens / (seconds - said[0])
-            said = (seconds, step)
-            print(f"step {step:5d}  {clock.progress:6.1%}  loss {smooth or 0:.4f}  {rate:9,.0f} tok/s", flush=True)
+            losses = pending.popleft().tolist()
+            diverged = [loss for loss in losses if not loss < BLOW_UP]
+            if diverged:
+                raise SystemExit(f"\nloss {diverged[0]} at step {step - in_flight}: the run diverged")
+            run.report(step, step * config.step_tokens, sum(losses) / len(losses), flops_per_token)
     run.finish(
         model,
         steps=step,
         tokens=step * config.step_tokens,
-        losses=losses,
-        flops_per_token=model.flops_per_token(run.profile.max_seq_len),
-        backend="varlen" if run.device.type == "cuda" and run.dtype != torch.float32 else "sdpa",
+        micro_rows=micro_rows,
+        flops_per_token=flops_per_token,
+        backend=model.backend,
     )

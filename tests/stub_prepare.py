@@ -42,6 +42,7 @@ class Run:
             "num_steps": steps,
         }
         result |= {"num_params_M": 0.1, "startup_seconds": 0.05, "epoch": 0.1, "loader_wait_seconds": 0.0}
+        result["micro_rows"] = None
         result |= {"seed": json.loads(Path("../run.json").read_text())["seed"], "device": "cpu", "backend": "stub"}
         result["losses"] = [[0.0, 2.0], [0.01, 1.5]]
         Path("result.json").write_text(json.dumps(result))
@@ -58,6 +59,8 @@ def main():
             "torch": os.environ.get("STUB_TORCH", "stub"),
             "threads": 1,
             "memory_gb": None,
+            "peak_tflops": None,
+            "flash_attention": {},
             "device": "cpu",
             "device_name": os.environ.get("STUB_DEVICE_NAME", "stub"),
             "dtype": "float32",

@@ -126,7 +126,7 @@ def experiment(**changes):
     metrics = {"training_seconds": 300.0, "num_steps": 1000}
     base = agent.Experiment(
         number=1, parent=0, description="x", hypothesis="", edits=(), operator="", repairs=None, missed=False, source="", val_bpb=1.0,
-        test_bpb=1.0, confirm_bpb=None, crash="", distrust="", rerun_seconds=0.0, metrics=metrics, run_seconds=320.0, scoring_seconds=20.0, idle_seconds=0.1,
+        test_bpb=1.0, confirm_bpb=None, crash="", distrust="", rerun_seconds=0.0, cold_seconds=None, metrics=metrics, run_seconds=320.0, scoring_seconds=20.0, idle_seconds=0.1,
     )  # fmt: skip
     return replace(base, **changes)
 
@@ -152,6 +152,12 @@ def test_the_verdict_is_a_pure_function_of_the_numbers(changes, word):
     assert agent.judge(experiment(**changes), experiment(confirm_bpb=0.997), experiment(number=0), 300.0).word == word
 
 
+def test_a_run_may_take_the_time_to_compile_a_new_model():
+    late = experiment(val_bpb=0.99, test_bpb=0.99, run_seconds=320.0 + 150)
+    assert agent.judge(late, experiment(), experiment(cold_seconds=70.0), 300.0).word == "keep"  # 60 and 105 s
+    assert agent.judge(late, experiment(), experiment(cold_seconds=50.0), 300.0).word == "invalid"
+
+
 def test_the_baseline_is_kept():
     assert agent.judge(experiment(number=0, parent=None), None, None, 300.0) == agent.Verdict("keep", "baseline")
 
@@ -162,7 +168,7 @@ def test_the_baseline_is_kept():
 RESULT = {
     "training_seconds": 1.0, "total_seconds": 2.0, "peak_vram_mb": None, "mfu_percent": None, "total_tokens_M": 1, "num_steps": 5,
     "num_params_M": 1.0, "startup_seconds": 1.0, "epoch": 0.1, "seed": 1, "device": "cpu", "backend": "sdpa",
-    "loader_wait_seconds": 0.0, "losses": [[0.1, 2.0]],
+    "loader_wait_seconds": 0.0, "micro_rows": 16, "losses": [[0.1, 2.0]],
 }  # fmt: skip
 
 
@@ -212,8 +218,8 @@ def test_text_of_a_child_is_made_harmless():
 
 
 def test_random_moves_one_number_of_the_profile():
-    proposer = agent.RandomProposer("t", "cpu")
-    names = {name for name, _ in agent.numeric_hyperparameters(REAL, "cpu")}
+    proposer = agent.RandomProposer("t", "cpu", None)
+    names = {name for name, _ in agent.numeric_hyperparameters(REAL, "cpu", None)}
     assert {"n_layer", "matrix_lr", "step_tokens", "ROPE_BASE"} <= names
     for number in range(1, 30):
         proposal = proposer.propose(REAL, agent.Ledger(number, 0, [], []), [])
@@ -223,12 +229,20 @@ def test_random_moves_one_number_of_the_profile():
         assert proposal == proposer.propose(REAL, agent.Ledger(number, 0, [], []), [])
 
 
+def test_random_moves_the_sizes_of_the_card_that_is_there():
+    for peak, layers, rows in ((989.0, 9, 2**18), (165.2, 5, 2**16), (None, 4, 0)):
+        found = dict(agent.numeric_hyperparameters(REAL, "gpu", peak))
+        assert (found["n_layer"].value, found["bigram_rows"].value) == (layers, rows)
+        assert found["softcap"].value == 15.0 and "momentum_steps" in found
+
+
 @given(st.one_of(st.integers(1, 10**6), st.floats(1e-6, 1e3)), st.integers())
 def test_a_neighbour_is_another_number_of_the_same_kind(value, seed):
     text = agent.neighbour(value, random.Random(seed))
     assert (
         type(eval(text)) is type(value)
         and eval(text) > 0
+        and (eval(text) < 1 or not 0.5 < value < 0.999)
         and (eval(text) != value or value < 1e-5 or isinstance(value, float))
     )
 

@@ -24,13 +24,14 @@ import prepare
 import train
 
 TRAIN = (ROOT / "train.py").read_text()
-FORWARD = "    def forward(self, idx):\n        return self.logits(idx)"
+FORWARD = "    def forward(self, idx):\n"
 assert TRAIN.count(FORWARD) == 1
 
 
 def forward(*lines: str) -> str:
-    """train.py with another body of GPT.forward."""
-    return TRAIN.replace(FORWARD, "    def forward(self, idx):\n" + "\n".join(f"        {line}" for line in lines))
+    """train.py with another GPT.forward, which may call its own as `self.logits(idx)`."""
+    own = FORWARD.replace("forward", "logits")
+    return TRAIN.replace(FORWARD, FORWARD + "".join(f"        {line}\n" for line in lines) + "\n" + own)
 
 
 PEEK = forward(
@@ -79,7 +80,7 @@ def scored(harness, source: str, dtype: str = "float32") -> dict | str:
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "out").mkdir(parents=True)
     (folder / "train.py").write_text(source)
-    (folder / "run.json").write_text(json.dumps({"seed": 1, "until_clock": False}))
+    (folder / "run.json").write_text(json.dumps({"seed": 1, "until_clock": False, "found": {}}))
     shutil.copy(harness / "model.pt", folder / "out")
     ours, theirs = FRESH.Pipe(duplex=False)
     process = FRESH.Process(target=score_here, args=(theirs, folder, night))

@@ -285,6 +285,27 @@ def test_the_clock_stops_before_a_step_that_would_not_fit(monkeypatch):
     assert clock.stop() == pytest.approx(9.0)
 
 
+def test_progress_is_a_line_every_few_seconds_or_one_that_is_written_over(data, tmp_path, monkeypatch, capsys):
+    now, profile = [100.0], prepare.replace(CPU, peak_tflops=4.0)
+    monkeypatch.setattr(prepare, "perf_counter", lambda: now[0])
+
+    def said(terminal):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+        run = make_run(data, tmp_path, budget_s=10.0, profile=profile)
+        run.clock = prepare.Clock(10.0, torch.device("cpu"))
+        for step in range(1, 7):
+            now[0] += 0.5
+            assert not run.clock.expired
+            run.report(step, 1000 * step, 6.0 if step == 1 else 5.0, flops_per_token=1e9)
+        assert len(run.losses) == 6
+        return capsys.readouterr().out
+
+    line = "step     5   25.0%  loss 5.6561      2,000 tok/s  mfu 50.0%     8 s left"  # 5 + .9^4 nats; 2 of 4 TFLOP/s
+    assert said(terminal=False) == line + "\n"
+    drawn = said(terminal=True)
+    assert drawn.startswith("\rstep     2 ") and drawn.count("\r") == drawn.count("\x1b[K") == 3 and "\n" not in drawn
+
+
 def test_start_clock_refuses_a_model_that_is_already_trained(data, tmp_path):
     run = make_run(data, tmp_path)
     counts = torch.bincount(

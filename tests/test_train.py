@@ -38,11 +38,40 @@ def shaken(model):
     return model
 
 
-@pytest.mark.parametrize("name", list(train.CONFIGS))
-def test_config_fits_its_profile(name):
-    config, profile = train.CONFIGS[name], constants.PROFILES[name]
+CARDS = {  # name as the driver gives it, memory in GB: layers, width, tokens a step, rows of the first forward pass
+    "NVIDIA H100 80GB HBM3": (85.0, 9, 640, 2**18, 128),
+    "NVIDIA A100-SXM4-40GB": (42.4, 8, 512, 2**17, 64),
+    "NVIDIA GeForce RTX 4090": (25.3, 5, 512, 2**16, 32),
+    "NVIDIA GeForce RTX 3090": (25.4, 5, 512, 2**16, 32),
+    "NVIDIA GeForce RTX 2070": (8.4, 4, 384, 2**15, 16),
+}
+
+
+def profile_of(card: str):
+    return replace(GPU, peak_tflops=constants.peak_tflops(card), memory_gb=CARDS[card][0])
+
+
+@pytest.mark.parametrize("card", [*CARDS, None])
+def test_sizes_fit_profile_and_card(card):
+    profile = profile_of(card) if card else CPU
+    config = train.config_of(profile)
     assert config.n_embd % config.head_dim == 0 and config.head_dim % 2 == 0
-    assert config.step_tokens % (profile.max_seq_len * config.micro_rows) == 0
+    micro_rows = train.first_micro_rows(config, profile)
+    assert config.step_tokens % (profile.max_seq_len * micro_rows) == 0
+    if card:
+        assert (config.n_layer, config.n_embd, config.step_tokens, micro_rows) == CARDS[card][1:]
+        assert train.first_micro_rows(config, replace(profile, micro_rows=4)) == 4  # what an earlier run found
+
+
+@pytest.mark.parametrize(
+    ("card", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.0), ("NVIDIA H100 PCIe", 756.0), ("NVIDIA L40S", 362.0), ("NVIDIA L40", None),
+        ("NVIDIA RTX A1000", None), ("NVIDIA RTX A4000", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ],
+)  # fmt: skip
+def test_the_peak_is_that_of_the_very_card(card, peak):
+    assert constants.peak_tflops(card) == peak
 
 
 # --- model
@@ -75,6 +104,30 @@ def test_windowed_attention_equals_a_dense_mask(window):
     assert torch.allclose(train.windowed_attention(q, k, v, window), expected, atol=1e-5)
     off_by_one = F.scaled_dot_product_attention(q, k, v, attn_mask=(j <= i) & (j >= i - window))
     assert not torch.allclose(train.windowed_attention(q, k, v, window), off_by_one, atol=1e-3)
+
+
+def test_a_backend_proves_itself_against_a_dense_mask(monkeypatch):
+    cpu = torch.device("cpu")
+    assert train.attention_trouble("sdpa", cpu, torch.float32) == ""
+    assert train.attention_trouble("sdpa", cpu, torch.bfloat16) == ""
+    assert train.attention_trouble("FA3", cpu, torch.bfloat16) and train.attention_trouble("FA2", cpu, torch.bfloat16)
+    attend = train.attend
+    monkeypatch.setattr(train, "attend", lambda q, k, v, window, backend: attend(q, k, v, 2 * window, backend))
+    assert "differs from a dense mask" in train.attention_trouble("sdpa", cpu, torch.bfloat16)
+
+
+def test_the_first_backend_that_works_is_taken_and_a_night_stays_with_it(monkeypatch, capsys):
+    cuda, choose = torch.device("cuda"), train.choose_attention.__wrapped__
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    works = {"FA4", "sdpa"}
+    monkeypatch.setattr(train, "attention_trouble", lambda backend, *_: "" if backend in works else "not installed")
+    assert choose(cuda, torch.bfloat16, None) == "FA4"
+    assert capsys.readouterr().out == "attention: FA3 does not work here: not installed\nattention: FA4\n"
+    assert choose(cuda, torch.bfloat16, "sdpa") == "sdpa"
+    with pytest.raises(SystemExit, match="baseline took FA3"):
+        choose(cuda, torch.bfloat16, "FA3")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert choose(cuda, torch.bfloat16, None) == "sdpa"
 
 
 def test_rotation_makes_scores_depend_on_distance_alone():
@@ -121,6 +174,12 @@ def test_the_pair_table_is_added_to_the_embedding():
         model.bigrams.weight[train.pair_hash(idx, model.bigrams.num_embeddings)[1, 9]] += 1.0
     moved = (model(idx) - before).abs().amax(dim=-1) > 0
     assert moved[1, 9:].all() and not moved[1, :9].any()
+    for layer in (0, 1):  # each layer takes its own share
+        scaled = model(idx)
+        with torch.no_grad():
+            model.bigram_scale[layer] = 0.0
+        assert not torch.allclose(model(idx), scaled, atol=1e-4)
+    assert train.GPT(replace(SMALL, bigram_rows=0), 1000, 128, torch.float32).bigrams is None
 
 
 def test_weights_follow_the_activations_dtype():
@@ -209,6 +268,7 @@ def small_run(cache, tmp_path):
 
 
 def one_step(run, warm: bool):
+    """(losses of both micro-batches of two steps, random numbers, parameters) after a warm-up or without one."""
     torch.manual_seed(0)
     model = shaken(small_model())
     optimizers = train.build_optimizers(model, SMALL, torch.float32)
@@ -220,7 +280,7 @@ def one_step(run, warm: bool):
         assert all(p.grad is None for p in model.parameters())
     random_numbers = torch.rand(3)
     batches = run.batches(run.train_rows, SMALL.micro_rows)
-    losses = [train.train_step(model.loss, optimizers, batches, 2).item() for _ in range(2)]
+    losses = [train.train_step(model.loss, optimizers, batches, 2).tolist() for _ in range(2)]
     return losses, random_numbers.tolist(), [p.detach().clone() for p in model.parameters()]
 
 
@@ -251,6 +311,23 @@ def test_the_compiled_loss_is_one_graph_and_equals_eager():
     assert counter.frame_count == 1
 
 
+def test_nothing_is_compiled_after_the_warm_up(small_run, monkeypatch):
+    counter, compiler = torch._dynamo.testing.CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=counter, **how))
+    torch._dynamo.reset()
+    model = small_model()
+    optimizers = train.build_optimizers(model, SMALL, torch.float32, compiled=True)
+    loss_fn = torch.compile(model.loss, dynamic=False, fullgraph=True)
+    micro_rows = train.warm_up(small_run, model, optimizers, loss_fn, SMALL)
+    shapes = {p.shape for group in optimizers[1].param_groups for p in group["params"]}
+    assert counter.frame_count == 1 + len(shapes)  # the loss, and Muon's update of each shape
+    batches = small_run.batches(small_run.train_rows, micro_rows)
+    for step in range(3):
+        train.set_schedule(optimizers, SMALL, step / 3, step)
+        train.train_step(loss_fn, optimizers, batches, SMALL.step_tokens // CPU.max_seq_len // micro_rows)
+    assert counter.frame_count == 1 + len(shapes)
+
+
 # --- the gpu sizes, without a GPU
 
 
@@ -261,26 +338,51 @@ def test_a_full_training_step_at_the_gpu_sizes_runs_on_meta(compiled, monkeypatc
     attend = train.attend
     if not compiled:
         monkeypatch.setattr(
-            train, "attend", lambda q, k, v, window: (windows.append(window), attend(q, k, v, window))[1]
+            train, "attend", lambda q, k, v, window, to: (windows.append(window), attend(q, k, v, window, to))[1]
         )
     else:  # nll_loss has no autograd kernel for meta under AOT: the loss would reach no weight
         cross_entropy = lambda logits, y: (logits.logsumexp(-1) - logits.gather(1, y[:, None]).squeeze(1)).mean()  # noqa: E731
         monkeypatch.setattr(F, "cross_entropy", cross_entropy)
     torch._dynamo.reset()
-    config = train.CONFIGS["gpu"]
+    profile = profile_of("NVIDIA H100 80GB HBM3")
+    config = train.config_of(profile)
     with torch.device("meta"):
-        model = train.build_model(GPU)
+        model = train.build_model(profile)
         rows = torch.zeros(4, GPU.max_seq_len + 1, dtype=torch.int64)
     optimizers = train.build_optimizers(model, config, torch.bfloat16)
     loss_fn = torch.compile(model.loss, backend="aot_eager", fullgraph=True, dynamic=False) if compiled else model.loss
     train.train_step(loss_fn, optimizers, iter([(rows[:, :-1], rows[:, 1:])]), 1)
     if not compiled:
         assert windows == [256, 256, 256, 256, 0, 256, 256, 256, 0]
-    params = sum(p.numel() for p in model.parameters())
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(240e6, rel=0.1)
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_what_a_card_has_to_hold(card):
+    """Prints what README quotes, as computed: parameters, FLOPs a token, and the bytes that eager autograd keeps of a micro-batch."""
+    profile = profile_of(card)
+    config, kept = train.config_of(profile), {}
+    micro_rows = train.first_micro_rows(config, profile)
+    with torch.device("meta"):
+        model = train.build_model(profile)
+        x = torch.zeros(micro_rows, GPU.max_seq_len, dtype=torch.int64)
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model.loss(x, x)
+    params, flops = sum(p.numel() for p in model.parameters()), model.flops_per_token(GPU.max_seq_len)
+    gigabytes = sum(kept.values()) / 1e9
     print(
-        f"gpu profile: {params / 1e6:.1f}M parameters, {model.flops_per_token(GPU.max_seq_len) / 1e6:.0f} MFLOP a token"
+        f"{card}: {config.n_layer} x {config.n_embd}, {params / 1e6:.1f}M parameters, {flops / 1e6:.0f} MFLOP a token, "
+        f"{micro_rows} rows at a time keep {gigabytes:.1f} GB"
     )
-    assert 50e6 < params < 90e6
+    assert loss.requires_grad and gigabytes > 0.5
 
 
 def test_flops_of_a_token_by_hand():
@@ -321,9 +423,9 @@ def test_a_run_by_hand_learns_and_its_score_agrees(real_checkout):
 
 def test_a_loss_that_is_no_number_ends_the_run_at_once(real_checkout):
     source = (real_checkout.folder / "train.py").read_text()
-    (real_checkout.folder / "train.py").write_text(
-        source.replace("loss.backward()", "loss.backward(); loss = loss * math.nan")
-    )
+    assert source.count("losses.append(loss.detach())") == 1
+    edited = source.replace("losses.append(loss.detach())", "losses.append(loss.detach() * math.nan)")
+    (real_checkout.folder / "train.py").write_text(edited)
     status, output = by_hand(real_checkout, 60)
     assert status == 1 and "loss nan at step 1" in output
 

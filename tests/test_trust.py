@@ -7,6 +7,7 @@ import time
 
 import pytest
 from conftest import check_agreement, rows_of
+from test_agent import experiment
 
 import agent
 
@@ -78,11 +79,17 @@ def test_what_the_scorer_distrusts_is_invalid(night):
 
 def test_a_run_off_the_pace_of_the_same_model_is_run_again():
     usual = {"num_params_M": 1.5, "total_tokens_M": 6.0, "num_steps": 1500, "training_seconds": 300.0}
-    assert not agent.off_pace({**usual, "total_tokens_M": 5.9, "num_steps": 1475}, usual)
-    assert agent.off_pace({**usual, "total_tokens_M": 5.6, "num_steps": 1400}, usual)
-    assert agent.off_pace({**usual, "total_tokens_M": 6.4, "num_steps": 1600}, usual)
-    assert not agent.off_pace({**usual, "total_tokens_M": 5.6, "num_steps": 1400, "num_params_M": 1.6}, usual)
-    assert not agent.off_pace({**usual, "total_tokens_M": 5.6, "num_steps": 700}, usual)  # another batch
+
+    def again(val_bpb=1.001, **changes):
+        run = agent.Run({**usual, **changes}, "", 320.0)
+        return agent.pace_may_decide(agent.Measured(run, {"val_bpb": val_bpb}, ""), experiment(metrics=usual))
+
+    assert not again(total_tokens_M=5.9, num_steps=1475)
+    assert again(total_tokens_M=5.6, num_steps=1400) and again(total_tokens_M=6.4, num_steps=1600)
+    assert again(0.99, total_tokens_M=6.4, num_steps=1600)
+    assert not again(1.02, total_tokens_M=5.6, num_steps=1400)  # 7 % of the pace are worth 0.006
+    assert not again(total_tokens_M=5.6, num_steps=1400, num_params_M=1.6)
+    assert not again(total_tokens_M=5.6, num_steps=700)  # another batch
 
 
 def test_what_was_off_the_pace_stands_with_its_second_run(checkout, night):
