@@ -50,6 +50,7 @@ RUNS = Path(os.path.realpath(HERE / "runs"))
 
 
 ON = "then run the same command: it goes on where it stopped"
+REVIEW = "analysis.ipynb shows how near its experiments came"
 
 
 class Problem(Exception):
@@ -480,8 +481,6 @@ class ReplayProposer:
     exhausted = "the replay is complete"
 
     def __init__(self, journal: Path, kept_only: bool, used: int):
-        if not journal.is_file():
-            raise Problem(f"{journal} does not exist; --replay takes a journal, such as runs/nov23/journal.jsonl")
         rows, _ = read_journal(journal)
         results = [row for row in rows if row["event"] == "result" and row["number"] > 0]
         self.queue = [row for row in results if row["verdict"] == "keep" or not kept_only][used:]
@@ -502,6 +501,8 @@ class TryProposer:
         self.description, self.source = " ".join(description.split()), source
 
     def propose(self, source: str, ledger: "Ledger", feedback: list[str]) -> Proposal | None:
+        if source == self.source:
+            raise Problem("train.py is the night's incumbent, unchanged; edit it, then run the same command")
         if feedback:
             raise Problem(f"train.py was not run: {feedback[-1]}")
         return Proposal(self.description, "", edits_between(source, self.source))
@@ -1020,14 +1021,15 @@ class Sandbox:
     sized: bool  # whether this bubblewrap can limit a folder in memory
 
     def command(self, action: str, folder: Path) -> list[str]:
-        rows = ("val.bin", "test.bin") if action == "score" else (self.train_file,)
+        scores = action in ("evaluate", "answer")
+        rows = {"evaluate": ("val.bin", "test.bin"), "answer": ()}.get(action, (self.train_file,))
         shown = [
             *self.shown,
             folder.parent / "harness",
             folder,
             *(self.data / name for name in ("tokenizer.txt", *rows)),
         ]
-        writable = () if action == "score" else (folder / "out", folder / "cache")
+        writable = () if scores else (folder / "out", folder / "cache")
         mounts = {path: ["--ro-bind", str(path), str(path)] for path in shown}
         mounts |= {path: ["--bind", str(path), str(path)] for path in writable}
         for path in self.hidden:
@@ -1101,7 +1103,9 @@ def probe(folder: Path, sandbox: Sandbox, forbidden: list[Path]) -> str:
 def child_command(
     action: str, folder: Path, sandbox: Sandbox | None, more: tuple[str, ...] = ()
 ) -> tuple[list[str], dict[str, str], Path]:
-    """(argv, environment, working folder) of a child: "train", "score" or "probe" a run folder. The one place for isolation.
+    """(argv, environment, working folder) of a child that trains, scores or probes in a run folder. The one place for isolation.
+
+    "score" runs none of the folder's code; the two children that it launches do, "evaluate" and "answer".
 
     The environment is an allow-list: no key of the user's reaches code that an LLM wrote.
     """
@@ -1118,7 +1122,10 @@ def child_command(
         "TMPDIR": str(folder / "cache" / "tmp") if action == "train" else "/tmp",  # precompiled headers, 8 s to make
         "AUTORESEARCH_RUN": str(folder),  # by which the next start finds what a killed agent left
     }
-    program = ["../train.py"] if action == "train" else [str(harness / "prepare.py"), f"--{action}", str(folder)]
+    program = [str(harness / "prepare.py"), f"--{action}", str(folder)]
+    program = {"train": ["../train.py"], "evaluate": [program[0], "--serve"], "answer": [program[0], "--serve"]}.get(
+        action, program
+    )
     command = [sys.executable, "-u", *program, *more]
     if sandbox:
         command = sandbox.command(action, folder) + command
@@ -1339,7 +1346,9 @@ def score(
     A val_bpb under `below` is a claim: it is probed, and measured on test too.
     """
     log = folder / "score.log"
-    status, seconds = run_child("score", folder, sandbox, log, limit_s, meanwhile, ("--below", repr(below)))
+    children = {action: child_command(action, folder, sandbox)[0] for action in ("evaluate", "answer")}
+    more = ("--below", repr(below), "--children", json.dumps(children))
+    status, seconds = run_child("score", folder, None, log, limit_s, meanwhile, more)
     if status != 0:
         reason = out_of_bounds(limit_s, seconds) if status is None else crash_reason(status, log)
         return None, f"scoring: {reason}"
@@ -1427,12 +1436,15 @@ def log_tail(path: Path, size: int = 4_000) -> list[str]:
 
 
 def crash_reason(status: int, log: Path) -> str:
-    """One line: the signal, or the last line that the child printed."""
+    """One line: the signal, else the last that names an exception, else the last that the child printed."""
     number = -status if status < 0 else status - 128  # bubblewrap passes a signal on as 128 + its number
     if number in set(signal.Signals):
         return f"killed by {signal.Signals(number).name}"
     lines = log_tail(log)
-    return (lines[-1].strip() if lines else f"exit status {status}, nothing printed")[:200]
+    raised = [
+        line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception|Problem|Interrupt|Exit)\b|error: ", line)
+    ]
+    return ((raised or lines)[-1].strip() if lines else f"exit status {status}, nothing printed")[:200]
 
 
 # ---------------------------------------------------------------------------
@@ -1645,8 +1657,7 @@ class Night:
 
     @property
     def runs(self) -> list[dict]:
-        """All that was trained and scored for the night itself: experiments, and the runs that confirm them."""
-        return self.results + [row for row in self.journal.of("trial") if row["seed"] == constants.CONFIRM_SEED]
+        return runs_of(self.journal.rows)
 
     @property
     def keeps(self) -> list[dict]:
@@ -1809,14 +1820,14 @@ class Night:
         harness = self.folder / "harness"
         for name, expected in self.settings["harness_sha256"].items():
             if sha256_of(harness / name) != expected:
-                raise Problem(f"{harness / name} changed during the night; start another with --tag NEW")
+                raise Problem(f"{harness / name} changed during the night; start another night with --tag NEW")
         if json.loads((harness / "night.json").read_text()) != self.settings:
-            raise Problem(f"{harness / 'night.json'} changed during the night; start another with --tag NEW")
+            raise Problem(f"{harness / 'night.json'} changed during the night; start another night with --tag NEW")
         for name, expected in self.settings["data_sha256"].items():
             path = Path(self.settings["data"]) / name
             stamp = file_stamp(path)
             if stamp is None or (stamp != self.stamps.get(name) and sha256_of(path) != expected):
-                raise Problem(f"{path} changed since the night began; start another with --tag NEW")
+                raise Problem(f"{path} changed since the night began; start another night with --tag NEW")
             self.stamps[name] = stamp
 
 
@@ -1941,25 +1952,32 @@ def open_night(tag: str, args, repository: Repository) -> Night:
     if journal and journal.of("result"):
         rules = folder / "harness" / "night.json"
         if sha256_of(rules) != journal.of("night")[-1]["harness"]["night.json"]:
-            raise Problem(f"{rules} changed since the night's last start; start another with --tag NEW")
+            raise Problem(
+                f"{rules} changed since the night's last start; put it back, or start another night with --tag NEW"
+            )
         settings = json.loads(rules.read_text())
-        for flag in ("profile", "dataset", "budget_s"):
-            given = args.budget if flag == "budget_s" else getattr(args, flag)
-            if given is not None and given != settings[flag]:
-                raise Problem(f"night {tag} has {flag} {settings[flag]}, not {given}; start another with --tag NEW")
+        for flag, name in (("profile", "profile"), ("dataset", "dataset"), ("budget", "budget_s")):
+            given, fixed = getattr(args, flag), settings[name]
+            if given is not None and given != fixed:
+                fixed, given = (f"{value:g}" if flag == "budget" else value for value in (fixed, given))
+                raise Problem(f"night {tag} has --{flag} {fixed}, not {given}; start another night with --tag NEW")
         for name in settings["harness_sha256"]:
             if sha256_of(HERE / name) != settings["harness_sha256"][name]:
                 raise Problem(
-                    f"{name} differs from the one night {tag} began with; put it back, or start another with --tag NEW"
+                    f"{name} differs from the one night {tag} began with; put it back, or start another night with --tag NEW"
                 )
         facts = json.loads(ask_prepare("--machine", "--profile", settings["profile"], "--dataset", settings["dataset"]))
         for name in ("device_name", "torch", "flash_attention"):
             if facts[name] != settings[name]:
                 raise Problem(
-                    f"night {tag} ran with {name} {settings[name]}, here it is {facts[name]}; start another with --tag NEW"
+                    f"night {tag} ran with {name} {settings[name]}, here it is {facts[name]}; start another night with --tag NEW"
                 )
     else:
         source = repository.source("HEAD") if args.describe else checkout_source()
+        if args.describe and source == checkout_source():
+            raise Problem(
+                "train.py is as it was committed; edit it, then run the same command: the committed one is the baseline"
+            )
         screen(source, {})
         settings = create_night(tag, folder, args, repository, source)
         journal = journal or Journal(folder / "journal.jsonl")
@@ -2322,6 +2340,12 @@ def run_night(night: Night, proposer, args, view: "View") -> str:
             )
 
 
+def runs_of(rows: list[dict]) -> list[dict]:
+    """All that was trained and scored for the night itself: experiments, and the runs that confirm them."""
+    trials = [row for row in rows if row["event"] == "trial" and row["seed"] == constants.CONFIRM_SEED]
+    return [row for row in rows if row["event"] == "result"] + trials
+
+
 def seconds_of(runs: list[dict]) -> float:
     return sum(row["run_seconds"] + (row["scoring_seconds"] or 0.0) + row.get("rerun_seconds", 0.0) for row in runs)
 
@@ -2402,7 +2426,7 @@ def check(night: Night, seeds: int, view: "View") -> str:
     """Baseline and incumbent on fresh seeds, alternating; says what the night gained. Returns why it ended."""
     first, best = night.keeps[0], night.keeps[-1]
     if first is best:
-        raise Problem(f"night {night.tag} kept nothing but its baseline: there is no gain to check")
+        raise Problem(f"night {night.tag} kept nothing but its baseline: there is no gain to check; {REVIEW}")
     sources = {
         "baseline": night.repository.source(first["commit"]),
         "incumbent": night.repository.source(best["commit"]),
@@ -2447,7 +2471,7 @@ def ablate(night: Night, view: "View") -> str:
 
     keeps, repository = night.keeps, night.repository
     if len(keeps) < 2:
-        raise Problem(f"night {night.tag} kept nothing but its baseline: there is nothing to undo")
+        raise Problem(f"night {night.tag} kept nothing but its baseline: there is nothing to undo; {REVIEW}")
     sources = [repository.source(row["commit"]) for row in keeps]
     seed, whole = constants.ABLATE_SEED, sources[-1]
     reference = test_numbers(trials(night, [("incumbent", whole, seed + i) for i in range(3)], view))
@@ -2633,14 +2657,15 @@ def choose_tag(args) -> str:
     """The flag, else the newest unfinished night with the same settings, else today's."""
     if args.check or args.ablate:
         nights = sorted(path.parent.name for path in RUNS.glob("*/journal.jsonl"))
-        if (args.check or args.ablate) not in nights:
+        tag = args.check or args.ablate
+        if tag not in nights:
             raise Problem(
-                f"there is no night {args.check or args.ablate}; there are: {', '.join(nights) or 'none yet'}"
+                f"there is no night {tag}; there are: {', '.join(nights) or 'none yet'}; start one: python agent.py --tag {tag}"
             )
-        return args.check or args.ablate
+        if not any(row["event"] == "result" for row in read_journal(RUNS / tag / "journal.jsonl")[0]):
+            raise Problem(f"night {tag} has no finished baseline yet; go on with it: python agent.py --tag {tag}")
+        return tag
     if args.tag:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", args.tag) or args.tag == "by-hand":
-            raise Problem(f"--tag {args.tag!r}: a tag has letters, digits, - and _, at most 40, and is not by-hand")
         return args.tag
     nights = []
     for path in RUNS.glob("*/journal.jsonl"):
@@ -2650,16 +2675,21 @@ def choose_tag(args) -> str:
             continue
         settings = json.loads(night_json.read_text())
         wanted = {"profile": args.profile, "dataset": args.dataset, "budget_s": args.budget}
-        if all(value is None or settings[name] == value for name, value in wanted.items()) and not complete(path):
+        if all(value is None or settings[name] == value for name, value in wanted.items()) and not complete(path, args):
             nights.append((path.stat().st_mtime, path.parent.name))
     return max(nights)[1] if nights else datetime.now().strftime("%b%d").lower()
 
 
-def complete(path: Path) -> bool:
-    """Whether the night of a journal has run all the experiments it was asked for."""
+def complete(path: Path, args) -> bool:
+    """Whether the night of a journal has used up the experiments or the hours that it is or was asked for."""
     rows, _ = read_journal(path)
-    limit = next((row["arguments"].get("experiments") for row in reversed(rows) if row["event"] == "night"), None)
-    return limit is not None and sum(row["event"] == "result" for row in rows) > limit
+    results = [row for row in rows if row["event"] == "result"]
+    asked = next((row["arguments"] for row in reversed(rows) if row["event"] == "night"), {})
+    experiments, hours = args.experiments or asked.get("experiments"), args.hours or asked.get("hours")
+    if experiments is not None and len(results) > experiments:
+        return True
+    left_s = 3600 * (hours or math.inf) - seconds_of_earlier_starts([*rows, {"event": "night"}])
+    return bool(results) and left_s < seconds_of(runs_of(rows)) / len(results)
 
 
 def restore_arguments(args, journal: Path, key: str | None) -> None:
@@ -2669,9 +2699,12 @@ def restore_arguments(args, journal: Path, key: str | None) -> None:
     for name in ("experiments", "hours", "proposer", "replay", "kept", "no_sandbox", "model", "max_usd", "confirm"):
         if getattr(args, name) is None:
             setattr(args, name, stored.get(name))
+    proposes = not (args.describe or args.check or args.ablate)
+    if proposes and args.proposer == "replay" and args.replay and not Path(args.replay).is_file():
+        raise Problem(f"{args.replay} does not exist; --replay takes a journal, such as runs/nov23/journal.jsonl")
     if args.proposer is None and not args.describe and (key or os.environ.get("ANTHROPIC_BASE_URL")):
         args.proposer = "claude"
-    if args.proposer is None and not (args.describe or args.check or args.ablate):
+    if args.proposer is None and proposes:
         raise Problem(
             "ANTHROPIC_API_KEY is not set, so nobody is there to propose edits. Three ways on: `python agent.py --demo` shows the loop; `python agent.py "
             "--proposer random` searches without a key; or point a coding agent at program.md: it edits train.py and runs "
@@ -2704,18 +2737,37 @@ def make_proposer(night: Night, args, key: str | None):
 
 def positive(kind):
     def parse(text: str):
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
         if not 0 < value < math.inf:
-            raise ValueError
+            what = "whole number over 0, such as 8" if kind is int else "number over 0, such as 8 or 0.5"
+            raise argparse.ArgumentTypeError(f"takes a {what}, not {text!r}")
         return value
 
-    parse.__name__ = "positive number"
     return parse
+
+
+def tag_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", text) or text == "by-hand":
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: a tag has letters, digits, - and _, at most 40, and is not by-hand"
+        )
+    return text
+
+
+def description(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError('takes a few words on what changed, such as --try "deeper, narrower"')
+    return text
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tag", help="the night's name; default: the newest unfinished one, else today's")
+    parser.add_argument(
+        "--tag", type=tag_name, help="the night's name; default: the newest unfinished one, else today's"
+    )
     parser.add_argument(
         "--proposer",
         choices=("claude", "random", "replay"),
@@ -2724,7 +2776,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--replay", metavar="JOURNAL", help="the journal whose experiments are repeated")
     parser.add_argument("--kept", action="store_true", default=None, help="with --replay: only those that were kept")
     parser.add_argument(
-        "--try", dest="describe", metavar="DESCRIPTION", help="run the checkout's train.py as one experiment"
+        "--try",
+        dest="describe",
+        type=description,
+        metavar="DESCRIPTION",
+        help="run the checkout's train.py as one experiment",
     )
     parser.add_argument("--experiments", type=positive(int), metavar="N", help="stop after N, the baseline not counted")
     parser.add_argument(
@@ -2748,29 +2804,42 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--check",
+        type=tag_name,
         metavar="TAG",
         help="run baseline and winner of a night on fresh seeds: what it gained, with an interval",
     )
     parser.add_argument("--seeds", type=positive(int), metavar="K", help="how many seeds --check takes (cpu 5, gpu 3)")
     parser.add_argument(
-        "--ablate", metavar="TAG", help="undo each kept change of a night alone: which of them carry weight"
+        "--ablate",
+        type=tag_name,
+        metavar="TAG",
+        help="undo each kept change of a night alone: which of them carry weight",
     )
     parser.add_argument("--demo", action="store_true", help="cpu profile, random, 20 s a run, 4 experiments, tag demo")
     args = parser.parse_args()
+    names = {name: f"--{name.replace('_', '-')}" for name in vars(args)} | {"describe": "--try"}
+    given = {names[name] for name, value in vars(args).items() if value not in (None, False)}
+
+    def alone(flag: str, *company: str) -> None:
+        if others := given - {flag, "--no-sandbox", *company}:
+            parser.error(f"{flag} does not go with {', '.join(sorted(others))}")
+
     if args.demo:
-        if args.describe or args.replay or args.tag or args.profile or args.dataset:
-            parser.error("--demo stands alone: it sets tag, profile, dataset and proposer")
+        alone("--demo", "--budget", "--experiments", "--hours", "--confirm")
         args.tag, args.profile, args.dataset, args.proposer = "demo", "cpu", "sotu", "random"
         args.budget, args.experiments = args.budget or 20.0, args.experiments or 4
         args.confirm = bool(args.confirm)
-    if args.replay and args.proposer is None:
-        args.proposer = "replay"
+    if args.check:
+        alone("--check", "--seeds")
+    elif args.ablate:
+        alone("--ablate")
+    elif args.describe:
+        alone("--try", "--tag", "--budget", "--profile", "--dataset", "--confirm")
+    if args.replay and args.proposer not in (None, "replay"):
+        parser.error(f"--replay does not go with --proposer {args.proposer}")
+    args.proposer = "replay" if args.replay else args.proposer
     if args.seeds is not None and (not args.check or args.seeds < 2):
         parser.error("--seeds goes with --check, and takes 2 or more")
-    if (args.check or args.ablate) and (
-        args.describe or args.replay or args.tag or args.demo or (args.check and args.ablate)
-    ):
-        parser.error("--check TAG and --ablate TAG stand alone")
     if args.kept and not args.replay:
         parser.error("--kept goes with --replay")
     return args

@@ -22,7 +22,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -675,10 +675,10 @@ def filled(profile: str, facts: dict) -> Profile:
     return replace(constants.PROFILES[profile], **{name: facts[name] for name in names if name in facts})
 
 
-def settings_by_hand() -> Settings:
+def settings_by_hand(profile: str | None = None, dataset: str | None = None) -> Settings:
     """The settings of `python train.py`, from the environment and the machine. Raises Problem."""
     try:
-        name, dataset = constants.choose(None, None)
+        name, dataset = constants.choose(profile, dataset)
         budget_s = float(os.environ.get("AUTORESEARCH_TIME_BUDGET") or constants.TIME_BUDGET_S)
         if not 0 < budget_s < math.inf:
             raise ValueError
@@ -917,7 +917,7 @@ class Run:
         val_bpb = None
         if self.settings.by_hand:
             print("\nevaluating on val", flush=True)
-            rows = open_rows(self.settings.data / "val.bin", self.profile)[: self.profile.val_rows]
+            rows = scored_rows("val", self.settings)
             val_bpb = evaluate_bpb(model, rows, self.token_bytes, self.profile.eval_batch_rows)
         losses = [[round(at, 2), round(loss, 4)] for at, loss in self.losses]
         result = {
@@ -1034,148 +1034,203 @@ def start() -> Run:
 # Evaluation and scoring
 
 
-def evaluate_nats(
-    model, rows: np.ndarray, token_bytes, batch_rows: int, targets=None, guard=lambda: None
-) -> np.ndarray:
+def evaluate_nats(model, rows: np.ndarray, token_bytes, batch_rows: int) -> np.ndarray:
     """(N, T) float32: the nats of each target of (N, T+1) rows, 0 where it is a special token.
 
-    The model gets tokens and returns (B, T, vocab) logits; no array of targets exists until it has answered. The
-    log-softmax is taken here, in float32. `targets` are other rows to take the targets from; `guard` is called after each
-    answer. Raises ValueError on a wrong shape or on logits that are not finite.
+    The model gets tokens and returns (B, T, vocab) logits; the log-softmax is taken here, in float32. Raises ValueError on a
+    wrong shape or on logits that are not finite.
     """
     import torch
 
-    device, vocab = token_bytes.device, len(token_bytes)
-    targets = rows if targets is None else targets
+    device = token_bytes.device
     nats = np.empty((len(rows), rows.shape[1] - 1), np.float32)
     was_training = model.training
     model.eval()
     with torch.no_grad():
         for begin in range(0, len(rows), batch_rows):
-            x = torch.from_numpy(rows[begin : begin + batch_rows, :-1].astype(np.int64)).to(device)
-            shape = (*x.shape, vocab)
-            logits = model(x)
-            guard()
-            if type(logits) is not torch.Tensor or logits.shape != shape:
-                raise ValueError(f"forward returned {tuple(getattr(logits, 'shape', ()))}, not (B, T, vocab) = {shape}")
-            y = torch.from_numpy(targets[begin : begin + batch_rows, 1:].astype(np.int64)).to(device).reshape(-1)
+            batch = torch.from_numpy(rows[begin : begin + batch_rows].astype(np.int64)).to(device)
+            logits, y = answered(model, batch[:, :-1], len(token_bytes)), batch[:, 1:].reshape(-1)
             losses = []
-            for part, target in zip(logits.reshape(-1, vocab).split(4096), y.split(4096), strict=True):
+            for part, target in zip(logits.reshape(-1, logits.size(-1)).split(4096), y.split(4096), strict=True):
                 logprobs = torch.log_softmax(part.float(), dim=-1)
                 if not torch.isfinite(logprobs).all():
                     raise ValueError("forward returned logits that are not finite")
                 losses.append(-logprobs.gather(1, target[:, None]).squeeze(1))
             counted = torch.cat(losses) * (token_bytes[y] > 0)
-            nats[begin : begin + batch_rows] = counted.reshape(shape[:2]).cpu().numpy()
+            nats[begin : begin + batch_rows] = counted.reshape(logits.shape[:2]).cpu().numpy()
     model.train(was_training)
     return nats
 
 
-def bits_per_byte(nats: np.ndarray, rows: np.ndarray, token_bytes) -> float:
-    """nats / (ln 2 x bytes) of the targets of (N, T+1) rows; special tokens count in neither."""
-    return float(nats.sum(dtype=np.float64)) / (math.log(2) * int(token_bytes.cpu().numpy()[rows[:, 1:]].sum()))
+def answered(model, x, vocab: int):
+    """The model's (B, T, vocab) logits for (B, T) tokens. Raises ValueError on another shape."""
+    logits = model(x)
+    if getattr(logits, "shape", None) != (*x.shape, vocab):
+        raise ValueError(
+            f"forward returned {tuple(getattr(logits, 'shape', ()))}, not (B, T, vocab) = {(*x.shape, vocab)}"
+        )
+    return logits
+
+
+def bits_per_byte(nats: np.ndarray, rows: np.ndarray, token_bytes: np.ndarray) -> float:
+    """nats / (ln 2 x bytes) of the targets of (N, T+1) rows; special tokens count in neither. Lower is better, whatever the vocabulary."""
+    return float(nats.sum(dtype=np.float64)) / (math.log(2) * int(token_bytes[rows[:, 1:]].sum()))
 
 
 def evaluate_bpb(model, rows: np.ndarray, token_bytes, batch_rows: int = 8) -> float:
-    """Bits per byte of the model on (N, T+1) rows. Lower is better, whatever the vocabulary."""
-    return bits_per_byte(evaluate_nats(model, rows, token_bytes, batch_rows), rows, token_bytes)
+    """Bits per byte of the model on (N, T+1) rows, token_bytes (vocab,) on its device."""
+    return bits_per_byte(evaluate_nats(model, rows, token_bytes, batch_rows), rows, token_bytes.cpu().numpy())
 
 
-def bound_functions():
-    """A function that raises Problem where something that an evaluation calls is not what it was when this was called."""
-    import torch
+def score(settings: Settings, below: float, launch) -> dict:
+    """Measures the weights that a run saved; returns what score.json holds. Runs no line of its train.py in this process.
 
-    names = {
-        torch: "from_numpy no_grad log_softmax isfinite cat",
-        torch.Tensor: "to float split reshape gather squeeze all cpu numpy detach view contiguous shape __neg__ __mul__ __gt__ __getitem__",
-        torch.nn.Module: "__call__ eval train load_state_dict named_parameters named_buffers",
-        np: "empty arange where abs",
-        sys.modules[__name__]: "evaluate_nats bits_per_byte altered_change state_digest",
-    }
-    bound = [(owner, name, getattr(owner, name)) for owner, text in names.items() for name in text.split()]
+    `launch(kind, settings)` is a context manager that yields the connection to a process that does, see serve(): "evaluate", which
+    reads the rows and says how well the model predicts each token, and "answer", which has none and is only asked. A
+    val_bpb under `below` is a claim: test is measured too, and what was said is compared with what the second process
+    answers, which cannot know the tokens to predict. "invalid" says why the number cannot be trusted. Raises Problem, ValueError.
+    """
+    profile, began, seconds = settings.profile, perf_counter(), {}
+    token_bytes = token_byte_lengths(load_tokenizer(settings.data / "tokenizer.txt"))
+    facts = {"val_bpb": None, "test_bpb": None, "val_tokens": None, "invalid": "", "seconds": seconds}
+    said, told = [], []  # rows of val and test, and the nats that the first process states for them
+    with launch("evaluate", settings) as connection:
+        for split in ("val", "test"):
+            rows = scored_rows(split, settings)
+            nats = ask(connection, (rows.shape[0], rows.shape[1] - 1), "evaluate", split)
+            if not (np.isfinite(nats).all() and nats.min() > -1e-6):
+                raise ValueError("the process that evaluates states losses that no model has")
+            nats = np.where(token_bytes[rows[:, 1:]] > 0, nats, 0)
+            facts[f"{split}_bpb"] = bits_per_byte(nats, rows, token_bytes)
+            said, told = [*said, rows], [*told, nats]
+            seconds[split] = perf_counter() - began - sum(seconds.values())
+            if not facts["val_bpb"] < below:
+                break
+    facts["val_tokens"] = told[0].size
+    if len(told) == 2:
+        rows, nats, random = np.concatenate(said), np.concatenate(told), np.random.default_rng()
+        with launch("answer", settings) as connection:
+            facts["probe"] = compare(
+                partial(ask, connection),
+                rows,
+                nats,
+                token_bytes,
+                profile.eval_batch_rows,
+                *draw_probe(nats, random),
+                random,
+            )
+        seconds["probe"] = perf_counter() - began - sum(seconds.values())
+        mean, largest = facts["probe"]["mean_nats"], facts["probe"]["largest_nats"]
+        if not (abs(mean) < constants.PROBE_MEAN_NATS and largest < constants.PROBE_NATS[profile.dtype]):
+            facts["invalid"] = (
+                "where the tokens to predict are out of its sight it predicts otherwise than it was scored for: it looks ahead, "
+                f"keeps state or forges its score ({mean:+.5f} nats a token on average, {largest:.4f} at most)"
+            )
+    return facts
 
-    def check() -> None:
-        replaced = [name for owner, name, function in bound if getattr(owner, name, None) is not function]
-        if replaced:
-            raise Problem(f"train.py replaced {', '.join(replaced)}, which the evaluation calls")
 
-    return check
+def scored_rows(split: str, settings: Settings) -> np.ndarray:
+    """The (N, T+1) rows on which a split is measured."""
+    return open_rows(settings.data / f"{split}.bin", settings.profile)[: getattr(settings.profile, f"{split}_rows")]
 
 
-def state_digest(model) -> str:
-    """sha256 of all parameters and buffers."""
-    import torch
-
-    digest, module = hashlib.sha256(), torch.nn.Module  # the class's own methods, which no model overrides
-    for name, tensor in [*module.named_parameters(model), *module.named_buffers(model)]:
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        digest.update(name.encode() + raw.tobytes())
-    return digest.hexdigest()
-
-
-def draw_probe(count: int, T: int, random) -> tuple[np.ndarray, np.ndarray]:
-    """(row numbers, cuts) of a probe: rows in random order, each cut at a random position in 1..T-1; 1, 2, T-1 always."""
-    chosen = random.permutation(count)[: constants.PROBE_ROWS]
-    cuts = random.integers(1, T, len(chosen))
-    cuts[:3] = (1, 2, T - 1)[: len(cuts)]
+def draw_probe(nats: np.ndarray, random) -> tuple[np.ndarray, np.ndarray]:
+    """(row numbers, cuts) of a probe of (N, T) nats: half the rows those with the least, half any; cuts in 1..T; 1, 2, T always."""
+    order, T = np.argsort(nats.sum(1)), nats.shape[1]
+    best = min(constants.PROBE_ROWS, len(order)) // 2
+    others = random.permutation(order[best:])[: constants.PROBE_ROWS - best]
+    chosen = random.permutation(np.concatenate([order[:best], others]))
+    cuts = random.integers(1, T + 1, len(chosen))
+    cuts[:3] = (1, 2, T)[: len(cuts)]
     return chosen, cuts
 
 
-def altered_change(model, nats, rows, token_bytes, batch_rows: int, chosen, cuts, random, guard) -> tuple[float, float]:
-    """(mean, largest absolute) change in nats of the targets up to the cut when the tokens from the cut on are other text.
+def compare(ask, rows, nats, token_bytes, batch_rows: int, chosen, cuts, random) -> dict:
+    """How far the nats of a fresh process that knows only what comes before are from the (N, T) stated for (N, T+1) rows.
 
-    nats: (N, T), from the rows' own pass. chosen, cuts: (n,) row numbers, and positions in 1..T; a cut at T replaces nothing,
-    so that order and neighbours of the rows are all that differs.
+    Each of the `chosen` rows is sent with random tokens from its cut on, and the logits of up to PROBE_TAIL positions before the
+    cut come back, (B, PROBE_TAIL, vocab) float32 by `ask(shape, "answer", tokens, starts)`.
     """
-    T = rows.shape[1] - 1
-    others = (chosen + random.integers(1, max(2, len(rows)), len(chosen))) % len(rows)
-    altered = np.where(np.arange(T + 1) >= cuts[:, None], rows[others], rows[chosen])
-    moved = evaluate_nats(model, altered, token_bytes, batch_rows, rows[chosen], guard) - nats[chosen]
-    moved = moved[np.arange(T) < cuts[:, None]]  # target t is token t + 1, predicted from tokens 0 to t
-    return float(moved.mean(dtype=np.float64)), float(np.abs(moved).max())
+    tail, T, moved = min(constants.PROBE_TAIL, nats.shape[1]), nats.shape[1], []
+    for begin in range(0, len(chosen), batch_rows):
+        batch, cut = chosen[begin : begin + batch_rows], cuts[begin : begin + batch_rows, None]
+        noise = random.integers(0, len(token_bytes), (len(batch), T))
+        tokens = np.where(np.arange(T) < cut, rows[batch, :-1], noise)
+        at = np.maximum(0, cut - tail) + np.arange(tail)  # position t predicts token t + 1
+        logits = ask((len(batch), tail, len(token_bytes)), "answer", tokens, at[:, 0])
+        if not np.isfinite(logits).all():
+            raise ValueError("forward returned logits that are not finite")
+        targets = np.take_along_axis(rows[batch], at + 1, 1).astype(np.int64)
+        logits -= logits.max(-1, keepdims=True)
+        found = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], 2)[..., 0]
+        found[token_bytes[targets] == 0] = 0
+        moved.append((found - np.take_along_axis(nats[batch], at, 1))[at < cut])
+    moved = np.concatenate(moved)
+    return {
+        "rows": len(chosen),
+        "tokens": moved.size,
+        "mean_nats": float(moved.mean(dtype=np.float64)),
+        "largest_nats": float(np.abs(moved).max()),
+    }
 
 
-def score(folder: Path, settings: Settings, below: float) -> dict:
-    """Measures the weights that FOLDER/train.py saved, in this fresh process; returns what score.json holds.
+def ask(connection, shape: tuple[int, ...], *request) -> np.ndarray:
+    """The float32 array that serve() replies. Raises ValueError with its words where it sends others, Problem where none."""
+    try:
+        connection.send(request)
+        reply = connection.recv_bytes(max(4 * math.prod(shape), 4 * ERROR_CHARS))
+    except (EOFError, OSError):
+        raise Problem(
+            "the process that runs the model ended, or sent what nobody asked for, before it answered"
+        ) from None
+    if len(reply) != 4 * math.prod(shape):
+        raise ValueError(reply[: 4 * ERROR_CHARS].decode(errors="replace"))
+    return np.frombuffer(reply, np.float32).reshape(shape).copy()
 
-    Every model is measured on val and its state is checked; one under `below` bits per byte is a claim, so that its causality is
-    probed and test is measured too. "invalid" says why the number cannot be trusted. Raises Problem and ValueError.
+
+ERROR_CHARS = 1_000  # of an exception that serve() passes on
+
+
+def serve(connection) -> None:
+    """Answers what score() asks about a model over the connection, until it is closed. Runs that model's train.py.
+
+    Requests are pickled (score() is believed), replies are bytes (this process is not): of ("evaluate", split) the (N, T)
+    float32 nats of the split's rows; of ("answer", (B, T) tokens, (B,) starts) the (B, PROBE_TAIL, vocab) float32 logits from each start
+    on; of ("text",) some text that the model writes; of an exception its words.
     """
-    profile, began = settings.profile, perf_counter()
-    rows, test_rows = (open_rows(settings.data / f"{split}.bin", profile) for split in ("val", "test"))
-    rows, test_rows = rows[: profile.val_rows], test_rows[: profile.test_rows]
-    encoding = load_tokenizer(settings.data / "tokenizer.txt")
-    model, token_bytes, guard = load_model(folder, settings, encoding)
-    evaluate = partial(evaluate_nats, token_bytes=token_bytes, batch_rows=profile.eval_batch_rows, guard=guard)
-    random = np.random.default_rng()  # from the system's entropy: train.py cannot know what is drawn
-    digest = state_digest(model)
-    nats = evaluate(model, rows)
-    val_bpb, seconds = bits_per_byte(nats, rows, token_bytes), {"val": perf_counter() - began}
-    T, first = profile.max_seq_len, random.permutation(min(profile.eval_batch_rows, len(rows)))
-    first[: len(first) // 2] = random.integers(0, len(rows), len(first) // 2)  # half of its neighbours are others
-    facts, checks = {"val_bpb": val_bpb, "test_bpb": None, "val_tokens": nats.size}, {}
-    if val_bpb < below:
-        chosen, cuts = draw_probe(len(rows), T, random)
-        checks["probe"] = (chosen, cuts, "looks ahead: other text after a position moved the predictions before it")
-        facts["test_bpb"] = bits_per_byte(evaluate(model, test_rows), test_rows, token_bytes)
-        seconds["test"] = perf_counter() - began - sum(seconds.values())
-    checks["state"] = (first, np.full(len(first), T), "keeps state: the first rows scored differently at the end")
-    wrong = []
-    for name, (chosen, cuts, what) in checks.items():
-        mean, largest = altered_change(
-            model, nats, rows, token_bytes, profile.eval_batch_rows, chosen, cuts, random, guard
-        )
-        facts[name] = {"rows": len(chosen), "mean_nats": mean, "largest_nats": largest}
-        seconds[name] = perf_counter() - began - sum(seconds.values())
-        if not (abs(mean) < constants.PROBE_MEAN_NATS and largest < constants.PROBE_NATS[profile.dtype]):
-            wrong.append(f"{what} ({mean:+.5f} nats on average, {largest:.4f} at most)")
-    if state_digest(model) != digest:
-        wrong.append("evaluation changed the model's weights")
-    return facts | {"invalid": "; ".join(wrong), "seconds": seconds}
+    import traceback
+
+    import torch
+
+    settings = connection.recv()
+    try:
+        encoding = load_tokenizer(settings.data / "tokenizer.txt")
+        token_bytes = torch.from_numpy(token_byte_lengths(encoding)).to(settings.device)
+        model = load_model(settings).eval()
+        while True:
+            what, *arguments = connection.recv()
+            if what == "evaluate":
+                rows = scored_rows(*arguments, settings)
+                reply = evaluate_nats(model, rows, token_bytes, settings.profile.eval_batch_rows).tobytes()
+            elif what == "answer":
+                tokens, starts = (torch.from_numpy(argument).to(settings.device) for argument in arguments)
+                at = starts[:, None] + torch.arange(min(constants.PROBE_TAIL, tokens.size(1)), device=settings.device)
+                with torch.no_grad():
+                    logits = answered(model, tokens, len(token_bytes))
+                reply = logits[torch.arange(len(at))[:, None], at].float().cpu().numpy().tobytes()
+            else:
+                reply = sample_text(model, encoding, min(120, settings.profile.max_seq_len)).encode()
+            connection.send_bytes(reply)
+    except EOFError:
+        pass  # no more questions
+    except Exception as error:
+        traceback.print_exc()
+        said = str(error) if isinstance(error, (Problem, ValueError)) else f"{type(error).__name__}: {error}"
+        connection.send_bytes(said[:ERROR_CHARS].encode())
 
 
-def load_model(folder: Path, settings: Settings, encoding):
-    """(model with its saved weights, token_bytes, guard) of a run folder. Runs its train.py."""
+def load_model(settings: Settings):
+    """The model of a run folder with its saved weights. Runs its train.py. Raises Problem."""
     import importlib.util
 
     import torch
@@ -1183,54 +1238,89 @@ def load_model(folder: Path, settings: Settings, encoding):
     torch.set_num_threads(settings.threads)
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")
-    token_bytes = torch.from_numpy(token_byte_lengths(encoding)).to(settings.device)
+    source = settings.out.parent / "train.py"
     weights = torch.load(settings.out / "model.pt", map_location=settings.device, weights_only=True)
-    guard = bound_functions()
     sys.modules.setdefault("prepare", sys.modules[__name__])  # what train.py imports is this very module
-    spec = importlib.util.spec_from_file_location("train", folder / "train.py")
+    spec = importlib.util.spec_from_file_location("train", source)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     with torch.device(settings.device):
         model = module.build_model(settings.profile)
     try:
-        torch.nn.Module.load_state_dict(model, weights)
+        model.load_state_dict(weights)
     except RuntimeError as error:
         said = str(error).split("\n", 2)[1].strip() if "\n" in str(error) else str(error)
-        raise Problem(
-            f"{settings.out / 'model.pt'} does not hold the weights of {folder / 'train.py'}: {said}"
-        ) from None
-    guard()
-    return model, token_bytes, guard
+        raise Problem(f"{settings.out / 'model.pt'} does not hold the weights of {source}: {said}") from None
+    return model
 
 
-def score_by_hand(folder: Path, settings: Settings, below: float) -> None:
-    """Prints what score() finds and some text that the model writes. Raises Problem where the number cannot be trusted."""
-    print(f"warning: this runs {folder / 'train.py'} as you, with your files and your network", flush=True)
-    facts = score(folder, settings, below)
-    for name, value in facts.items():
-        if name.endswith("_bpb"):
-            print(f"{name + ':':18}{'not measured' if value is None else f'{value:.6f}'}")
-    for name in ("probe", "state"):
-        if name in facts:
-            found = facts[name]
-            print(
-                f"{name + ':':18}{found['rows']} rows, {found['mean_nats']:+.1e} nats on average, {found['largest_nats']:.1e} at most"
+@contextmanager
+def serving(command: list[str], settings: Settings):
+    """The connection to a process of its own that serves the model of a run; its output is ours."""
+    import socket
+    import subprocess
+    from multiprocessing.connection import Connection
+
+    ours, theirs = socket.socketpair()
+    with Connection(ours.detach()) as connection, theirs:
+        process = subprocess.Popen(command, stdin=theirs)
+        theirs.close()
+        try:
+            with suppress(OSError):  # it ended at once: the first question finds that out
+                connection.send(settings)
+            yield connection
+        finally:
+            process.kill()
+            process.wait()
+
+
+def settings_to_score(folder: Path, profile: str | None, dataset: str | None) -> Settings:
+    """The settings of the run whose weights FOLDER holds: its night's, else those of a run by hand. Raises Problem."""
+    for needed in (folder / "train.py", folder / "out" / "model.pt"):
+        if not needed.exists():
+            raise Problem(
+                f"{needed} does not exist; --score takes the folder of a run that has its weights: runs/by-hand after "
+                "python train.py, or that of a night's winner, such as runs/nov23/0042"
             )
+    night = folder.parent / "harness" / "night.json"
+    if not night.exists():
+        return replace(settings_by_hand(profile, dataset), out=folder / "out")
+    facts = json.loads(night.read_text())
+    for flag, given in (("profile", profile), ("dataset", dataset)):
+        if given not in (None, facts[flag]):
+            raise Problem(f"the night of {folder} has {flag} {facts[flag]}; leave --{flag} out")
+    return settings_from_night(facts, folder)
+
+
+def score_by_hand(settings: Settings, below: float) -> None:
+    """Prints what score() finds and some text that the model writes. Raises Problem where the number cannot be trusted."""
+    print(f"warning: this runs {settings.out.parent / 'train.py'} as you, with your files and your network", flush=True)
+
+    def launch(kind: str, settings: Settings):
+        return serving([sys.executable, __file__, "--serve"], settings)
+
+    facts = score(settings, below, launch)
+    for name in ("val_bpb", "test_bpb"):
+        print(f"{name + ':':18}{'not measured' if facts[name] is None else f'{facts[name]:.6f}'}")
+    if probe := facts.get("probe"):
+        print(
+            f"probe:            {probe['tokens']:,} tokens of {probe['rows']:,} rows, {probe['mean_nats']:+.1e} nats on average, "
+            f"{probe['largest_nats']:.1e} at most"
+        )
     print("seconds:          " + ", ".join(f"{name} {value:.1f}" for name, value in facts["seconds"].items()))
     if facts["invalid"]:
         raise Problem(f"this number cannot be trusted: {facts['invalid']}")
-    encoding = load_tokenizer(settings.data / "tokenizer.txt")
-    model, _, _ = load_model(folder, settings, encoding)
-    bos_id = encoding.encode_single_token(constants.SPECIAL_TOKENS[0])
-    print(f"\nit writes:\n{sample_text(model, encoding, bos_id, min(120, settings.profile.max_seq_len))}")
+    with launch("evaluate", settings) as connection:
+        connection.send(("text",))
+        print(f"\nit writes:\n{connection.recv_bytes().decode(errors='replace')}")
 
 
-def sample_text(model, encoding, bos_id: int, max_tokens: int) -> str:
+def sample_text(model, encoding, max_tokens: int) -> str:
     """What the model writes from the start of a document, drawn at temperature 0.8."""
     import torch
 
+    bos_id = encoding.encode_single_token(constants.SPECIAL_TOKENS[0])
     device, tokens = next(model.parameters()).device, [bos_id]
-    model.eval()
     with torch.no_grad():
         while len(tokens) < max_tokens:
             logits = model(torch.tensor([tokens], device=device))[0, -1].float()
@@ -1262,21 +1352,6 @@ def probe(folder: Path, settings: Settings) -> dict:
     return {"reachable": reachable, "network": [name for _, name in socket.if_nameindex() if name != "lo"]}
 
 
-@dataclass
-class Answer:
-    """Standard output kept for one line of JSON: what imported code prints meanwhile goes to standard error."""
-
-    fd: int = field(default_factory=lambda: os.dup(1))
-
-    def __post_init__(self):
-        os.dup2(2, 1)
-
-    def give(self, facts: dict) -> None:
-        sys.stdout.flush()
-        os.write(self.fd, (json.dumps(facts) + "\n").encode())
-        os._exit(0)  # nothing that was imported has a word after this
-
-
 # ---------------------------------------------------------------------------
 # The command
 
@@ -1295,41 +1370,48 @@ def main() -> None:
     parser.add_argument(
         "--below",
         type=float,
-        default=math.inf,
         metavar="BPB",
         help="with --score: probe and test only a val_bpb under it",
     )
     parser.add_argument("--machine", action="store_true", help="print what this machine runs on, as JSON")
+    parser.add_argument(
+        "--children", metavar="JSON", help=argparse.SUPPRESS
+    )  # the agent: commands by what score() launches
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # such a child
     parser.add_argument("--probe", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)  # the agent, of its sandbox
     args = parser.parse_args()
+    if args.below is not None and not args.score:
+        parser.error("--below goes with --score")
+    if args.score and (args.num_shards or args.workers):
+        parser.error("--score reads what is prepared: --num-shards and --workers do not go with it")
     try:
-        if args.machine:
+        if args.serve:
+            from multiprocessing.connection import Connection
+
+            connection = Connection(os.dup(0))
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            serve(connection)
+        elif args.machine:
             name, dataset = constants.choose(args.profile, args.dataset)
             train_file = newest_train_file(constants.data_dir(name, dataset), name, dataset)
             print(json.dumps(machine(name) | {"train_file": train_file}))
         elif args.probe:
             print(json.dumps(probe(args.probe, current_settings())))
         elif args.score:
-            folder = args.score.resolve()
-            for needed in (folder / "train.py", folder / "out" / "model.pt"):
-                if not needed.exists():
-                    raise Problem(
-                        f"{needed} does not exist; --score takes the folder of a run that has its weights: runs/by-hand after "
-                        "python train.py, or that of a night's winner, such as runs/nov23/0042"
-                    )
-            night = Path(__file__).resolve().parent / "night.json"
-            if night.exists():
-                settings = settings_from_night(json.loads(night.read_text()), folder)
+            settings = settings_to_score(args.score.resolve(), args.profile, args.dataset)
+            below = math.inf if args.below is None else args.below
+            if args.children:
+                commands = json.loads(args.children)
+                facts = score(settings, below, lambda kind, settings: serving(commands[kind], settings))
+                print("\n" + json.dumps(facts))  # the last line: both children have ended
             else:
-                settings = replace(settings_by_hand(), out=folder / "out")
-            if not settings.by_hand:
-                answer = Answer()
-                answer.give(score(folder, settings, args.below))
-            score_by_hand(folder, settings, args.below)
+                score_by_hand(settings, below)
         else:
             name, dataset = constants.choose(args.profile, args.dataset)
             profile = constants.PROFILES[name]
             shards = args.num_shards if args.num_shards is not None else profile.default_shards
+            if args.num_shards is not None and dataset != "climbmix":
+                parser.error(f"--num-shards goes with climbmix; {dataset} is one piece")
             if not 1 <= shards <= constants.TEST_SHARD:
                 parser.error(f"--num-shards takes 1 to {constants.TEST_SHARD}")
             if args.workers is not None and args.workers < 1:

@@ -38,17 +38,24 @@ class Peeker(torch.nn.Module):
 
 
 def probe(model, rows, token_bytes, trials: int, random=None) -> tuple[int, float, float]:
-    """(times found out, seconds of a probe, largest change in nats) of a model, each time at other rows and cuts."""
+    """(times found out, seconds of a probe, largest difference in nats) of a model, each time at other rows and cuts."""
     random, batch = random or np.random.default_rng(), constants.PROFILES["cpu"].eval_batch_rows
     nats = prepare.evaluate_nats(model, rows, token_bytes, batch)
+
+    def ask(shape, what, tokens, starts):
+        with torch.no_grad():
+            logits = model(torch.from_numpy(tokens)).float().numpy()
+        return np.take_along_axis(logits, (starts[:, None] + np.arange(shape[1]))[..., None], 1)
+
     found, most, start = 0, 0.0, time.perf_counter()
     for _ in range(trials):
-        chosen, cuts = prepare.draw_probe(len(rows), rows.shape[1] - 1, random)
-        mean, largest = prepare.altered_change(
-            model, nats, rows, token_bytes, batch, chosen, cuts, random, lambda: None
+        drawn = prepare.draw_probe(nats, random)
+        facts = prepare.compare(ask, rows, nats, token_bytes.numpy(), batch, *drawn, random)
+        found += (
+            abs(facts["mean_nats"]) >= constants.PROBE_MEAN_NATS
+            or facts["largest_nats"] >= constants.PROBE_NATS["bfloat16"]
         )
-        found += abs(mean) >= constants.PROBE_MEAN_NATS or largest >= constants.PROBE_NATS["bfloat16"]
-        most = max(most, largest)
+        most = max(most, facts["largest_nats"])
     return found, (time.perf_counter() - start) / trials, most
 
 
@@ -56,16 +63,16 @@ def main() -> None:
     trials = int(sys.argv[1]) if len(sys.argv) > 1 else 20
     profile = constants.PROFILES["cpu"]
     data = constants.data_dir("cpu", "sotu")
-    rows = prepare.open_rows(data / "val.bin", profile)
+    rows = np.concatenate([prepare.open_rows(data / f"{split}.bin", profile) for split in ("val", "test")])
     lengths = prepare.token_byte_lengths(prepare.load_tokenizer(data / "tokenizer.txt"))
     token_bytes = torch.from_numpy(lengths)
     for dtype in ("float32", "bfloat16") if len(sys.argv) > 2 else ():
         folder = Path(sys.argv[2]).resolve()
         settings = replace(prepare.settings_by_hand(), profile=replace(profile, dtype=dtype), out=folder / "out")
-        model = prepare.load_model(folder, settings, prepare.load_tokenizer(data / "tokenizer.txt"))[0]
+        model = prepare.load_model(settings).eval()
         found, seconds, most = probe(model, rows, token_bytes, trials)
         print(
-            f"honest, {dtype}: found out {found} of {trials} times, {seconds:.1f} s a probe, largest change {most:.1e} nats",
+            f"honest, {dtype}: found out {found} of {trials} times, {seconds:.1f} s a probe, largest difference {most:.1e} nats",
             flush=True,
         )
     for permille in (1000, 50, 10, 5):

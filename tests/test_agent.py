@@ -376,6 +376,7 @@ def test_a_baseline_that_crashes_ends_the_night_with_its_log(checkout):
 
 
 def test_try_runs_the_checkout_against_the_committed_baseline(checkout):
+    assert "edit it" in checkout.agent("--tag", "t", "--profile", "cpu", "--try", "nothing", expect=1)
     (checkout.folder / "train.py").write_text(STUB.replace("lr=0.4", "lr=0.2"))
     output = checkout.agent("--tag", "t", "--profile", "cpu", "--try", "halve the  rate")
     results = check_agreement(checkout)
@@ -386,7 +387,10 @@ def test_try_runs_the_checkout_against_the_committed_baseline(checkout):
     assert "lr=0.4" in checkout.git("show", f"{results[0]['commit']}:train.py")
     assert "git checkout autoresearch/t -- train.py" in output
     again = checkout.agent("--tag", "t", "--try", "the same", expect=1)
-    assert "tried already: experiment 1, keep" in again and len(check_agreement(checkout)) == 2
+    assert "the night's incumbent, unchanged; edit it" in again
+    (checkout.folder / "train.py").write_text(STUB)
+    again = checkout.agent("--tag", "t", "--try", "back", expect=1)
+    assert "tried already: experiment 0, keep" in again and len(check_agreement(checkout)) == 2
 
 
 def test_try_needs_no_proposer_and_a_bad_edit_is_one_clear_line(checkout):
@@ -412,11 +416,17 @@ def test_the_newest_unfinished_night_is_taken_up(checkout):
     assert len(check_agreement(checkout)) == 2
 
 
+def test_the_same_command_on_the_second_evening_starts_another_night(checkout):
+    evening = ("--proposer", "random", "--profile", "cpu", "--hours", "0.000001")
+    checkout.agent("--tag", "first", *evening)
+    checkout.agent(*evening)
+    assert len(list(checkout.folder.glob("runs/*/journal.jsonl"))) == 2
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         ((), "--demo"),
-        (("--tag", "a/b", "--proposer", "random"), "a tag has letters"),
         (("--proposer", "replay"), "needs --replay"),
         (("--replay", "nowhere.jsonl"), "does not exist"),
     ],
@@ -427,8 +437,17 @@ def test_what_a_newcomer_gets_wrong_is_one_clear_line(checkout, args, message):
 
 
 def test_usage_errors_exit_2(checkout):
-    assert "positive number" in checkout.agent("--experiments", "0", expect=2)
+    assert "whole number over 0" in checkout.agent("--experiments", "0", expect=2)
+    assert "whole number over 0" in checkout.agent("--seeds", "five", expect=2)
     assert "--kept goes with --replay" in checkout.agent("--kept", expect=2)
+    for tag in ("a/b", "", "by-hand"):
+        for flag in ("--tag", "--check", "--ablate"):
+            assert "a tag has letters" in checkout.agent(flag, tag, expect=2)
+    assert "a few words" in checkout.agent("--try", " ", expect=2)
+    assert "--demo does not go with --proposer" in checkout.agent("--demo", "--proposer", "random", expect=2)
+    assert "--replay does not go with" in checkout.agent("--proposer", "random", "--replay", "x", expect=2)
+    assert "--check does not go with --max-usd" in checkout.agent("--check", "t", "--max-usd", "3", expect=2)
+    assert not (checkout.folder / "runs").exists()  # nothing began
 
 
 def test_a_conflicting_flag_is_refused_and_names_the_way_on(checkout):

@@ -1,7 +1,6 @@
 """The notebook runs top to bottom, without an edit, on nights of every kind."""
 
 import json
-import shutil
 
 import nbclient
 import nbformat
@@ -11,60 +10,88 @@ from conftest import ROOT
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 
 
-def result(number, verdict, bpb):
-    metrics = {} if bpb is None else {"training_seconds": 20.0, "startup_seconds": 3.0, "losses": [[1.0, 5.0]]}
+def result(number, verdict, bpb, **more):
+    metrics = (
+        {} if bpb is None else {"training_seconds": 20.0, "startup_seconds": 3.0, "losses": [[1.0, 5.0], [19.0, 2.0]]}
+    )
     return {
-        "event": "result", "number": number, "commit": f"{number:040x}", "val_bpb": bpb, "verdict": verdict,
-        "description": f"idea {number} with a description that is rather long", "run_seconds": 24.0,
-        "scoring_seconds": None if bpb is None else 9.0, "idle_seconds": None if number == 0 else 0.2, "metrics": metrics,
+        "event": "result", "number": number, "parent": None if number == 0 else 0, "commit": f"{number:040x}", "source": f"{number:064x}",
+        "val_bpb": bpb, "test_bpb": bpb and bpb + 0.02, "verdict": verdict, "reason": "", "operator": "improve",
+        "description": f"idea {number} with a description that is rather long", "run_seconds": 24.0, "rerun_seconds": 0.0,
+        "edits": [{"search": "a\nb", "replace": "c"}], "uptime": 30.0 * number,
+        "scoring_seconds": None if bpb is None else 9.0, "idle_seconds": None if number == 0 else 0.2, "metrics": metrics, **more,
     }  # fmt: skip
 
 
-NIGHTS = {
-    "zero": [],
-    "one": [result(0, "keep", 1.5)],
-    "crash only": [result(0, "keep", 1.5)] + [result(i, "crash", None) for i in range(1, 5)],
-    "no keep": [result(0, "keep", 1.5)] + [result(i, "discard", 1.5 + i / 10) for i in range(1, 5)],
-    "many": [result(0, "keep", 1.5)]
-    + [result(i, "keep", 1.5 - i / 1000) if i % 5 == 0 else result(i, ("discard", "crash", "invalid")[i % 3], (1.6, None, 0.9)[i % 3]) for i in range(1, 80)],
-}  # fmt: skip
+def trial(seed, source, bpb):
+    return {
+        "event": "trial", "name": "baseline", "source": source, "seed": seed, "val_bpb": bpb, "test_bpb": bpb, "run_seconds": 24.0,
+        "scoring_seconds": 9.0, "metrics": {"training_seconds": 20.0},
+    }  # fmt: skip
 
 
-def execute(folder):
-    shutil.copy(ROOT / "analysis.ipynb", folder)
-    notebook = nbformat.read(folder / "analysis.ipynb", as_version=4)
-    nbclient.NotebookClient(
-        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
-    ).execute()
+BASELINE = result(0, "keep", 1.5)
+MANY = [BASELINE] + [
+    result(i, "keep", 1.5 - i / 10_000) if i % 25 == 0 else result(i, ("discard", "crash", "invalid")[i % 3], (1.6 - i / 9_000, None, 0.9)[i % 3])
+    for i in range(1, 1000)
+]  # fmt: skip
+AFTERMATH = [  # of a night that Claude proposed, that was checked and ablated
+    {"event": "proposal", "tokens": {"input": 9000, "output": 800}, "usd": 0.07, "at_least": False},
+    *(trial(seed, BASELINE["source"], 1.5 + seed / 10_000) for seed in (2, 101, 102)),
+    {"event": "check", "seeds": 2, "baseline": [1.52, 1.53], "incumbent": [1.51, 1.5], "claimed": 0.02, "mean": 0.02, "pooled": [0.01, 0.03], "welch": [0, 1]},
+    {"event": "ablate", "incumbent": [1.5], "together": None, "rows": [{"number": 1, "word": "carries weight", "test_bpb": 1.52}]},
+]  # fmt: skip
+NIGHTS = {  # rows, and how many pictures there are of them
+    "zero": ([], 1),
+    "one": ([BASELINE], 3),
+    "crash only": ([BASELINE] + [result(i, "crash", None) for i in range(1, 5)], 4),
+    "no baseline": ([result(0, "crash", None)], 2),
+    "no keep": ([BASELINE] + [result(i, "discard", 1.5 + i / 10) for i in range(1, 5)], 4),
+    "one thousand": (MANY, 4),
+    "checked": ([BASELINE, result(1, "keep", 1.48), result(2, "discard", 1.481), *AFTERMATH], 5),
+}
+
+
+def execute(folder, choice=None):
+    notebook = nbformat.read(ROOT / "analysis.ipynb", as_version=4)
+    if choice:
+        notebook.cells[1].source = choice
+    resources = {"metadata": {"path": str(folder)}}
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3", resources=resources).execute()
     return notebook
+
+
+def pictures(notebook) -> int:
+    return sum("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
+
+
+def said(notebook) -> str:
+    return "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
 
 
 @pytest.mark.parametrize("kind", NIGHTS)
 def test_the_notebook_reads_a_night(tmp_path, kind):
-    night = tmp_path / "runs" / "nov23"
+    night, (rows, count) = tmp_path / "runs" / "nov23", NIGHTS[kind]
     night.mkdir(parents=True)
-    rows = [{"event": "night"}, *NIGHTS[kind]]
-    (night / "journal.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [json.dumps(row) for row in ({"event": "night"}, *rows)]
+    (night / "journal.jsonl").write_text("\n".join(lines) + '\n{"event": "res')  # one is being written
     notebook = execute(tmp_path)
     assert (night / "progress.png").stat().st_size > 5_000
-    images = sum("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
-    assert images == (2 if NIGHTS[kind] else 1)
+    assert pictures(notebook) == count
+    if kind == "checked":
+        text = said(notebook)
+        assert "better than the baseline" in text and "$0.07" in text and "9,000 input, 800 output tokens" in text
 
 
 def test_the_notebook_reads_a_plain_results_tsv(tmp_path):
+    verdicts = ("keep", "discard", "discard", "crash")
     lines = [
-        f"{i:07x}\t{0 if i % 4 == 3 else 1 - i / 1000:.6f}\t44.0\t{('keep', 'discard', 'discard', 'crash')[i % 4]}\tidea {i}\n"
-        for i in range(40)
+        f"{i:07x}\t{0 if i % 4 == 3 else 1 - i / 1000:.6f}\t44.0\t{verdicts[i % 4]}\tidea {i}\n" for i in range(40)
     ]
     (tmp_path / "results.tsv").write_text(HEADER + "".join(lines))
-    source = (ROOT / "analysis.ipynb").read_text()
-    shutil.copy(ROOT / "analysis.ipynb", tmp_path)
-    notebook = nbformat.reads(source, as_version=4)
-    notebook.cells[1].source = 'NIGHT = "results.tsv"'
-    nbclient.NotebookClient(
-        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-    ).execute()
-    assert (tmp_path / "progress.png").stat().st_size > 5_000
+    notebook = execute(tmp_path, 'NIGHT = "results.tsv"')
+    assert (tmp_path / "progress.png").stat().st_size > 5_000 and pictures(notebook) == 2
+    assert "39 experiments after the baseline\n9 keep, 20 discard, 10 crash" in said(notebook)
 
 
 def test_the_notebook_is_committed_without_outputs():

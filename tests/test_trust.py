@@ -178,8 +178,8 @@ def test_ablate_says_which_changes_carry_weight(checkout, night):
     [
         (("--check", "none"), "there is no night none"),
         (("--check", "t", "--seeds", "1"), "--seeds goes with --check"),
-        (("--check", "t", "--ablate", "t"), "stand alone"),
-        (("--ablate", "t", "--try", "x"), "stand alone"),
+        (("--check", "t", "--ablate", "t"), "--check does not go with --ablate"),
+        (("--ablate", "t", "--try", "x"), "--ablate does not go with --try"),
     ],
 )
 def test_check_and_ablate_refuse_what_makes_no_sense(checkout, flags, said):
