@@ -166,20 +166,23 @@ def test_a_pair_of_tokens_finds_its_row():
     assert every.min() == 0 and every[:, 1:].min() == 1 and every.max() == 63
 
 
-def test_the_pair_table_is_added_to_the_embedding():
-    model = shaken(small_model())
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_the_pair_table_is_added_to_the_embedding_or_before_each_layer(scale):
+    model = shaken(train.GPT(replace(SMALL, bigram_scale=scale), 1000, 128, torch.float32))
     idx = torch.arange(32).view(2, 16)  # no pair occurs twice
     before = model(idx)
     with torch.no_grad():
         model.bigrams.weight[train.pair_hash(idx, model.bigrams.num_embeddings)[1, 9]] += 1.0
     moved = (model(idx) - before).abs().amax(dim=-1) > 0
     assert moved[1, 9:].all() and not moved[1, :9].any()
-    for layer in (0, 1):  # each layer takes its own share
+    assert (model.bigram_scale is None) == (scale == 0.0)
+    for layer in (0, 1) if scale else ():  # each layer takes its own share
         scaled = model(idx)
         with torch.no_grad():
             model.bigram_scale[layer] = 0.0
         assert not torch.allclose(model(idx), scaled, atol=1e-4)
-    assert train.GPT(replace(SMALL, bigram_rows=0), 1000, 128, torch.float32).bigrams is None
+    none = train.GPT(replace(SMALL, bigram_rows=0, bigram_scale=scale), 1000, 128, torch.float32)
+    assert none.bigrams is None and none.bigram_scale is None
 
 
 def test_weights_follow_the_activations_dtype():
