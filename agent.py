@@ -1021,7 +1021,6 @@ class Sandbox:
     sized: bool  # whether this bubblewrap can limit a folder in memory
 
     def command(self, action: str, folder: Path) -> list[str]:
-        scores = action in ("evaluate", "answer")
         rows = {"evaluate": ("val.bin", "test.bin"), "answer": ()}.get(action, (self.train_file,))
         shown = [
             *self.shown,
@@ -1029,7 +1028,7 @@ class Sandbox:
             folder,
             *(self.data / name for name in ("tokenizer.txt", *rows)),
         ]
-        writable = () if scores else (folder / "out", folder / "cache")
+        writable = () if action in ("evaluate", "answer") else (folder / "out", folder / "cache")
         mounts = {path: ["--ro-bind", str(path), str(path)] for path in shown}
         mounts |= {path: ["--bind", str(path), str(path)] for path in writable}
         for path in self.hidden:
@@ -1122,10 +1121,9 @@ def child_command(
         "TMPDIR": str(folder / "cache" / "tmp") if action == "train" else "/tmp",  # precompiled headers, 8 s to make
         "AUTORESEARCH_RUN": str(folder),  # by which the next start finds what a killed agent left
     }
-    program = [str(harness / "prepare.py"), f"--{action}", str(folder)]
-    program = {"train": ["../train.py"], "evaluate": [program[0], "--serve"], "answer": [program[0], "--serve"]}.get(
-        action, program
-    )
+    prepare = str(harness / "prepare.py")
+    programs = {"train": ["../train.py"], "evaluate": [prepare, "--serve"], "answer": [prepare, "--serve"]}
+    program = programs.get(action, [prepare, f"--{action}", str(folder)])
     command = [sys.executable, "-u", *program, *more]
     if sandbox:
         command = sandbox.command(action, folder) + command

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import NIGHT, STUB, bubblewrap_works, make_checkout
 
+import agent
+
 sandboxed = pytest.mark.skipif(not bubblewrap_works(), reason="bubblewrap is not installed, or may not run here")
 
 
@@ -75,6 +77,24 @@ def test_attack_reads_nothing_but_its_own(scattered):
     assert found == [] and row["sandbox"] == "bubblewrap" and row["verdict"] == "keep"
     code = READ.format(paths=[str(scattered.cache / "cpu-sotu" / "train.bin")])
     assert len(attempt(scattered, code)[1]) == 1  # so that the test above can fail
+
+
+@sandboxed
+@pytest.mark.parametrize(
+    ("action", "rows", "writes"), [("train", "train", True), ("evaluate", "test val", False), ("answer", "", False)]
+)
+def test_each_child_sees_the_rows_that_it_needs(tmp_path, action, rows, writes):
+    """Training no val and test; the child that states losses both; the one that must answer none."""
+    data, folder = tmp_path / "data", tmp_path / "night" / "0001"
+    for path in (data, folder / "out", folder / "cache", folder.parent / "harness"):
+        path.mkdir(parents=True)
+    for name in ("train.bin", "val.bin", "test.bin", "tokenizer.txt"):
+        (data / name).write_text(name)
+    sandbox = agent.Sandbox((data,), (), (), data, "train.bin", False)
+    command = [*sandbox.command(action, folder), "sh", "-c", f"ls {data}; touch left"]
+    seen = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split()
+    assert seen == sorted(["tokenizer.txt", *(f"{name}.bin" for name in rows.split())])
+    assert (folder / "out" / "left").exists() == writes
 
 
 @sandboxed
