@@ -20,6 +20,7 @@ import errno
 import glob
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -40,7 +41,6 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import constants
@@ -2356,7 +2356,7 @@ def seconds_of_earlier_starts(rows: list[dict]) -> float:
     starts = [i for i, row in enumerate(rows) if row["event"] == "night"]
     return sum(
         rows[following - 1]["uptime"]
-        for start, following in pairwise(starts)
+        for start, following in itertools.pairwise(starts)
         if not {"check", "ablate"} & set(rows[start]["arguments"])
     )
 

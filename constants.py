@@ -1,10 +1,23 @@
-"""The fixed rules of the game: profiles, budgets, data, paths. Standard library only; importing it does nothing."""
+"""The fixed rules of the game: profiles, budgets, data, paths. Standard library only; says where Python or a package is missing."""
 
 import os
 import re
+import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
+
+INSTALL = 'python3 -m venv .venv && . .venv/bin/activate && pip install -e ".[dev]"'
+if sys.version_info < (3, 10):  # noqa: UP036 (nobody has installed anything yet)
+    sys.exit(f"error: this is Python {sys.version.split()[0]}; 3.10 to 3.13 are needed. With one of them: {INSTALL}")
+if sys.platform == "win32":
+    sys.exit("error: Windows is not supported; WSL is Linux: wsl --install, then the same commands there")
+for package in ("torch", "numpy", "tiktoken", "rustbpe", "requests", "pyarrow", "rich", "scipy", "anthropic"):
+    if find_spec(package) is None:
+        sys.exit(
+            f"error: {sys.executable} has no package {package}; run: . .venv/bin/activate, or install anew: {INSTALL}"
+        )
 
 # ---------------------------------------------------------------------------
 # Profiles: the sizes that make results comparable. An experiment cannot change them.

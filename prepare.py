@@ -26,10 +26,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-import constants
+import constants  # first: it says what is not installed
 from constants import Profile
+
+# isort: split
+import numpy as np
 
 perf_counter = time.perf_counter  # bound here: what an experiment does to the time module afterwards changes nothing
 

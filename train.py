@@ -12,11 +12,12 @@ from collections import deque
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
+import prepare  # first: it says what is not installed
+
+# isort: split
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-import prepare
 
 # ---------------------------------------------------------------------------
 # Hyperparameters. bpb figures: steps of the published night on an H100 unless said otherwise.
