@@ -1906,6 +1906,8 @@ def create_night(tag: str, folder: Path, args, repository: Repository, baseline:
             f"there are refs of a night {tag} but no journal in {folder}; use --tag OTHER, or delete them: "
             f"git for-each-ref --format='delete %(refname)' refs/heads/autoresearch/{tag} refs/autoresearch/{tag} | git update-ref --stdin"
         )
+    of_machine = ("--machine", "--profile", profile, "--dataset", dataset)
+    facts = json.loads(ask_prepare(*of_machine))  # first: says where there is no GPU
     data = constants.data_dir(profile, dataset).resolve()
     if not (data / "val.bin").exists() or not list(data.glob("train*.bin")):
         command = [sys.executable, str(HERE / "prepare.py"), "--profile", profile, "--dataset", dataset]
@@ -1913,7 +1915,7 @@ def create_night(tag: str, folder: Path, args, repository: Repository, baseline:
             command += ["--num-shards", str(constants.START_SHARDS)]
         if subprocess.run(command).returncode:
             raise Problem(f"the data could not be prepared; run: {' '.join(['python prepare.py', *command[2:]])}")
-    facts = json.loads(ask_prepare("--machine", "--profile", profile, "--dataset", dataset))
+        facts = json.loads(ask_prepare(*of_machine))
     train_file = facts.pop("train_file")
     names = (train_file, "val.bin", "test.bin", "tokenizer.txt")
     budget_s = args.budget or constants.TIME_BUDGET_S

@@ -202,10 +202,10 @@ def download_shard(url: str, path: Path, advance=lambda amount: None, tries: int
         except (requests.RequestException, OSError) as error:
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise
-            cause = str(error) or type(error).__name__
+            cause = re.sub(r""".*Caused by \w+\(["']?|["')]+$""", "", str(error)) or type(error).__name__
     raise Problem(
-        f"{path.stem} could not be downloaded from {url} after {tries} tries: {cause}; "
-        "run the same command again: what has arrived is kept"
+        f"{path.stem} could not be downloaded from {url} after {tries} tries: {cause}; check the connection (HF_ENDPOINT names "
+        "another hub), then run the same command again: what has arrived is kept"
     )
 
 
@@ -687,9 +687,8 @@ def settings_by_hand(profile: str | None = None, dataset: str | None = None) -> 
         raise Problem(
             str(error) if "unknown" in str(error) else "AUTORESEARCH_TIME_BUDGET takes seconds, such as 300"
         ) from None
-    data = constants.data_dir(name, dataset)
+    data, facts = constants.data_dir(name, dataset), machine(name)  # a missing GPU is said before gigabytes are fetched
     train_file = newest_train_file(data, name, dataset)
-    facts = machine(name)
     return Settings(
         profile=filled(name, facts),
         dataset=dataset,
@@ -1394,8 +1393,10 @@ def main() -> None:
             serve(connection)
         elif args.machine:
             name, dataset = constants.choose(args.profile, args.dataset)
-            train_file = newest_train_file(constants.data_dir(name, dataset), name, dataset)
-            print(json.dumps(machine(name) | {"train_file": train_file}))
+            facts = machine(name) | {"train_file": None}
+            with suppress(Problem):  # nothing is prepared yet
+                facts["train_file"] = newest_train_file(constants.data_dir(name, dataset), name, dataset)
+            print(json.dumps(facts))
         elif args.probe:
             print(json.dumps(probe(args.probe, current_settings())))
         elif args.score:
