@@ -441,7 +441,7 @@ def test_a_loss_that_is_no_number_ends_the_run_at_once(real_checkout):
             "no prepared data in /nowhere/cpu-sotu; run: python prepare.py --profile cpu",
         ),
         ({"AUTORESEARCH_TIME_BUDGET": "soon"}, "takes seconds"),
-        ({"AUTORESEARCH_PROFILE": "gpu"}, "no prepared data"),
+        ({"AUTORESEARCH_PROFILE": "gpu", "CUDA_VISIBLE_DEVICES": ""}, "profile gpu needs a GPU and torch sees none"),
     ],
 )
 def test_what_is_missing_is_one_clear_line(real_checkout, environment, message):
