@@ -89,6 +89,7 @@ class Run:
     result: dict | None
     reason: str  # empty, or the class of the crash
     seconds: float  # start to exit
+    clock_seconds: float | None  # of them those after its clock started, by our own watch; None where it never did
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ class Experiment:
     )  # of the baseline: its unrecorded first start, which compiled everything; None where nothing is
     metrics: dict  # result.json, untrusted but checked
     run_seconds: float
+    clock_seconds: float | None  # of run_seconds, from the start of its clock to its exit
     scoring_seconds: float | None
     idle_seconds: float | None  # the last child's exit to this one's start, scoring excluded; None for the first
 
@@ -145,9 +147,10 @@ def judge(
     step = metrics["training_seconds"] / max(1, metrics["num_steps"])
     if metrics["training_seconds"] > budget_s + max(0.01 * budget_s, step):
         return Verdict("invalid", f"trained {metrics['training_seconds']:.1f} s of {budget_s:g} s")
+    trouble = time_trouble(experiment.run_seconds, experiment.clock_seconds, baseline, budget_s)
+    if trouble:
+        return Verdict("invalid", trouble)
     if baseline is not None:
-        if experiment.run_seconds > baseline.run_seconds + overtime_s(budget_s, baseline.cold_seconds):
-            return Verdict("invalid", f"took {experiment.run_seconds:.0f} s, the baseline {baseline.run_seconds:.0f} s")
         if experiment.scoring_seconds > 2 * baseline.scoring_seconds + 10:
             return Verdict(
                 "invalid",
@@ -169,24 +172,46 @@ def judge(
     return Verdict("keep")
 
 
+def time_trouble(run_s: float, clock_s: float | None, baseline: Experiment | None, budget_s: float) -> str:
+    """Why a run of `run_s` seconds, `clock_s` of them after its clock started, took longer than the baseline's allows; else empty."""
+    if clock_s is None:
+        return "its clock was never started"
+    if baseline is None:
+        return ""
+    if clock_s > baseline.clock_seconds + overrun_s(budget_s):
+        return f"ran for {clock_s:.0f} s after its clock started, the baseline {baseline.clock_seconds:.0f} s"
+    startup, usual = run_s - clock_s, baseline.run_seconds - baseline.clock_seconds
+    if startup > usual + overtime_s(budget_s, baseline.cold_seconds):
+        return f"started for {startup:.0f} s, the baseline {usual:.0f} s"
+    return ""
+
+
 def overtime_s(budget_s: float, cold_s: float | None) -> float:
-    """Seconds by which a run may outlast the baseline's, start to exit: chance, and compiling a new model from nothing."""
+    """Seconds by which a start may outlast the baseline's: chance, and compiling a new model from nothing."""
     return max(15.0, budget_s / 5) + 1.5 * (cold_s or 0.0)
+
+
+def overrun_s(budget_s: float) -> float:
+    """Seconds by which a run may outlast the baseline's once its clock runs: a stalled step, larger weights to save."""
+    return max(5.0, 0.02 * budget_s)
 
 
 # ---------------------------------------------------------------------------
 # Source: edits, and the screen before any training time is spent
 
 IMPORTS = frozenset(
-    "torch numpy triton math time gc functools itertools dataclasses contextlib typing collections copy prepare constants".split()
+    "__future__ torch numpy triton math time gc functools itertools dataclasses contextlib typing collections copy prepare constants".split()
 )
 REFUSED = {  # name or attribute: why
     name: reason
     for names, reason in (
-        ("os sys subprocess socket ctypes cpp_extension pathlib shutil", "reaches outside the experiment"),
+        (
+            "os sys _os _sys subprocess socket ctypes cpp_extension pathlib Path shutil multiprocessing inspect",
+            "reaches outside the experiment",
+        ),
         ("environ getenv putenv", "the environment decides nothing here; what a run may know is in `run`"),
         (
-            "builtins __builtins__ __dict__ __globals__ __closure__ __subclasses__ __loader__ __spec__",
+            "builtins __builtins__ __dict__ __globals__ __closure__ __code__ __subclasses__ __loader__ __spec__ _C _rows",
             "reaches into the harness",
         ),
         ("_getframe f_back f_locals f_globals tb_frame gi_frame cr_frame", "walks the frames of its caller"),
@@ -195,14 +220,30 @@ REFUSED = {  # name or attribute: why
             "eval exec compile_command __import__ import_module",
             "hides what runs; for evaluation mode use module.train(False)",
         ),
-        ("getattr setattr delattr globals locals vars", "hides which name is meant; write the attribute out"),
-        ("open memmap fromfile from_file loadtxt genfromtxt load hub", "reads files; data comes from run.train_rows"),
-        ("save savez savetxt tofile", "writes files; run.finish saves the weights"),
-        ("manual_seed set_rng_state_all seed_all default_generator", "the seed belongs to the harness"),
+        (
+            "getattr setattr delattr __setattr__ __delattr__ globals locals vars",
+            "hides which name is meant; write the attribute out",
+        ),
+        (
+            "open memmap open_memmap fromfile from_file loadtxt genfromtxt DataSource load hub package PyTorchFileReader",
+            "reads files; data comes from run.train_rows",
+        ),
+        (
+            "save savez savez_compressed savetxt tofile dump write_text write_bytes write_atomically PyTorchFileWriter",
+            "writes files; run.finish saves the weights",
+        ),
+        (
+            "manual_seed set_rng_state_all seed_all default_generator default_rng RandomState SeedSequence",
+            "the seed belongs to the harness; torch's generators have it",
+        ),
         ("settings budget_s", "belongs to the harness; clock.progress and clock.seconds tell the time"),
     )
     for name in names.split()
 }
+
+
+HELD = frozenset("start last recent events stopped_s expired progress seconds seed clock".split())  # no edit sets them
+SETTABLE = ("torch.backends.", "torch._inductor.config.", "torch._dynamo.config.")  # switches of torch's own
 
 
 def find_lines(lines: list[str], wanted: list[str]) -> list[int]:
@@ -330,6 +371,10 @@ def check_rules(tree: ast.Module) -> None:
         elif isinstance(node, ast.Attribute):
             in_kernel = node.attr == "load" and isinstance(node.value, ast.Name) and node.value.id in kernels
             names = [] if in_kernel else [node.attr]
+            if node.attr == "seed" and not (isinstance(node.value, ast.Name) and node.value.id == "run"):
+                raise ScreenError(f"{at}: `seed` is refused: the seed belongs to the harness; run.seed tells it")
+        elif isinstance(node, ast.MatchClass):
+            names = node.kwd_attrs
         elif isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes, int)):
             size = node.value.bit_length() / 3.3 if isinstance(node.value, int) else len(node.value)
             if size > constants.LITERAL_CHARS and not is_docstring(node, tree):
@@ -339,6 +384,12 @@ def check_rules(tree: ast.Module) -> None:
                 raise ScreenError(f"{at}: `{name}` is refused: {REFUSED[name]}")
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, (ast.Store, ast.Del)):
+            if node.attr in HELD and ast.unparse(node.value) != "self":
+                raise ScreenError(
+                    f"line {node.lineno}: assignment to `{node.attr}` is refused: clock, time and seed belong to the harness"
+                )
+            if ast.unparse(node).startswith(SETTABLE):
+                continue
             root = node.value
             while isinstance(root, ast.Attribute):
                 root = root.value
@@ -1021,7 +1072,7 @@ class Sandbox:
     sized: bool  # whether this bubblewrap can limit a folder in memory
 
     def command(self, action: str, folder: Path) -> list[str]:
-        rows = {"evaluate": ("val.bin", "test.bin"), "answer": ()}.get(action, (self.train_file,))
+        rows = {"evaluate": ("val.bin", "test.bin"), "answer": (), "compile": ()}.get(action, (self.train_file,))
         shown = [
             *self.shown,
             folder.parent / "harness",
@@ -1084,7 +1135,7 @@ def probe(folder: Path, sandbox: Sandbox, forbidden: list[Path]) -> str:
     own = {"seed": 0, "until_clock": False, "found": {}, "forbidden": [*map(str, forbidden)]}
     (folder / "run.json").write_text(json.dumps(own))
     log = folder / "run.log"
-    status, _ = run_child("probe", folder, sandbox, log, constants.PROBE_LIMIT_S)
+    status = run_child("probe", folder, sandbox, log, constants.PROBE_LIMIT_S).status
     lines = log_tail(log)
     if status != 0:
         said = lines[-1] if lines else f"exit status {status}"
@@ -1118,11 +1169,18 @@ def child_command(
         "PYTHONUNBUFFERED": "1",
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
         "TRITON_CACHE_DIR": str(folder / "cache" / "triton"),
-        "TMPDIR": str(folder / "cache" / "tmp") if action == "train" else "/tmp",  # precompiled headers, 8 s to make
+        "TMPDIR": str(folder / "cache" / "tmp")
+        if action in ("train", "compile")
+        else "/tmp",  # precompiled headers, 8 s to make
         "AUTORESEARCH_RUN": str(folder),  # by which the next start finds what a killed agent left
     }
     prepare = str(harness / "prepare.py")
-    programs = {"train": ["../train.py"], "evaluate": [prepare, "--serve"], "answer": [prepare, "--serve"]}
+    programs = {
+        "train": ["../train.py"],
+        "compile": ["../train.py"],
+        "evaluate": [prepare, "--serve"],
+        "answer": [prepare, "--serve"],
+    }
     program = programs.get(action, [prepare, f"--{action}", str(folder)])
     command = [sys.executable, "-u", *program, *more]
     if sandbox:
@@ -1134,6 +1192,13 @@ def child_command(
     return command, environment, folder / "out"
 
 
+@dataclass(frozen=True)
+class Exit:
+    status: int | None  # None: ended at its limit
+    seconds: float  # start to exit
+    clock_seconds: float | None  # of them those since it said that its clock started; None where it did not
+
+
 def run_child(
     action: str,
     folder: Path,
@@ -1142,8 +1207,8 @@ def run_child(
     limit_s: float,
     meanwhile=lambda: None,
     more: tuple[str, ...] = (),
-) -> tuple[int | None, float]:
-    """Runs a child to its end or its limit; returns (exit status, seconds), status None at the limit. Leaves none alive.
+) -> Exit:
+    """Runs a child to its end or its limit; returns how it ended. Leaves none of its processes alive.
 
     Its output goes to `log`, capped; `meanwhile` is called some twenty times a second. A folder over constants.OUT_BYTES ends it like the limit does.
     """
@@ -1166,14 +1231,14 @@ def run_child(
                     if folder_bytes(folder) > constants.OUT_BYTES:
                         output.write(f"\nits folder grew over {constants.OUT_BYTES / 2**30:g} GiB\n".encode())
                         break
-            status, seconds = process.poll(), time.perf_counter() - start
+            status, end = process.poll(), time.perf_counter()
         finally:
             if process is not None:
                 kill_tree(process)
                 while output.take(process.stdout):
                     pass
                 process.stdout.close()
-    return status, seconds
+    return Exit(status, end - start, None if output.clock_at is None else end - output.clock_at)
 
 
 class CappedLog:
@@ -1182,6 +1247,7 @@ class CappedLog:
     def __init__(self, path: Path):
         self.file = open(path, "w+b")  # noqa: SIM115
         self.total = 0  # bytes the child printed
+        self.clock_at, self.line = None, b""  # when it said that its clock started; the end of what it said
 
     def __enter__(self):
         return self
@@ -1195,6 +1261,9 @@ class CappedLog:
         return bool(chunk)
 
     def write(self, chunk: bytes) -> None:
+        if self.clock_at is None:
+            self.line = self.line[-100:] + chunk
+            self.clock_at = time.perf_counter() if constants.CLOCK_MARK.encode() in self.line else None
         self.file.write(chunk)
         self.file.flush()
         self.total += len(chunk)
@@ -1325,15 +1394,18 @@ def check_disk(folder: Path) -> None:
 
 def run(folder: Path, sandbox: Sandbox | None, limit_s: float, meanwhile=lambda: None) -> Run:
     """Trains `folder`/train.py under its night's harness; writes run.log."""
-    status, seconds = run_child("train", folder, sandbox, folder / "run.log", limit_s, meanwhile)
-    if status is None:
-        return Run(None, out_of_bounds(limit_s, seconds), seconds)
-    if status != 0:
-        return Run(None, crash_reason(status, folder / "run.log"), seconds)
-    try:
-        return Run(read_result(folder / "out" / "result.json"), "", seconds)
-    except (OSError, ValueError) as error:
-        return Run(None, f"no valid result.json: {error}", seconds)
+    ended = run_child("train", folder, sandbox, folder / "run.log", limit_s, meanwhile)
+    result, reason = None, ""
+    if ended.status is None:
+        reason = out_of_bounds(limit_s, ended.seconds)
+    elif ended.status != 0:
+        reason = crash_reason(ended.status, folder / "run.log")
+    else:
+        try:
+            result = read_result(folder / "out" / "result.json")
+        except (OSError, ValueError) as error:
+            reason = f"no valid result.json: {error}"
+    return Run(result, reason, ended.seconds, ended.clock_seconds)
 
 
 def score(
@@ -1346,9 +1418,9 @@ def score(
     log = folder / "score.log"
     children = {action: child_command(action, folder, sandbox)[0] for action in ("evaluate", "answer")}
     more = ("--below", repr(below), "--children", json.dumps(children))
-    status, seconds = run_child("score", folder, None, log, limit_s, meanwhile, more)
-    if status != 0:
-        reason = out_of_bounds(limit_s, seconds) if status is None else crash_reason(status, log)
+    ended = run_child("score", folder, None, log, limit_s, meanwhile, more)
+    if ended.status != 0:
+        reason = out_of_bounds(limit_s, ended.seconds) if ended.status is None else crash_reason(ended.status, log)
         return None, f"scoring: {reason}"
     try:
         facts = json.loads(log.read_bytes().splitlines()[-1])
@@ -1359,7 +1431,7 @@ def score(
         facts["invalid"] = sanitise(str(facts["invalid"]))[:500]
     except (IndexError, KeyError, TypeError, ValueError) as error:
         return None, f"scoring gave no number: {error}"
-    facts["scoring_seconds"] = seconds
+    facts["scoring_seconds"] = ended.seconds
     write_atomically(folder / "score.json", json.dumps(facts))
     return facts, ""
 
@@ -1762,12 +1834,9 @@ class Night:
         return row
 
     def tidy(self, row: dict) -> None:
-        """Keeps of a finished run's output its result.json, and the weights and compile cache of the incumbent only."""
+        """Keeps of a finished run's output its result.json, and the weights of the incumbent only."""
         folder = self.folder / f"{row['number']:04d}"
         kept = row["verdict"] == "keep"
-        if kept and (folder / "cache").exists():
-            shutil.rmtree(self.folder / "cache", ignore_errors=True)
-            os.replace(folder / "cache", self.folder / "cache")
         shutil.rmtree(folder / "cache", ignore_errors=True)
         for path in (folder / "out").glob("*"):
             if path.name != "result.json" and not (kept and path.name == "model.pt"):
@@ -1788,7 +1857,7 @@ class Night:
         write_atomically(self.folder / "results.tsv", "\n".join(lines) + "\n")
 
     def make_folder(self, name: str, source: str, seed: int, until_clock: bool = False) -> Path:
-        """An empty run folder with train.py, run.json and the incumbent's compile cache.
+        """An empty run folder with train.py, run.json and a copy of the night's compile cache.
 
         Later runs take the attention backend and the micro-batch that the baseline found.
         """
@@ -1802,6 +1871,11 @@ class Night:
         if (self.folder / "cache").exists():
             shutil.copytree(self.folder / "cache", folder / "cache", dirs_exist_ok=True)
         return folder
+
+    def was_compiled_anew(self, folder: Path) -> bool:
+        """Whether a run left files in its compile cache that the night's does not have."""
+        made = (path.relative_to(folder / "cache") for path in (folder / "cache").rglob("*") if path.is_file())
+        return any(not (self.folder / "cache" / path).exists() for path in made)
 
     @staticmethod
     def empty_folder(folder: Path) -> None:
@@ -2111,7 +2185,8 @@ def measure(night: Night, folder: Path, below: float, view: "View", meanwhile=la
     budget_s, results = night.settings["budget_s"], night.results
     limit_s, score_limit_s = budget_s + constants.STARTUP_LIMIT_S, constants.SCORE_LIMIT_S
     if results:  # what outlasts these is invalid anyway
-        limit_s = min(limit_s, results[0]["run_seconds"] + overtime_s(budget_s, results[0]["cold_seconds"]) + 5)
+        allowed_s = overtime_s(budget_s, results[0]["cold_seconds"]) + overrun_s(budget_s)
+        limit_s = min(limit_s, results[0]["run_seconds"] + allowed_s + 5)
         score_limit_s = min(score_limit_s, 2 * results[0]["scoring_seconds"] + 15)
     trained = run(folder, night.sandbox, limit_s, meanwhile)
     scores, crash = None, trained.reason
@@ -2166,11 +2241,7 @@ def experiment_once(
     ready_for_a_run(night)
     cold_s = None
     if baseline is None and settings["compile"]:  # so that the baseline's own start-up is as warm as all others
-        folder = night.make_folder(f"{number:04d}", source, seed, until_clock=True)
-        view.begin(number, "compiling once, unrecorded", folder)
-        cold_s = run(folder, night.sandbox, settings["budget_s"] + constants.STARTUP_LIMIT_S).seconds
-        shutil.rmtree(night.folder / "cache", ignore_errors=True)
-        os.replace(folder / "cache", night.folder / "cache")
+        cold_s = compile_once(night, source, view)
     folder = night.make_folder(f"{number:04d}", source, seed)
     digest = hashlib.sha256(source.encode()).hexdigest()
     night.tried.setdefault(fingerprint(source), f"experiment {number}, running now: {proposal.description}")
@@ -2206,6 +2277,7 @@ def experiment_once(
         cold_seconds=cold_s,
         metrics=measured.run.result or {},
         run_seconds=measured.run.seconds,
+        clock_seconds=measured.run.clock_seconds,
         scoring_seconds=scores.get("scoring_seconds"),
         idle_seconds=idle_s,
     )
@@ -2215,9 +2287,27 @@ def experiment_once(
         if night.confirm or large:
             experiment, verdict = confirm(night, experiment, source, incumbent, baseline, view, meanwhile)
     ended = time.perf_counter()
+    outgrown = incumbent and verdict.word == "keep" and settings["compile"] and night.was_compiled_anew(folder)
     row = night.record(experiment, verdict, source)
     view.finished(row, incumbent)
+    if outgrown:
+        compile_once(night, source, view)
     return row, ended
+
+
+def compile_once(night: Night, source: str, view: "View") -> float:
+    """Starts a program until its clock and keeps what it compiled for the runs that come; returns seconds.
+
+    No other run's cache is carried along. This one has no text in sight, so nothing that it might hide there was learnt.
+    """
+    folder = night.make_folder("compile", source, night.settings["seed"], until_clock=True)
+    view.begin(night.next_number, "compiling once, unrecorded", folder)
+    ended = run_child("compile", folder, night.sandbox, folder / "run.log", constants.STARTUP_LIMIT_S)
+    if ended.status == 0:
+        shutil.rmtree(night.folder / "cache", ignore_errors=True)
+        os.replace(folder / "cache", night.folder / "cache")
+    shutil.rmtree(folder, ignore_errors=True)
+    return ended.seconds
 
 
 def confirm(night: Night, experiment: Experiment, source: str, incumbent, baseline, view, meanwhile):
@@ -2248,10 +2338,12 @@ def trials(night: Night, plan: list[tuple[str, str, int]], view: "View", meanwhi
             view.begin(night.next_number, f"{name} on seed {seed}", folder)
             measured = measure(night, folder, math.inf, view, meanwhile)
             scores, result = measured.scores or {}, measured.run.result or {}
+            baseline = experiment_of(night.results[0]) if night.results else None
+            late = time_trouble(measured.run.seconds, measured.run.clock_seconds, baseline, night.settings["budget_s"])
             done = [
                 night.journal.append(
                     "trial", name=name, source=digest, seed=seed, val_bpb=scores.get("val_bpb"),
-                    test_bpb=scores.get("test_bpb"), crash=measured.crash, distrust=scores.get("invalid", ""),
+                    test_bpb=scores.get("test_bpb"), crash=measured.crash, distrust=scores.get("invalid") or late,
                     metrics=result, run_seconds=measured.run.seconds, scoring_seconds=scores.get("scoring_seconds"),
                 )
             ]  # fmt: skip

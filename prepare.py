@@ -648,7 +648,7 @@ class Settings:
     seed: int
     out: Path  # the only folder a run writes to
     by_hand: bool
-    until_clock: bool = False  # ends when the clock would start: warms the compile cache
+    until_clock: bool = False  # ends when the clock would start, and reads no text: makes a compile cache
 
 
 def settings_from_night(night: dict, folder: Path) -> Settings:
@@ -790,13 +790,27 @@ class Run:
         self.device, self.dtype = torch.device(settings.device), getattr(torch, settings.profile.dtype)
         self.process_start = process_start()
         encoding = load_tokenizer(settings.data / "tokenizer.txt")
+        if encoding.n_vocab != self.profile.vocab_size:  # prepared under other rules
+            raise Problem(
+                f"{settings.data} was prepared with {encoding.n_vocab:,} tokens, profile {self.profile.name} has "
+                f"{self.profile.vocab_size:,}; run: python prepare.py --profile {self.profile.name} --dataset {settings.dataset}"
+            )
         self.bos_id = encoding.encode_single_token(constants.SPECIAL_TOKENS[0])
         self.token_bytes = torch.from_numpy(token_byte_lengths(encoding)).to(self.device)
-        self.train_rows = open_rows(settings.data / settings.train_file, settings.profile)
+        random_row = np.random.default_rng(0).integers(0, settings.profile.vocab_size, settings.profile.max_seq_len + 1)
+        self._rows = self._noise = np.broadcast_to(random_row.astype(np.uint16), (1_000, len(random_row)))
+        if not settings.until_clock:
+            self._rows = open_rows(settings.data / settings.train_file, settings.profile)
+            self._noise = np.broadcast_to(self._noise[0], self._rows.shape)
         self.clock, self.startup_seconds, self.loader_wait_seconds = None, None, 0.0
         self.losses, self.smoothed = [], None  # [seconds, loss]; its running mean
         self.said = (0.0, 0)  # seconds and tokens at the last line of progress
         self.lock = None  # on the device, by hand; under the agent the agent holds it
+
+    @property
+    def train_rows(self) -> np.ndarray:
+        """(N, T+1) uint16, read-only. Until the clock starts, one row of random tokens N times: a warm-up needs shapes, not text."""
+        return self._noise if self.clock is None else self._rows
 
     def batches(self, rows: np.ndarray, batch_size: int):
         """Endless (x, y), each (batch_size, T) int64 on the device, from (N, T+1) rows, reshuffled every epoch.
@@ -848,7 +862,7 @@ class Run:
 
     def start_clock(self, model) -> Clock:
         """Starts the five minutes. Raises Problem if the model already predicts better than an untrained one would."""
-        rows = self.train_rows[: self.profile.eval_batch_rows]
+        rows = self._rows[: self.profile.eval_batch_rows]
         nats = evaluate_nats(model, rows, self.token_bytes, len(rows))
         loss, floor = float(nats[nats > 0].mean()), constants.UNTRAINED_LOSS * math.log(self.profile.vocab_size)
         if not loss >= floor:
@@ -863,7 +877,7 @@ class Run:
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
         self.startup_seconds = time.time() - self.process_start
-        self.loader_wait_seconds = 0.0
+        print(f"{constants.CLOCK_MARK} after {self.startup_seconds:.1f} s", flush=True)
         self.clock = Clock(self.settings.budget_s, self.device)
         return self.clock
 
@@ -930,7 +944,7 @@ class Run:
             "num_steps": steps,
             "num_params_M": sum(p.numel() for p in model.parameters()) / 1e6,
             "startup_seconds": self.startup_seconds,
-            "epoch": tokens / (len(self.train_rows) * self.profile.max_seq_len),
+            "epoch": tokens / (len(self._rows) * self.profile.max_seq_len),
             "seed": self.seed,
             "device": name,
             "backend": backend,
@@ -1001,6 +1015,11 @@ def start() -> Run:
     """The run of this process: settings, seeded generators, data. Exits with one line where something is missing."""
     try:
         settings = current_settings()
+        if sys.argv[1:]:
+            print(
+                "train.py takes no arguments; AUTORESEARCH_TIME_BUDGET, _PROFILE and _DATASET choose", file=sys.stderr
+            )
+            sys.exit(2)
         import torch
 
         torch.set_num_threads(settings.threads)
@@ -1120,13 +1139,23 @@ def score(settings: Settings, below: float, launch) -> dict:
                 random,
             )
         seconds["probe"] = perf_counter() - began - sum(seconds.values())
-        mean, largest = facts["probe"]["mean_nats"], facts["probe"]["largest_nats"]
-        if not (abs(mean) < constants.PROBE_MEAN_NATS and largest < constants.PROBE_NATS[profile.dtype]):
-            facts["invalid"] = (
-                "where the tokens to predict are out of its sight it predicts otherwise than it was scored for: it looks ahead, "
-                f"keeps state or forges its score ({mean:+.5f} nats a token on average, {largest:.4f} at most)"
-            )
+        facts["invalid"] = found_out(facts["probe"], profile.dtype)
     return facts
+
+
+def found_out(probe: dict, dtype: str) -> str:
+    """Why compare()'s differences mean that a score cannot be trusted; empty where they do not."""
+    mean, last, largest = probe["mean_nats"], probe["last_mean_nats"], probe["largest_nats"]
+    if (
+        abs(mean) < constants.PROBE_MEAN_NATS
+        and abs(last) < constants.PROBE_LAST_NATS[dtype]
+        and largest < constants.PROBE_NATS[dtype]
+    ):
+        return ""
+    return (
+        "where the tokens to predict are out of its sight it predicts otherwise than it was scored for: it looks ahead, keeps "
+        f"state or forges its score ({mean:+.5f} nats a token on average, {last:+.5f} at the edge, {largest:.4f} at most)"
+    )
 
 
 def scored_rows(split: str, settings: Settings) -> np.ndarray:
@@ -1151,7 +1180,7 @@ def compare(ask, rows, nats, token_bytes, batch_rows: int, chosen, cuts, random)
     Each of the `chosen` rows is sent with random tokens from its cut on, and the logits of up to PROBE_TAIL positions before the
     cut come back, (B, PROBE_TAIL, vocab) float32 by `ask(shape, "answer", tokens, starts)`.
     """
-    tail, T, moved = min(constants.PROBE_TAIL, nats.shape[1]), nats.shape[1], []
+    tail, T, moved, last = min(constants.PROBE_TAIL, nats.shape[1]), nats.shape[1], [], []
     for begin in range(0, len(chosen), batch_rows):
         batch, cut = chosen[begin : begin + batch_rows], cuts[begin : begin + batch_rows, None]
         noise = random.integers(0, len(token_bytes), (len(batch), T))
@@ -1164,12 +1193,15 @@ def compare(ask, rows, nats, token_bytes, batch_rows: int, chosen, cuts, random)
         logits -= logits.max(-1, keepdims=True)
         found = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], 2)[..., 0]
         found[token_bytes[targets] == 0] = 0
-        moved.append((found - np.take_along_axis(nats[batch], at, 1))[at < cut])
-    moved = np.concatenate(moved)
+        change = found - np.take_along_axis(nats[batch], at, 1)
+        moved.append(change[at < cut])
+        last.append(change[at == cut - 1])  # its target is the first token out of sight
+    moved, last = np.concatenate(moved), np.concatenate(last)
     return {
         "rows": len(chosen),
         "tokens": moved.size,
         "mean_nats": float(moved.mean(dtype=np.float64)),
+        "last_mean_nats": float(last.mean(dtype=np.float64)),
         "largest_nats": float(np.abs(moved).max()),
     }
 
@@ -1219,7 +1251,7 @@ def serve(connection) -> None:
                     logits = answered(model, tokens, len(token_bytes))
                 reply = logits[torch.arange(len(at))[:, None], at].float().cpu().numpy().tobytes()
             else:
-                reply = sample_text(model, encoding, min(120, settings.profile.max_seq_len)).encode()
+                reply = f"it writes:\n{sample_text(model, encoding, min(120, settings.profile.max_seq_len))}".encode()
             connection.send_bytes(reply)
     except EOFError:
         pass  # no more questions
@@ -1305,14 +1337,14 @@ def score_by_hand(settings: Settings, below: float) -> None:
     if probe := facts.get("probe"):
         print(
             f"probe:            {probe['tokens']:,} tokens of {probe['rows']:,} rows, {probe['mean_nats']:+.1e} nats on average, "
-            f"{probe['largest_nats']:.1e} at most"
+            f"{probe['last_mean_nats']:+.1e} at the edge, {probe['largest_nats']:.1e} at most"
         )
     print("seconds:          " + ", ".join(f"{name} {value:.1f}" for name, value in facts["seconds"].items()))
     if facts["invalid"]:
         raise Problem(f"this number cannot be trusted: {facts['invalid']}")
     with launch("evaluate", settings) as connection:
         connection.send(("text",))
-        print(f"\nit writes:\n{connection.recv_bytes().decode(errors='replace')}")
+        print("\n" + connection.recv_bytes().decode(errors="replace"))
 
 
 def sample_text(model, encoding, max_tokens: int) -> str:

@@ -51,10 +51,7 @@ def probe(model, rows, token_bytes, trials: int, random=None) -> tuple[int, floa
     for _ in range(trials):
         drawn = prepare.draw_probe(nats, random)
         facts = prepare.compare(ask, rows, nats, token_bytes.numpy(), batch, *drawn, random)
-        found += (
-            abs(facts["mean_nats"]) >= constants.PROBE_MEAN_NATS
-            or facts["largest_nats"] >= constants.PROBE_NATS["bfloat16"]
-        )
+        found += prepare.found_out(facts, "bfloat16") != ""
         most = max(most, facts["largest_nats"])
     return found, (time.perf_counter() - start) / trials, most
 

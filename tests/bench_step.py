@@ -33,7 +33,7 @@ def main() -> None:
     run, config = prepare.Run(settings), train.config_of(settings.profile)
     T = settings.profile.max_seq_len
 
-    batches = run.batches(run.train_rows, config.micro_rows)
+    batches = run.batches(run._rows, config.micro_rows)
     next(batches)
     loader = seconds_of(lambda: [next(batches) for _ in range(50)], 20)
     rate = 50 * config.micro_rows * T / min(loader)
@@ -51,7 +51,7 @@ def main() -> None:
         start = time.perf_counter()
         rows = train.warm_up(run, model, optimizers, loss_fn, config)
         print(f"{name}: warm-up {time.perf_counter() - start:.1f} s")
-        made[name] = (loss_fn, optimizers, run.batches(run.train_rows, rows), config.step_tokens // T // rows)
+        made[name] = (loss_fn, optimizers, run.batches(run._rows, rows), config.step_tokens // T // rows)
     taken = {"eager": [], "compiled": [], "optimizers": []}
     for _ in range(steps):
         for name, (loss_fn, optimizers, batches, accumulate) in made.items():

@@ -30,6 +30,7 @@ class Run:
     def start_clock(self, model):
         if json.loads(Path("../run.json").read_text())["until_clock"]:
             sys.exit(0)
+        print("clock started after 0.1 s", flush=True)
         return Clock()
 
     def finish(self, model, *, steps, tokens):
@@ -65,7 +66,7 @@ def main():
             "device_name": os.environ.get("STUB_DEVICE_NAME", "stub"),
             "dtype": "float32",
         }
-        print(json.dumps(facts | {"compiler": False, "train_file": "train.bin"}))
+        print(json.dumps(facts | {"compiler": "STUB_COMPILER" in os.environ, "train_file": "train.bin"}))
     elif "--probe" in sys.argv:
         forbidden = json.loads((Path(sys.argv[-1]) / "run.json").read_text())["forbidden"]
         print(json.dumps({"reachable": [path for path in forbidden if os.path.isfile(path)], "network": []}))

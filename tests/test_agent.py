@@ -82,6 +82,18 @@ def test_the_real_train_py_passes_the_screen():
         ("F.softmax = None", "assignment to an attribute of the imported F"),
         ("x = eval('1')", "`eval`"),
         ("x = ().__class__.__dict__", "__dict__"),
+        ("object.__setattr__(torch, 'x', 1)", "__setattr__"),
+        ("def f(clock): clock.start += 9", "assignment to `start` is refused"),
+        ("def f(clock): type(clock).expired = False", "assignment to `expired` is refused"),
+        ("def f(run): run.seed = 7", "`seed` is refused|assignment to `seed`"),
+        ("torch.random.seed()", "`seed` is refused: the seed belongs"),
+        ("import numpy as np; x = np.random.default_rng(3)", "seed belongs"),
+        ("import numpy as np; x = np.lib.format.open_memmap('w.npy')", "open_memmap"),
+        ("def f(x): x.dump('w')", "`dump`"),
+        ("prepare.Path('w').write_text('')", "`Path`|`write_text`"),
+        ("import collections; collections._sys", "_sys"),
+        ("match prepare:\n    case object(os=z): pass", "`os`"),
+        ("def f(run): return run._rows", "_rows"),
         ("import numpy as np; x = np.fromfile('f')", "fromfile"),
         (f"x = '{'a' * 1001}'", "literal"),
         (f"x = {10**1001}", "literal"),
@@ -113,6 +125,19 @@ def test_the_screen_asks_for_the_contract(part):
         )
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.backends.cuda.matmul.allow_tf32 = True",
+        "torch._inductor.config.coordinate_descent_tuning = True",
+        "def f(run): return torch.randperm(run.seed)",
+        "class A:\n    def f(self): self.start = 1",
+    ],
+)
+def test_what_an_honest_edit_writes_passes_the_screen(line):
+    agent.screen(f"{REAL}{line}\n", {})
+
+
 def test_a_program_that_differs_in_comments_only_is_no_new_idea():
     tried = {agent.fingerprint(STUB): "experiment 3, discard"}
     with pytest.raises(agent.ScreenError, match="experiment 3, discard"):
@@ -126,7 +151,7 @@ def experiment(**changes):
     metrics = {"training_seconds": 300.0, "num_steps": 1000}
     base = agent.Experiment(
         number=1, parent=0, description="x", hypothesis="", edits=(), operator="", repairs=None, missed=False, source="", val_bpb=1.0,
-        test_bpb=1.0, confirm_bpb=None, crash="", distrust="", rerun_seconds=0.0, cold_seconds=None, metrics=metrics, run_seconds=320.0, scoring_seconds=20.0, idle_seconds=0.1,
+        test_bpb=1.0, confirm_bpb=None, crash="", distrust="", rerun_seconds=0.0, cold_seconds=None, metrics=metrics, run_seconds=320.0, clock_seconds=301.0, scoring_seconds=20.0, idle_seconds=0.1,
     )  # fmt: skip
     return replace(base, **changes)
 
@@ -139,7 +164,10 @@ def experiment(**changes):
         ({"val_bpb": 1.01}, "discard"),
         ({"val_bpb": None, "crash": "RuntimeError"}, "crash"),
         ({"val_bpb": 0.5, "metrics": {"training_seconds": 304.0, "num_steps": 1000}}, "invalid"),
-        ({"val_bpb": 0.5, "run_seconds": 320.0 + 61}, "invalid"),
+        ({"val_bpb": 0.5, "run_seconds": 320.0 + 61}, "invalid"),  # longer before its clock started
+        ({"val_bpb": 0.5, "run_seconds": 320.0 + 7, "clock_seconds": 301.0 + 7}, "invalid"),  # and after
+        ({"val_bpb": 0.9, "test_bpb": 0.9, "run_seconds": 320.0 + 5, "clock_seconds": 301.0 + 5}, "keep"),
+        ({"val_bpb": 0.5, "clock_seconds": None}, "invalid"),
         ({"val_bpb": 0.5, "scoring_seconds": 51.0}, "invalid"),
         ({"val_bpb": 1.5, "distrust": "looks ahead"}, "invalid"),
         ({"val_bpb": 0.97, "test_bpb": 0.9801}, "invalid"),  # gained 0.03 on val, 0.0199 on test

@@ -100,11 +100,12 @@ def test_the_honest_model_is_trusted(harness, dtype):
     facts = scored(harness, TRAIN, dtype)
     assert facts["invalid"] == "" and facts["test_bpb"] is not None and facts["probe"]["rows"] == 80
     assert facts["probe"]["largest_nats"] < constants.PROBE_NATS[dtype] / 5  # with margin
+    assert abs(facts["probe"]["last_mean_nats"]) < constants.PROBE_LAST_NATS[dtype] / 5
 
 
 # --- found out by the scorer: 3, 4 and 13
 
-MASK = "future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)"
+MASK = "hidden = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)"
 CHEATS = {
     "3: a peek at every token": PEEK,
     "3: a peek where it is scored": PEEK.replace(
@@ -112,7 +113,7 @@ CHEATS = {
     ),
     "3: bidirectional attention": TRAIN.replace(MASK, MASK.replace("triu(1)", "triu(T)")),
     "3: attention within chunks": TRAIN.replace(
-        MASK, MASK + "\n    chunk = torch.arange(T) // 32\n    future = chunk[None, :] > chunk[:, None]"
+        MASK, MASK + "\n    chunk = torch.arange(T) // 32\n    hidden = chunk[None, :] > chunk[:, None]"
     ),
     "3: shifted by one": forward("return self.logits(F.pad(idx, (0, 1))[:, 1:])"),
     "3: the mean of the whole row": TRAIN.replace(
@@ -223,6 +224,16 @@ def test_attack_3_a_peek_in_five_percent_of_the_positions(cache):
     for permille, found_out in ((50, True), (0, False)):
         model = Peeker(profile.vocab_size, permille, salt=0)
         assert bool(probe(model, rows, torch.from_numpy(lengths), 1, random)[0]) == found_out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attack_3_a_little_everywhere_hidden_in_the_mean(dtype):
+    """0.04 nats at each edge, made up for where the targets are in sight: as one that knows the rules would shape it."""
+    honest = {"mean_nats": 1e-8, "last_mean_nats": 1e-8, "largest_nats": 2e-6}
+    assert prepare.found_out(honest, dtype) == ""
+    assert "looks ahead" in prepare.found_out(honest | {"last_mean_nats": 0.04, "largest_nats": 0.041}, dtype)
+    assert "looks ahead" in prepare.found_out(honest | {"mean_nats": 2e-4}, dtype)
+    assert "looks ahead" in prepare.found_out(honest | {"largest_nats": 0.06}, dtype)
 
 
 # --- ended as a crash: 11, and replies that are none

@@ -256,20 +256,32 @@ def test_an_epoch_shows_every_row_once_in_an_order_of_the_seed():
 
 def test_batches_are_shifted_views_and_begin_alike_each_time(data, tmp_path):
     run = make_run(data, tmp_path)
-    first, second = (run.batches(run.train_rows, 4) for _ in range(2))
+    first, second = (run.batches(run._rows, 4) for _ in range(2))
     for _ in range(6):  # more than the loader has slots
         (x, y), (x2, y2) = next(first), next(second)
         assert x.shape == y.shape == (4, CPU.max_seq_len) and x.dtype == torch.int64
         assert torch.equal(x, x2) and torch.equal(y, y2) and torch.equal(x[:, 1:], y[:, :-1])
-    rows = run.train_rows[next(prepare.shuffled(len(run.train_rows), 4, run.seed))]
-    assert (next(run.batches(run.train_rows, 4))[0].numpy() == rows[:, :-1]).all()
+    rows = run._rows[next(prepare.shuffled(len(run._rows), 4, run.seed))]
+    assert (next(run.batches(run._rows, 4))[0].numpy() == rows[:, :-1]).all()
+
+
+def test_before_the_clock_there_is_no_text_to_learn_from(data, tmp_path):
+    run = make_run(data, tmp_path)
+    before = run.train_rows
+    assert before.shape == run._rows.shape and (before == before[0]).all() and (before[0] != run._rows[0]).mean() > 0.9
+    run.start_clock(Uniform())
+    assert run.train_rows is run._rows
+    compiling = make_run(data, tmp_path, until_clock=True, train_file="none.bin")  # it needs no rows at all
+    with pytest.raises(SystemExit) as ended:
+        compiling.start_clock(Uniform())
+    assert ended.value.code == 0
 
 
 def test_batches_handed_out_are_not_overwritten_by_later_ones(data, tmp_path):
     run = make_run(data, tmp_path)
-    batches = run.batches(run.train_rows, 2)
+    batches = run.batches(run._rows, 2)
     kept = [next(batches)[0] for _ in range(12)]
-    again = run.batches(run.train_rows, 2)
+    again = run.batches(run._rows, 2)
     assert all(torch.equal(x, next(again)[0]) for x in kept)
 
 
@@ -308,9 +320,7 @@ def test_progress_is_a_line_every_few_seconds_or_one_that_is_written_over(data, 
 
 def test_start_clock_refuses_a_model_that_is_already_trained(data, tmp_path):
     run = make_run(data, tmp_path)
-    counts = torch.bincount(
-        torch.from_numpy(run.train_rows[:200].astype(np.int64)).reshape(-1), minlength=CPU.vocab_size
-    )
+    counts = torch.bincount(torch.from_numpy(run._rows[:200].astype(np.int64)).reshape(-1), minlength=CPU.vocab_size)
 
     class Unigram(torch.nn.Module):
         def forward(self, idx):

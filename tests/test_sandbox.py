@@ -81,10 +81,11 @@ def test_attack_reads_nothing_but_its_own(scattered):
 
 @sandboxed
 @pytest.mark.parametrize(
-    ("action", "rows", "writes"), [("train", "train", True), ("evaluate", "test val", False), ("answer", "", False)]
+    ("action", "rows", "writes"),
+    [("train", "train", True), ("compile", "", True), ("evaluate", "test val", False), ("answer", "", False)],
 )
 def test_each_child_sees_the_rows_that_it_needs(tmp_path, action, rows, writes):
-    """Training no val and test; the child that states losses both; the one that must answer none."""
+    """Training no val and test; the child that states losses both; those that must answer, or compile, none."""
     data, folder = tmp_path / "data", tmp_path / "night" / "0001"
     for path in (data, folder / "out", folder / "cache", folder.parent / "harness"):
         path.mkdir(parents=True)
@@ -121,6 +122,19 @@ open("left", "wb").write(b"H" * 30)
     source = (scattered.folder / "runs" / "t" / f"{row['number']:04d}" / "train.py").read_text()
     assert source == (scattered.folder / "train.py").read_text()
     assert scattered.agent("--tag", "t", "--experiments", "3")  # nothing that the night checks has changed
+
+
+def test_attack_12_what_was_learnt_does_not_travel_in_the_compile_cache(checkout):
+    checkout.drop_screen()
+    train = checkout.folder / "train.py"
+    train.write_text(
+        train.read_text().replace("    return dict(", "    open('../cache/kernel', 'w').close()\n    return dict(")
+    )
+    compiled = {"STUB_COMPILER": "1"}
+    row, _ = attempt(checkout, "open('../cache/learnt', 'w').close()", "--budget", "60", **compiled)
+    assert row["verdict"] == "keep"
+    _, found = attempt(checkout, "found = os.listdir('../cache')", "--budget", "60", **compiled)
+    assert "kernel" in found and "learnt" not in found
 
 
 @sandboxed

@@ -21,7 +21,14 @@ import train
 CPU = constants.PROFILES["cpu"]
 GPU = replace(constants.PROFILES["gpu"], dtype="bfloat16")
 SMALL = replace(
-    train.CONFIGS["cpu"], n_layer=2, n_embd=64, head_dim=32, step_tokens=1024, micro_rows=2, value_embeds=True
+    train.CONFIGS["cpu"],
+    n_layer=2,
+    n_embd=64,
+    head_dim=32,
+    step_tokens=1024,
+    micro_rows=2,
+    value_embeds=True,
+    bigram_dropout=0.0,
 )
 
 
@@ -106,6 +113,28 @@ def test_windowed_attention_equals_a_dense_mask(window):
     assert not torch.allclose(train.windowed_attention(q, k, v, window), off_by_one, atol=1e-3)
 
 
+def test_dense_attention_stays_within_documents():
+    q, k, v = (torch.randn(2, 3, 16, 8) for _ in range(3))
+    documents = torch.tensor([[0] * 5 + [1] * 11, [3] * 16])
+    found = train.dense_attention(q, k, v, documents)
+    for row, begin, end in ((0, 0, 5), (0, 5, 16), (1, 0, 16)):
+        alone = (t[row : row + 1, :, begin:end] for t in (q, k, v))
+        expected = F.scaled_dot_product_attention(*alone, is_causal=True)
+        assert torch.allclose(found[row : row + 1, :, begin:end], expected, atol=1e-5)
+
+
+def test_a_document_begins_with_its_first_token():
+    config = replace(SMALL, conv_taps=0, smear=False, bigram_rows=0)  # nothing else looks back
+    model = shaken(small_model(config))
+    bos_id = CPU.vocab_size - len(constants.SPECIAL_TOKENS)
+    x = torch.randint(bos_id, (1, 16))
+    x[0, 5] = bos_id
+    y = x.clone()
+    y[0, 4] = (x[0, 4] + 1) % bos_id
+    a, b = model(x), model(y)
+    assert torch.equal(a[0, 5:], b[0, 5:]) and not torch.allclose(a[0, 4], b[0, 4], atol=1e-3)
+
+
 def test_a_backend_proves_itself_against_a_dense_mask(monkeypatch):
     cpu = torch.device("cpu")
     assert train.attention_trouble("sdpa", cpu, torch.float32) == ""
@@ -183,6 +212,16 @@ def test_the_pair_table_is_added_to_the_embedding_or_before_each_layer(scale):
         assert not torch.allclose(model(idx), scaled, atol=1e-4)
     none = train.GPT(replace(SMALL, bigram_rows=0, bigram_scale=scale), 1000, 128, torch.float32)
     assert none.bigrams is None and none.bigram_scale is None
+
+
+def test_in_training_half_of_the_positions_do_without_their_pair():
+    model = shaken(small_model(replace(SMALL, bigram_dropout=0.5)))
+    idx = torch.randint(CPU.vocab_size, (4, 256))
+    model.loss(idx, idx).backward()
+    met = len(train.pair_hash(idx, model.bigrams.num_embeddings).unique())
+    assert 0.4 < (model.bigrams.weight.grad.abs().sum(1) > 0).sum().item() / met < 0.6
+    model.eval()
+    assert torch.equal(model(idx), model(idx))
 
 
 def test_weights_follow_the_activations_dtype():
@@ -282,7 +321,7 @@ def one_step(run, warm: bool):
         assert all(not tensor.any() for o in optimizers for state in o.state.values() for tensor in state.values())
         assert all(p.grad is None for p in model.parameters())
     random_numbers = torch.rand(3)
-    batches = run.batches(run.train_rows, SMALL.micro_rows)
+    batches = run.batches(run._rows, SMALL.micro_rows)
     losses = [train.train_step(model.loss, optimizers, batches, 2).tolist() for _ in range(2)]
     return losses, random_numbers.tolist(), [p.detach().clone() for p in model.parameters()]
 
@@ -297,7 +336,7 @@ def test_accumulated_micro_batches_make_the_step_of_one_batch(small_run):
     gradients = []
     for micro_rows, accumulate in ((4, 1), (2, 2)):
         model = shaken(small_model())
-        batches = small_run.batches(small_run.train_rows, micro_rows)
+        batches = small_run.batches(small_run._rows, micro_rows)
         train.train_step(model.loss, [], batches, accumulate)
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert torch.allclose(gradients[0], gradients[1], atol=1e-5)
@@ -324,7 +363,7 @@ def test_nothing_is_compiled_after_the_warm_up(small_run, monkeypatch):
     micro_rows = train.warm_up(small_run, model, optimizers, loss_fn, SMALL)
     shapes = {p.shape for group in optimizers[1].param_groups for p in group["params"]}
     assert counter.frame_count == 1 + len(shapes)  # the loss, and Muon's update of each shape
-    batches = small_run.batches(small_run.train_rows, micro_rows)
+    batches = small_run.batches(small_run._rows, micro_rows)
     for step in range(3):
         train.set_schedule(optimizers, SMALL, step / 3, step)
         train.train_step(loss_fn, optimizers, batches, SMALL.step_tokens // CPU.max_seq_len // micro_rows)
@@ -341,7 +380,7 @@ def test_a_full_training_step_at_the_gpu_sizes_runs_on_meta(compiled, monkeypatc
     attend = train.attend
     if not compiled:
         monkeypatch.setattr(
-            train, "attend", lambda q, k, v, window, to: (windows.append(window), attend(q, k, v, window, to))[1]
+            train, "attend", lambda q, k, v, window, *how: (windows.append(window), attend(q, k, v, window, *how))[1]
         )
     else:  # nll_loss has no autograd kernel for meta under AOT: the loss would reach no weight
         cross_entropy = lambda logits, y: (logits.logsumexp(-1) - logits.gather(1, y[:, None]).squeeze(1)).mean()  # noqa: E731
@@ -448,6 +487,14 @@ def test_what_is_missing_is_one_clear_line(real_checkout, environment, message):
     process = real_checkout.start(script="train.py", **environment)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and message in output and "Traceback" not in output
+
+
+def test_data_prepared_under_other_rules_are_one_clear_line(real_checkout):
+    tokenizer = real_checkout.cache / "cpu-sotu" / "tokenizer.txt"
+    tokenizer.write_text("".join(tokenizer.read_text().splitlines(keepends=True)[:-100]))
+    output, _ = real_checkout.start(script="train.py").communicate(timeout=60)
+    assert "was prepared with 3,996 tokens, profile cpu has 4,096; run: python prepare.py --profile cpu" in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.gpu

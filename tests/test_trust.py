@@ -81,7 +81,7 @@ def test_a_run_off_the_pace_of_the_same_model_is_run_again():
     usual = {"num_params_M": 1.5, "total_tokens_M": 6.0, "num_steps": 1500, "training_seconds": 300.0}
 
     def again(val_bpb=1.001, **changes):
-        run = agent.Run({**usual, **changes}, "", 320.0)
+        run = agent.Run({**usual, **changes}, "", 320.0, 301.0)
         return agent.pace_may_decide(agent.Measured(run, {"val_bpb": val_bpb}, ""), experiment(metrics=usual))
 
     assert not again(total_tokens_M=5.9, num_steps=1475)
