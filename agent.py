@@ -150,12 +150,11 @@ def judge(
     trouble = time_trouble(experiment.run_seconds, experiment.clock_seconds, baseline, budget_s)
     if trouble:
         return Verdict("invalid", trouble)
-    if baseline is not None:
-        if experiment.scoring_seconds > 2 * baseline.scoring_seconds + 10:
-            return Verdict(
-                "invalid",
-                f"scoring took {experiment.scoring_seconds:.0f} s, the baseline's {baseline.scoring_seconds:.0f} s",
-            )
+    if baseline is not None and experiment.scoring_seconds > 2 * baseline.scoring_seconds + 10:
+        return Verdict(
+            "invalid",
+            f"scoring took {experiment.scoring_seconds:.0f} s, the baseline's {baseline.scoring_seconds:.0f} s",
+        )
     if incumbent is None:
         return Verdict("keep", "baseline")
     gain = incumbent.val_bpb - experiment.val_bpb
