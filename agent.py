@@ -472,7 +472,7 @@ class RandomProposer:
 def numeric_hyperparameters(source: str, profile: str, peak_tflops: float | None) -> list[tuple[str, ast.Constant]]:
     """The numbers at the top of train.py that serve the profile: plain NAME = number, CONFIGS[profile]'s keywords.
 
-    On a GPU those of the card's own row of CARDS stand in for them.
+    On a GPU those of the card's own row of CARDS stand in for them. A zero switches something off and has no neighbours.
     """
 
     def is_number(node) -> bool:
@@ -502,7 +502,7 @@ def numeric_hyperparameters(source: str, profile: str, peak_tflops: float | None
     knobs = [knob for knob in knobs if knob[0] not in dict(of_card)] + of_card
     for _, node in knobs:
         node.value = ast.literal_eval(node) if isinstance(node, ast.Constant) else node.left.value**node.right.value
-    return knobs
+    return [knob for knob in knobs if knob[1].value]
 
 
 def neighbour(value: int | float, draw: random.Random) -> str:
@@ -516,8 +516,6 @@ def neighbour(value: int | float, draw: random.Random) -> str:
         if value >= 16:
             return str(max(1, round(value * draw.choice((0.5, 0.75, 1.25, 1.5)))))
         return str(value + draw.choice((-1, 1)) if value > 1 else value + 1)
-    if value == 0.0:
-        return repr(draw.choice((0.01, 0.1)))
     factor = 2 ** draw.choice((-1.0, -0.6, -0.3, 0.3, 0.6, 1.0))
     if 0.5 < value < 1:
         return repr(round(1 - float(f"{(1 - value) * factor:.2g}"), 12))
