@@ -247,7 +247,7 @@ CRASHES = {
     ),
     "11: zero rows": (forward("return self.logits(idx)[:0]"), "forward returned"),
     "11: another width": (forward("return self.logits(idx)[..., :-1]"), "forward returned"),
-    "10: weights of another model": (TRAIN.replace("n_embd=192,", "n_embd=288,"), "does not hold the weights"),
+    "10: weights of another model": (TRAIN.replace("n_embd=128,", "n_embd=192,"), "does not hold the weights"),
 }  # fmt: skip
 
 
