@@ -177,8 +177,9 @@ def time_trouble(run_s: float, clock_s: float | None, baseline: Experiment | Non
         return "its clock was never started"
     if baseline is None:
         return ""
-    if clock_s > baseline.clock_seconds + overrun_s(budget_s):
-        return f"ran for {clock_s:.0f} s after its clock started, the baseline {baseline.clock_seconds:.0f} s"
+    saving = baseline.clock_seconds - baseline.metrics["training_seconds"]
+    if clock_s > budget_s + saving + overrun_s(budget_s):
+        return f"ran for {clock_s:.0f} s after its clock started, {saving:.0f} s of them for saving; the budget is {budget_s:g} s"
     startup, usual = run_s - clock_s, baseline.run_seconds - baseline.clock_seconds
     if startup > usual + overtime_s(budget_s, baseline.cold_seconds):
         return f"started for {startup:.0f} s, the baseline {usual:.0f} s"
@@ -191,7 +192,7 @@ def overtime_s(budget_s: float, cold_s: float | None) -> float:
 
 
 def overrun_s(budget_s: float) -> float:
-    """Seconds by which a run may outlast the baseline's once its clock runs: a stalled step, larger weights to save."""
+    """Seconds by which a run may outlast its budget and the baseline's saving: a stalled step, larger weights to save."""
     return max(5.0, 0.02 * budget_s)
 
 
@@ -210,7 +211,8 @@ REFUSED = {  # name or attribute: why
         ),
         ("environ getenv putenv", "the environment decides nothing here; what a run may know is in `run`"),
         (
-            "builtins __builtins__ __dict__ __globals__ __closure__ __code__ __subclasses__ __loader__ __spec__ _C _rows",
+            "builtins __builtins__ __dict__ __globals__ __closure__ __code__ __subclasses__ __loader__ __spec__ _C _rows "
+            "open_rows current_settings settings_from_night settings_by_hand",
             "reaches into the harness",
         ),
         ("_getframe f_back f_locals f_globals tb_frame gi_frame cr_frame", "walks the frames of its caller"),
@@ -232,7 +234,8 @@ REFUSED = {  # name or attribute: why
             "writes files; run.finish saves the weights",
         ),
         (
-            "manual_seed set_rng_state_all seed_all default_generator default_rng RandomState SeedSequence",
+            "manual_seed manual_seed_all set_rng_state_all seed_all default_generator default_rng RandomState SeedSequence "
+            "PCG64 PCG64DXSM MT19937 Philox SFC64",
             "the seed belongs to the harness; torch's generators have it",
         ),
         ("settings budget_s", "belongs to the harness; clock.progress and clock.seconds tell the time"),
@@ -364,6 +367,8 @@ def check_rules(tree: ast.Module) -> None:
                         f"{at}: import of {name or 'a relative module'} is refused; allowed: {', '.join(sorted(IMPORTS))}"
                     )
             names = [part for name in origin + [alias.name for alias in node.names] for part in name.split(".")]
+            if "seed" in [alias.name for alias in node.names]:
+                raise ScreenError(f"{at}: `seed` is refused: the seed belongs to the harness; run.seed tells it")
             modules |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
         elif isinstance(node, ast.Name):
             names = [node.id]
@@ -387,7 +392,7 @@ def check_rules(tree: ast.Module) -> None:
                 raise ScreenError(
                     f"line {node.lineno}: assignment to `{node.attr}` is refused: clock, time and seed belong to the harness"
                 )
-            if ast.unparse(node).startswith(SETTABLE):
+            if ast.unparse(node).startswith(SETTABLE) and ".torch." not in ast.unparse(node):
                 continue
             root = node.value
             while isinstance(root, ast.Attribute):
@@ -519,7 +524,8 @@ def neighbour(value: int | float, draw: random.Random) -> str:
     factor = 2 ** draw.choice((-1.0, -0.6, -0.3, 0.3, 0.6, 1.0))
     if 0.5 < value < 1:
         return repr(round(1 - float(f"{(1 - value) * factor:.2g}"), 12))
-    return repr(float(f"{value * factor:.2g}"))
+    scaled = float(f"{value * factor:.2g}")
+    return repr(min(scaled, 0.75) if value < 1 else scaled)  # what may be a fraction stays one
 
 
 class ReplayProposer:
@@ -1235,7 +1241,7 @@ def run_child(
                 while output.take(process.stdout):
                     pass
                 process.stdout.close()
-    return Exit(status, end - start, None if output.clock_at is None else end - output.clock_at)
+    return Exit(status, end - start, None if output.clock_at is None else max(0.0, end - output.clock_at))
 
 
 class CappedLog:
@@ -1980,7 +1986,7 @@ def create_night(tag: str, folder: Path, args, repository: Repository, baseline:
     of_machine = ("--machine", "--profile", profile, "--dataset", dataset)
     facts = json.loads(ask_prepare(*of_machine))  # first: says where there is no GPU
     data = constants.data_dir(profile, dataset).resolve()
-    if not (data / "val.bin").exists() or not list(data.glob("train*.bin")):
+    if facts["train_file"] is None or not (data / "val.bin").exists():
         command = [sys.executable, str(HERE / "prepare.py"), "--profile", profile, "--dataset", dataset]
         if profile == "gpu" and dataset == "climbmix":
             command += ["--num-shards", str(constants.START_SHARDS)]
@@ -2238,7 +2244,10 @@ def experiment_once(
     ready_for_a_run(night)
     cold_s = None
     if baseline is None and settings["compile"]:  # so that the baseline's own start-up is as warm as all others
-        cold_s = compile_once(night, source, view)
+        shutil.rmtree(night.folder / "cache", ignore_errors=True)  # of an interrupted start: what follows is timed
+        cold_s = compile_once(night, source, view, meanwhile)
+    elif settings["compile"] and not (night.folder / "cache").exists():  # a kill came while it was replaced
+        compile_once(night, night.repository.source(keeps[-1]["commit"]), view, meanwhile)
     folder = night.make_folder(f"{number:04d}", source, seed)
     digest = hashlib.sha256(source.encode()).hexdigest()
     night.tried.setdefault(fingerprint(source), f"experiment {number}, running now: {proposal.description}")
@@ -2288,18 +2297,19 @@ def experiment_once(
     row = night.record(experiment, verdict, source)
     view.finished(row, incumbent)
     if outgrown:
-        compile_once(night, source, view)
+        compile_once(night, source, view, meanwhile)
     return row, ended
 
 
-def compile_once(night: Night, source: str, view: "View") -> float:
-    """Starts a program until its clock and keeps what it compiled for the runs that come; returns seconds.
+def compile_once(night: Night, source: str, view: "View", meanwhile) -> float:
+    """Starts a program until its clock and adds what it compiled to the night's cache, of which every run gets a copy; returns seconds.
 
-    No other run's cache is carried along. This one has no text in sight, so nothing that it might hide there was learnt.
+    What other runs compile goes with them. These have no text in sight, so nothing that they might hide there was learnt.
     """
+    ready_for_a_run(night)
     folder = night.make_folder("compile", source, night.settings["seed"], until_clock=True)
     view.begin(night.next_number, "compiling once, unrecorded", folder)
-    ended = run_child("compile", folder, night.sandbox, folder / "run.log", constants.STARTUP_LIMIT_S)
+    ended = run_child("compile", folder, night.sandbox, folder / "run.log", constants.STARTUP_LIMIT_S, meanwhile)
     if ended.status == 0:
         shutil.rmtree(night.folder / "cache", ignore_errors=True)
         os.replace(folder / "cache", night.folder / "cache")
@@ -2329,13 +2339,14 @@ def trials(night: Night, plan: list[tuple[str, str, int]], view: "View", meanwhi
     for name, source, seed in plan:
         digest = hashlib.sha256(source.encode()).hexdigest()
         done = [row for row in night.journal.of("trial") if (row["source"], row["seed"]) == (digest, seed)]
+        done = [row for row in done if not (row["crash"] or row["distrust"])]
         if not done:
             ready_for_a_run(night)
             folder = night.make_folder(f"trial-{digest[:8]}-{seed}", source, seed)
             view.begin(night.next_number, f"{name} on seed {seed}", folder)
             measured = measure(night, folder, math.inf, view, meanwhile)
             scores, result = measured.scores or {}, measured.run.result or {}
-            baseline = experiment_of(night.results[0]) if night.results else None
+            baseline = experiment_of(night.results[0])
             late = time_trouble(measured.run.seconds, measured.run.clock_seconds, baseline, night.settings["budget_s"])
             done = [
                 night.journal.append(

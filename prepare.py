@@ -705,11 +705,16 @@ def settings_by_hand(profile: str | None = None, dataset: str | None = None) -> 
 
 
 def newest_train_file(data: Path, profile: str, dataset: str) -> str:
-    """The name of the training rows with most shards. Raises Problem where there are none."""
-    names = [path.name for path in data.glob("train*.bin")]
+    """The name of the training rows with most shards. Raises Problem where there are none, or of another vocabulary."""
+    names, command = (
+        [path.name for path in data.glob("train*.bin")],
+        f"python prepare.py --profile {profile} --dataset {dataset}",
+    )
     if not names or not (data / "tokenizer.txt").exists() or not (data / "val.bin").exists():
-        command = f"python prepare.py --profile {profile} --dataset {dataset}"
         raise Problem(f"no prepared data in {data}; run: {command}")
+    tokens, wanted = load_tokenizer(data / "tokenizer.txt").n_vocab, constants.PROFILES[profile].vocab_size
+    if tokens != wanted:
+        raise Problem(f"{data} was prepared with {tokens:,} tokens, profile {profile} has {wanted:,}; run: {command}")
     return max(names, key=lambda name: int(re.sub(r"\D", "", name) or 0))
 
 
@@ -790,11 +795,6 @@ class Run:
         self.device, self.dtype = torch.device(settings.device), getattr(torch, settings.profile.dtype)
         self.process_start = process_start()
         encoding = load_tokenizer(settings.data / "tokenizer.txt")
-        if encoding.n_vocab != self.profile.vocab_size:  # prepared under other rules
-            raise Problem(
-                f"{settings.data} was prepared with {encoding.n_vocab:,} tokens, profile {self.profile.name} has "
-                f"{self.profile.vocab_size:,}; run: python prepare.py --profile {self.profile.name} --dataset {settings.dataset}"
-            )
         self.bos_id = encoding.encode_single_token(constants.SPECIAL_TOKENS[0])
         self.token_bytes = torch.from_numpy(token_byte_lengths(encoding)).to(self.device)
         random_row = np.random.default_rng(0).integers(0, settings.profile.vocab_size, settings.profile.max_seq_len + 1)
@@ -820,7 +820,7 @@ class Run:
         """
         import torch
 
-        cuda, depth = self.device.type == "cuda", 4
+        cuda, depth, noise = self.device.type == "cuda", 4, np.may_share_memory(rows, self._noise)
         shape = (batch_size, rows.shape[1])
         slots = [torch.empty(shape, dtype=torch.int64, pin_memory=cuda) for _ in range(depth)]
         copied = [None] * depth  # the CUDA event behind which a slot may be refilled
@@ -844,6 +844,10 @@ class Run:
         threading.Thread(target=gather, daemon=True).start()
         try:
             while True:
+                if noise and self.clock is not None:
+                    raise Problem(
+                        "these rows are random tokens, from before the clock; take run.train_rows after start_clock"
+                    )
                 waited_from = perf_counter()
                 slot = ready.get()
                 if isinstance(slot, Exception):
@@ -861,7 +865,9 @@ class Run:
             free.put(0)
 
     def start_clock(self, model) -> Clock:
-        """Starts the five minutes. Raises Problem if the model already predicts better than an untrained one would."""
+        """Starts the five minutes, once. Raises Problem if the model already predicts better than an untrained one would."""
+        if self.clock is not None:
+            raise Problem("the clock was started already")
         rows = self._rows[: self.profile.eval_batch_rows]
         nats = evaluate_nats(model, rows, self.token_bytes, len(rows))
         loss, floor = float(nats[nats > 0].mean()), constants.UNTRAINED_LOSS * math.log(self.profile.vocab_size)
@@ -877,7 +883,10 @@ class Run:
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
         self.startup_seconds = time.time() - self.process_start
-        print(f"{constants.CLOCK_MARK} after {self.startup_seconds:.1f} s", flush=True)
+        sys.stdout.flush()
+        os.write(
+            1, f"{constants.CLOCK_MARK} after {self.startup_seconds:.1f} s\n".encode()
+        )  # wherever sys.stdout points
         self.clock = Clock(self.settings.budget_s, self.device)
         return self.clock
 
@@ -1013,13 +1022,11 @@ def process_start() -> float:
 
 def start() -> Run:
     """The run of this process: settings, seeded generators, data. Exits with one line where something is missing."""
+    if sys.argv[1:]:
+        print("train.py takes no arguments; AUTORESEARCH_TIME_BUDGET, _PROFILE and _DATASET choose", file=sys.stderr)
+        sys.exit(2)
     try:
         settings = current_settings()
-        if sys.argv[1:]:
-            print(
-                "train.py takes no arguments; AUTORESEARCH_TIME_BUDGET, _PROFILE and _DATASET choose", file=sys.stderr
-            )
-            sys.exit(2)
         import torch
 
         torch.set_num_threads(settings.threads)

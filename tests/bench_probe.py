@@ -7,7 +7,6 @@ says so, it is shown the next one. With the FOLDER of a run, such as runs/by-han
 """
 
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,12 +19,12 @@ import prepare
 
 
 class Peeker(torch.nn.Module):
-    """Logits of a bigram table, and of the next token at `permille` of 1,000 positions."""
+    """Logits of a bigram table, those of the next token higher by `strength` at `permille` of 1,000 positions."""
 
-    def __init__(self, vocab: int, permille: int, salt: int):
+    def __init__(self, vocab: int, permille: int, salt: int, strength: float = 5.0):
         super().__init__()
         self.table = torch.nn.Embedding(vocab, vocab)
-        self.permille, self.salt = permille, salt
+        self.permille, self.salt, self.strength = permille, salt, strength
 
     def forward(self, idx):
         logits = self.table(idx)
@@ -33,12 +32,12 @@ class Peeker(torch.nn.Module):
         chosen = (idx * 7919 + before * 104729 + self.salt) % 1000 < self.permille
         chosen[:, -1] = False
         rows, columns = chosen.nonzero(as_tuple=True)
-        logits[rows, columns, idx[rows, (columns + 1).clamp(max=idx.size(1) - 1)]] += 5.0
+        logits[rows, columns, idx[rows, (columns + 1).clamp(max=idx.size(1) - 1)]] += self.strength
         return logits
 
 
-def probe(model, rows, token_bytes, trials: int, random=None) -> tuple[int, float, float]:
-    """(times found out, seconds of a probe, largest difference in nats) of a model, each time at other rows and cuts."""
+def differences(model, rows, token_bytes, trials: int, random=None) -> list[dict]:
+    """What prepare.compare finds of a model, each time at other rows and cuts."""
     random, batch = random or np.random.default_rng(), constants.PROFILES["cpu"].eval_batch_rows
     nats = prepare.evaluate_nats(model, rows, token_bytes, batch)
 
@@ -47,13 +46,14 @@ def probe(model, rows, token_bytes, trials: int, random=None) -> tuple[int, floa
             logits = model(torch.from_numpy(tokens)).float().numpy()
         return np.take_along_axis(logits, (starts[:, None] + np.arange(shape[1]))[..., None], 1)
 
-    found, most, start = 0, 0.0, time.perf_counter()
-    for _ in range(trials):
-        drawn = prepare.draw_probe(nats, random)
-        facts = prepare.compare(ask, rows, nats, token_bytes.numpy(), batch, *drawn, random)
-        found += prepare.found_out(facts, "bfloat16") != ""
-        most = max(most, facts["largest_nats"])
-    return found, (time.perf_counter() - start) / trials, most
+    draws = (prepare.draw_probe(nats, random) for _ in range(trials))
+    return [prepare.compare(ask, rows, nats, token_bytes.numpy(), batch, *drawn, random) for drawn in draws]
+
+
+def probe(model, rows, token_bytes, trials: int, random=None) -> tuple[int, float]:
+    """(times found out, largest difference in nats) of a model."""
+    found = differences(model, rows, token_bytes, trials, random)
+    return sum(prepare.found_out(facts, "bfloat16") != "" for facts in found), max(f["largest_nats"] for f in found)
 
 
 def main() -> None:
@@ -67,17 +67,10 @@ def main() -> None:
         folder = Path(sys.argv[2]).resolve()
         settings = replace(prepare.settings_by_hand(), profile=replace(profile, dtype=dtype), out=folder / "out")
         model = prepare.load_model(settings).eval()
-        found, seconds, most = probe(model, rows, token_bytes, trials)
-        print(
-            f"honest, {dtype}: found out {found} of {trials} times, {seconds:.1f} s a probe, largest difference {most:.1e} nats",
-            flush=True,
-        )
-    for permille in (1000, 50, 10, 5):
-        outcomes = []
-        for salt in range(trials):
-            torch.manual_seed(salt)
-            outcomes.append(probe(Peeker(profile.vocab_size, permille, salt), rows, token_bytes, 1))
-        found = sum(outcome[0] for outcome in outcomes)
+        found, most = probe(model, rows, token_bytes, trials)
+        print(f"honest, {dtype}: found out {found} of {trials} times, largest difference {most:.1e} nats", flush=True)
+    for permille in (1000, 50, 10, 5, 2, 1):
+        found, _ = probe(Peeker(profile.vocab_size, permille, salt=0), rows, token_bytes, trials)
         print(f"peek at {permille / 10:5.1f} % of positions: found {found} of {trials}", flush=True)
 
 

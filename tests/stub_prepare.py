@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import constants
+
 
 class Clock:
     def __init__(self):
@@ -30,7 +32,7 @@ class Run:
     def start_clock(self, model):
         if json.loads(Path("../run.json").read_text())["until_clock"]:
             sys.exit(0)
-        print("clock started after 0.1 s", flush=True)
+        print(f"{constants.CLOCK_MARK} after 0.1 s", flush=True)
         return Clock()
 
     def finish(self, model, *, steps, tokens):

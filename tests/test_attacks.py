@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from bench_probe import Peeker, probe
+from bench_probe import Peeker, differences, probe
 from conftest import ROOT
 
 import agent
@@ -226,12 +226,29 @@ def test_attack_3_a_peek_in_five_percent_of_the_positions(cache):
         assert bool(probe(model, rows, torch.from_numpy(lengths), 1, random)[0]) == found_out
 
 
+def test_the_edge_is_the_position_whose_target_is_out_of_sight(cache):
+    profile, data = constants.PROFILES["cpu"], cache / "cpu-sotu"
+    rows = prepare.open_rows(data / "val.bin", profile)[:64]
+    lengths = prepare.token_byte_lengths(prepare.load_tokenizer(data / "tokenizer.txt"))
+    model = Peeker(profile.vocab_size, 1000, salt=0, strength=0.04)
+    (facts,) = differences(model, rows, torch.from_numpy(lengths), 1)
+    assert 0.025 < facts["last_mean_nats"] < 0.05  # less where the target is special
+    assert facts["mean_nats"] * facts["tokens"] == pytest.approx(
+        facts["last_mean_nats"] * facts["rows"], abs=1e-2
+    )  # it alone moved
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_attack_3_a_little_everywhere_hidden_in_the_mean(dtype):
     """0.04 nats at each edge, made up for where the targets are in sight: as one that knows the rules would shape it."""
     honest = {"mean_nats": 1e-8, "last_mean_nats": 1e-8, "largest_nats": 2e-6}
     assert prepare.found_out(honest, dtype) == ""
-    assert "looks ahead" in prepare.found_out(honest | {"last_mean_nats": 0.04, "largest_nats": 0.041}, dtype)
+    little = (
+        {"last_mean_nats": 0.04, "largest_nats": 0.041}
+        if dtype == "bfloat16"
+        else dict.fromkeys(honest, 9e-4) | {"mean_nats": 0.0}
+    )
+    assert "looks ahead" in prepare.found_out(honest | little, dtype)
     assert "looks ahead" in prepare.found_out(honest | {"mean_nats": 2e-4}, dtype)
     assert "looks ahead" in prepare.found_out(honest | {"largest_nats": 0.06}, dtype)
 

@@ -271,6 +271,10 @@ def test_before_the_clock_there_is_no_text_to_learn_from(data, tmp_path):
     assert before.shape == run._rows.shape and (before == before[0]).all() and (before[0] != run._rows[0]).mean() > 0.9
     run.start_clock(Uniform())
     assert run.train_rows is run._rows
+    with pytest.raises(prepare.Problem, match="started already"):
+        run.start_clock(Uniform())
+    with pytest.raises(prepare.Problem, match="after start_clock"):
+        next(run.batches(before, 2))
     compiling = make_run(data, tmp_path, until_clock=True, train_file="none.bin")  # it needs no rows at all
     with pytest.raises(SystemExit) as ended:
         compiling.start_clock(Uniform())

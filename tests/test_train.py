@@ -363,7 +363,7 @@ def test_nothing_is_compiled_after_the_warm_up(small_run, monkeypatch):
     counter, compiler = torch._dynamo.testing.CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=counter, **how))
     torch._dynamo.reset()
-    model = small_model()
+    model = small_model(replace(SMALL, bigram_dropout=0.5))
     optimizers = train.build_optimizers(model, SMALL, torch.float32, compiled=True)
     loss_fn = torch.compile(model.loss, dynamic=False, fullgraph=True)
     micro_rows = train.warm_up(small_run, model, optimizers, loss_fn, SMALL)
@@ -372,6 +372,7 @@ def test_nothing_is_compiled_after_the_warm_up(small_run, monkeypatch):
     batches = small_run.batches(small_run._rows, micro_rows)
     for step in range(3):
         train.set_schedule(optimizers, SMALL, step / 3, step)
+        model.bigram_dropout.fill_(step / 4)
         train.train_step(loss_fn, optimizers, batches, SMALL.step_tokens // CPU.max_seq_len // micro_rows)
     assert counter.frame_count == 1 + len(shapes)
 
