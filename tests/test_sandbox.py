@@ -124,6 +124,13 @@ open("left", "wb").write(b"H" * 30)
     assert scattered.agent("--tag", "t", "--experiments", "3")  # nothing that the night checks has changed
 
 
+def test_attack_6_a_clock_that_was_deceived_is_found_out_from_outside(checkout):
+    checkout.drop_screen()
+    row, _ = attempt(checkout, "time.sleep(7)", "--budget", "1")  # its result.json still says 0.01 s of training
+    assert row["verdict"] == "invalid" and "after its clock started" in row["reason"]
+    assert 7 < row["clock_seconds"] < row["run_seconds"] and row["metrics"]["training_seconds"] < 1
+
+
 def test_attack_12_what_was_learnt_does_not_travel_in_the_compile_cache(checkout):
     checkout.drop_screen()
     train = checkout.folder / "train.py"
