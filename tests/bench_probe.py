@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import ROOT  # noqa: F401
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import constants
 import prepare
 
