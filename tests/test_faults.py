@@ -116,6 +116,7 @@ def test_fault_5_the_disk_fills_up_while_recording(small_disk, free_kb, undistur
 
 def test_fault_5_the_disk_fills_up_while_training(small_disk):
     """The run is not recorded as a crash: it is not its fault, and it is run again."""
+    small_disk.drop_screen()
     small_disk.agent(*NIGHT, "--experiments", "1")
     source = STUB.replace("    steps = 0\n", "    steps = 0\n    torch_save(model)\n").replace("lr=0.4", "lr=0.1")
     source = source.replace(
