@@ -2322,9 +2322,10 @@ def confirm(night: Night, experiment: Experiment, source: str, incumbent, baseli
     sources = {"incumbent": night.repository.source(night.keeps[-1]["commit"]), "claim": source}
     plan = [(name, text, constants.CONFIRM_SEED) for name, text in sources.items()]
     first, second = trials(night, plan, view, meanwhile)
-    if second["val_bpb"] is None or second["distrust"]:
-        why = second["crash"] or second["distrust"]
-        return experiment, Verdict("discard", f"not confirmed: on the second seed {why}")
+    for name, row in (("the incumbent: ", first), ("", second)):
+        if row["val_bpb"] is None or row["distrust"]:
+            why = row["crash"] or row["distrust"]
+            return experiment, Verdict("discard", f"not confirmed: on the second seed {name}{why}")
     experiment = replace(experiment, confirm_bpb=second["val_bpb"])
     incumbent = replace(incumbent, confirm_bpb=first["val_bpb"])
     return experiment, judge(experiment, incumbent, baseline, night.settings["budget_s"])
