@@ -6,6 +6,9 @@
 Not covered: more than one GPU, tokenizers of more than 65,536 tokens, streaming data during a run.
 """
 
+import constants  # first: it says what is not installed
+
+# isort: split
 import argparse
 import errno
 import hashlib
@@ -26,11 +29,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import constants  # first: it says what is not installed
-from constants import Profile
-
-# isort: split
 import numpy as np
+
+from constants import Profile
 
 perf_counter = time.perf_counter  # bound here: what an experiment does to the time module afterwards changes nothing
 
@@ -202,7 +203,9 @@ def download_shard(url: str, path: Path, advance=lambda amount: None, tries: int
         except (requests.RequestException, OSError) as error:
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise
-            cause = re.sub(r""".*Caused by \w+\(["']?|["')]+$""", "", str(error)) or type(error).__name__
+            # requests wraps what urllib3 wrapped
+            inner = re.search(r"""Caused by \w+\((["']?)(?:<.*>: )?(.*)\1\)\)$""", str(error))
+            cause = (inner[2] if inner else str(error)) or type(error).__name__
     raise Problem(
         f"{path.stem} could not be downloaded from {url} after {tries} tries: {cause}; check the connection (HF_ENDPOINT names "
         "another hub), then run the same command again: what has arrived is kept"

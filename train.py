@@ -6,19 +6,20 @@ prepare.py fixes the data, the clock and the evaluation. `build_model(profile)` 
 Not covered: more than one GPU, inference with a cache, resuming a run.
 """
 
+import constants  # first: it says what is not installed
+
+# isort: split
 import gc
 import math
 from collections import deque
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
-import constants  # first: it says what is not installed
-import prepare
-
-# isort: split
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+import prepare
 
 # ---------------------------------------------------------------------------
 # Hyperparameters. bpb figures: steps of the published night on an H100 unless said otherwise.
