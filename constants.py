@@ -78,10 +78,7 @@ PROBE_ROWS = 1_024  # rows of val and test that a claim's probe shows a fresh pr
 PROBE_TAIL = 64  # positions before it whose predictions are compared
 PROBE_MEAN_NATS = 1e-4  # by which they may differ on average from what the model was scored for
 PROBE_NATS = {"float32": 1e-3, "bfloat16": 0.05}  # and a single one, by dtype of the activations
-PROBE_LAST_NATS = {
-    "float32": 1e-4,
-    "bfloat16": 2e-3,
-}  # and the mean of the last in each row, whose target was out of sight
+PROBE_LAST_NATS = {"float32": 1e-4, "bfloat16": 2e-3}  # and the mean of those whose target was out of sight
 SEED = 1  # the seed of a run by hand and of a night
 CONFIRM_SEED = 2  # on which a claim and its incumbent are run again
 CHECK_SEED, ABLATE_SEED = 101, 201  # the first of those that --check and --ablate use, and the night never

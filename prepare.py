@@ -3,6 +3,7 @@
     python prepare.py                  downloads or finds the text, trains the tokenizer, packs the rows; once
     python prepare.py --score FOLDER   measures the model that FOLDER/train.py saved in FOLDER/out/model.pt
 
+AUTORESEARCH_CACHE names another folder than ~/.cache/autoresearch, HF_ENDPOINT another hub, HF_TOKEN its token.
 Not covered: more than one GPU, tokenizers of more than 65,536 tokens, streaming data during a run.
 """
 
@@ -489,10 +490,9 @@ def make_split(manifest: Manifest, name: str, jobs: list[PackJob], recipe: str, 
     total = sum(job.source.stat().st_size if isinstance(job.source, Path) else 1 for job in missing)
     from multiprocessing import get_context
 
+    unit = "B" if missing and isinstance(missing[0].source, Path) else "parts"
     with (
-        progress_bar(
-            f"pack {name}", total, "B" if missing and isinstance(missing[0].source, Path) else "parts"
-        ) as advance,
+        progress_bar(f"pack {name}", total, unit) as advance,
         ProcessPoolExecutor(max(1, min(workers, len(missing))), mp_context=get_context("spawn")) as pool,
     ):
         running = {pool.submit(pack, job): job for job in missing}
@@ -541,9 +541,8 @@ def prepare(profile: Profile, dataset: str, num_shards: int, workers: int) -> No
                 batches = (batch for index in learn_from for batch in shard_batches(shards / shard_name(index)))
             else:
                 batches = [sotu_documents("train")]
-            with progress_bar(
-                "tokenizer: read", constants.TOKENIZER_CHARS if dataset == "climbmix" else 9.4e6, "B"
-            ) as advance:
+            chars = constants.TOKENIZER_CHARS if dataset == "climbmix" else 9.4e6
+            with progress_bar("tokenizer: read", chars, "B") as advance:
 
                 def counted():
                     for text in capped(batches, constants.DOCUMENT_CHARS, constants.TOKENIZER_CHARS):
@@ -562,12 +561,8 @@ def prepare(profile: Profile, dataset: str, num_shards: int, workers: int) -> No
             else:
                 parts = 8 if split == "train" else 1
                 sources = [((split, part, parts), constants.SOTU_SHA256) for part in range(parts)]
-            jobs = [
-                PackJob(
-                    source, folder / "tokenizer.txt", profile.max_seq_len + 1, max_rows, folder / f"{split}-part-{i}"
-                )
-                for i, (source, _) in enumerate(sources)
-            ]
+            common = (folder / "tokenizer.txt", profile.max_seq_len + 1, max_rows)
+            jobs = [PackJob(source, *common, folder / f"{split}-part-{i}") for i, (source, _) in enumerate(sources)]
             recipe = f"{tokenizer_sha256} {profile.max_seq_len} {max_rows} " + " ".join(sha for _, sha in sources)
             make_split(manifest, rows_name(split, dataset, num_shards), jobs, recipe, workers)
     print(f"data of profile {profile.name}, dataset {dataset}: {folder}")
@@ -709,10 +704,8 @@ def settings_by_hand(profile: str | None = None, dataset: str | None = None) -> 
 
 def newest_train_file(data: Path, profile: str, dataset: str) -> str:
     """The name of the training rows with most shards. Raises Problem where there are none, or of another vocabulary."""
-    names, command = (
-        [path.name for path in data.glob("train*.bin")],
-        f"python prepare.py --profile {profile} --dataset {dataset}",
-    )
+    names = [path.name for path in data.glob("train*.bin")]
+    command = f"python prepare.py --profile {profile} --dataset {dataset}"
     if not names or not (data / "tokenizer.txt").exists() or not (data / "val.bin").exists():
         raise Problem(f"no prepared data in {data}; run: {command}")
     tokens, wanted = load_tokenizer(data / "tokenizer.txt").n_vocab, constants.PROFILES[profile].vocab_size
@@ -887,9 +880,8 @@ class Run:
             torch.cuda.synchronize()
         self.startup_seconds = time.time() - self.process_start
         sys.stdout.flush()
-        os.write(
-            1, f"{constants.CLOCK_MARK} after {self.startup_seconds:.1f} s\n".encode()
-        )  # wherever sys.stdout points
+        mark = f"{constants.CLOCK_MARK} after {self.startup_seconds:.1f} s\n"
+        os.write(1, mark.encode())  # wherever sys.stdout points
         self.clock = Clock(self.settings.budget_s, self.device)
         return self.clock
 
@@ -1139,15 +1131,8 @@ def score(settings: Settings, below: float, launch) -> dict:
     if len(told) == 2:
         rows, nats, random = np.concatenate(said), np.concatenate(told), np.random.default_rng()
         with launch("answer", settings) as connection:
-            facts["probe"] = compare(
-                partial(ask, connection),
-                rows,
-                nats,
-                token_bytes,
-                profile.eval_batch_rows,
-                *draw_probe(nats, random),
-                random,
-            )
+            drawn, asks = draw_probe(nats, random), partial(ask, connection)
+            facts["probe"] = compare(asks, rows, nats, token_bytes, profile.eval_batch_rows, *drawn, random)
         seconds["probe"] = perf_counter() - began - sum(seconds.values())
         facts["invalid"] = found_out(facts["probe"], profile.dtype)
     return facts
@@ -1399,7 +1384,9 @@ def probe(folder: Path, settings: Settings) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="python prepare.py [options]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--profile", choices=constants.PROFILES, help="the sizes; default: gpu where a GPU is, else cpu"
     )
@@ -1416,9 +1403,8 @@ def main() -> None:
         help="with --score: probe and test only a val_bpb under it",
     )
     parser.add_argument("--machine", action="store_true", help="print what this machine runs on, as JSON")
-    parser.add_argument(
-        "--children", metavar="JSON", help=argparse.SUPPRESS
-    )  # the agent: commands by what score() launches
+    # for the agent: the commands by which score() launches its children
+    parser.add_argument("--children", metavar="JSON", help=argparse.SUPPRESS)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # such a child
     parser.add_argument("--probe", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)  # the agent, of its sandbox
     args = parser.parse_args()

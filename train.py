@@ -332,9 +332,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, windows[i], has_value[i], backend) for i in range(n))
         self.head = Linear(config.n_embd, vocab_size)
         self.bigrams = table(config.bigram_rows) if config.bigram_rows else None
-        dropout = (
-            torch.zeros(()) if config.bigram_rows and config.bigram_dropout else None
-        )  # a tensor: floats would recompile
+        dropout = torch.zeros(()) if config.bigram_rows and config.bigram_dropout else None  # floats would recompile
         self.register_buffer("bigram_dropout", dropout, persistent=False)
         scaled = config.bigram_rows and config.bigram_scale
         self.bigram_scale = nn.Parameter(torch.full((n,), config.bigram_scale)) if scaled else None

@@ -2,7 +2,7 @@
 
 The "model" is the dict that build_model returns; its val_bpb is a closed form of it, so that every verdict can be derived
 by hand: 1 + (ln(lr / 0.1))^2 + width / 10000. A model may have `luck` on the night's seed, twice its reverse on others, `overfit` val, be caught
-by the scorer for `distrust`, be `slow`, and its numbers may carry `noise` by seed.
+by the scorer for `distrust` (on every seed, or on the one that `distrust_seed` names), be `slow`, and its numbers may carry `noise` by seed.
 """
 
 import json
@@ -80,7 +80,8 @@ def main():
         true_bpb += 1 + math.log(model["lr"] / 0.1) ** 2 + model["width"] / 10_000
         val_bpb = true_bpb - model.get("overfit", 0.0)
         test_bpb = true_bpb if val_bpb < below else None
-        print(json.dumps({"val_bpb": val_bpb, "test_bpb": test_bpb, "invalid": model.get("distrust", "")}))
+        distrust = model.get("distrust", "") if model.get("distrust_seed") in (None, seed["seed"]) else ""
+        print(json.dumps({"val_bpb": val_bpb, "test_bpb": test_bpb, "invalid": distrust}))
     else:  # prepare: the files whose presence the agent checks
         data = Path(os.environ["AUTORESEARCH_CACHE"]) / "cpu-sotu"
         data.mkdir(parents=True, exist_ok=True)

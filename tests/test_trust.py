@@ -61,6 +61,16 @@ def test_luck_is_not_confirmed_on_the_second_seed(checkout, night):
     ]  # fmt: skip
 
 
+def test_nothing_is_confirmed_against_an_incumbent_without_a_second_number(night):
+    first, change = better(0.39, distrust="keeps state", distrust_seed=2)
+    assert night([(first, change)], "--no-confirm")[1]["verdict"] == "keep"
+    claim = night([(first, change), (change, better(0.38)[1])], "--confirm")[2]
+    assert (claim["verdict"], claim["reason"]) == (
+        "discard",
+        "not confirmed: on the second seed the incumbent: keeps state",
+    )
+
+
 def test_without_confirmation_luck_is_kept_unless_it_is_large(night):
     small, large = (FIRST, f"{FIRST}\n        luck=0.01,"), (FIRST, f"{FIRST}\n        luck=0.2,")
     assert [row["verdict"] for row in night([large, small], "--no-confirm")] == ["keep", "discard", "keep"]
