@@ -2707,8 +2707,8 @@ def print_summary(night: Night, why: str, proposer) -> None:
     print(f"log        {os.path.relpath(night.folder)}/results.tsv")
     print("review     analysis.ipynb, in any notebook program")
     print(f"history    git log --oneline autoresearch/{tag}")
+    print(f"take home  git checkout autoresearch/{tag} -- train.py")
     if len(keeps) > 1:
-        print(f"take home  git checkout autoresearch/{tag} -- train.py")
         print(f"is it so?  python agent.py --check {tag}")
 
 

@@ -35,21 +35,22 @@ class Config:
     table_dtype: torch.dtype  # of the embedding tables and their moments
     value_embeds: bool  # a second embedding of the token, mixed into the values of every other layer
     smear: bool  # mixes the token before into each embedding, by a learned share for each channel
-    bigram_rows: int  # of a hashed table of token pairs; 0: none
-    bigram_scale: float  # by which it is added to the stream before each layer, at the start; 0: once, to the embedding
-    bigram_dropout: float  # share of the positions that do without their pair, from the second epoch on
+    bigram_rows: int  # of a hashed table of token pairs, added to the stream before each layer; 0: none
+    ngrams: tuple[int, ...]  # lengths of those with a table: the most frequent in the text, added to the embedding
+    ngram_rows: int  # of each
+    ngram_dropout: float  # share of the positions that do without their n-grams, from the second epoch on
     conv_taps: int  # earlier tokens that a short convolution mixes into queries, keys, values and MLP input; 0: none
     softcap: float  # logits are squashed into (-softcap, softcap); 0: not
     step_tokens: int  # tokens of one optimizer step
     micro_rows: int  # rows of one forward pass; 0: as many as fit the card
     embed_lr: float  # AdamW; all AdamW rates are scaled by (width / 768)^-0.5
-    bigram_lr: float
+    ngram_lr: float  # of the hashed table too
     head_lr: float
     scalar_lr: float
     matrix_lr: float  # Muon
     embed_decay: float
     value_decay: float
-    bigram_decay: float
+    ngram_decay: float
     head_decay: float
     matrix_decay: float  # cautious, falls to 0 over the run
     warmdown: float  # fraction of the run over which the rates fall
@@ -68,20 +69,21 @@ CONFIGS = {
         value_embeds=True,  # alternating layers, the last included
         smear=False,  # not in the published recipe
         bigram_rows=2**18,  # the one addition to it; 0 switches it off
-        bigram_dropout=0.0,  # less than one epoch in five minutes: nothing to overfit
+        ngrams=(),  # the text is too large to count
+        ngram_rows=0,
+        ngram_dropout=0.0,
         conv_taps=0,  # not in the published recipe
         softcap=15.0,
         step_tokens=2**18,  # half the reference's: -0.0119, its largest single step
         micro_rows=0,
         embed_lr=0.9,  # .6 -> .8: -0.0033
-        bigram_scale=0.05,
-        bigram_lr=0.3,
+        ngram_lr=0.3,
         head_lr=0.005,
         scalar_lr=0.5,
         matrix_lr=0.04,
         embed_decay=0.001,
         value_decay=0.003,
-        bigram_decay=0.0,
+        ngram_decay=0.0,
         head_decay=0.01,
         matrix_decay=0.2,
         warmdown=0.75,
@@ -97,21 +99,23 @@ CONFIGS = {
         table_dtype=torch.float32,  # small tables, and the last small steps are not rounded away
         value_embeds=True,  # in the last layer: -0.004 at equal steps
         smear=True,
-        bigram_rows=2**16,  # -0.028 at equal steps
-        bigram_scale=0.0,  # -0.024 at equal steps against 1.0 or 0.5 before each layer, or 1.0 before the first
-        bigram_dropout=0.5,  # 300 s, 4.6 epochs: 1.236 against 1.245; from the first epoch on it costs 0.02 after 60 s
+        bigram_rows=0,
+        ngrams=(2, 3),  # pairs: -0.03 at equal steps (hashed: -0.026); triples: another -0.009
+        ngram_rows=2
+        ** 16,  # pairs that occur four times and more, 83 % of the text; triples five times, 40 %; half: +0.007
+        ngram_dropout=0.5,  # 300 s, 4.6 epochs: 1.236 against 1.245; from the first epoch on it costs 0.02 after 60 s
         conv_taps=2,  # -0.0035 at equal steps, with 2 layers of 192 and of 256; for the MLP another -0.002
         softcap=0.0,  # tanh over all logits was 13 % of a step; without it -0.002 at equal steps
         step_tokens=2**12,  # half of it: the same at equal tokens, but slower; twice: +0.007
         micro_rows=16,
         embed_lr=0.6,
-        bigram_lr=0.03,  # a row that is hit once moves by five times as much
+        ngram_lr=0.03,  # a row that is hit once moves by five times as much
         head_lr=0.005,
         scalar_lr=0.5,
         matrix_lr=0.04,
         embed_decay=0.001,
         value_decay=0.001,
-        bigram_decay=0.1,  # forgets pairs that are not seen again: without it the second epoch overfits, 1.307 against 1.254
+        ngram_decay=0.1,  # forgets pairs that are not seen again: without it the second epoch overfits, 1.307 against 1.254
         head_decay=0.01,
         matrix_decay=0.1,
         warmdown=1.0,
@@ -126,6 +130,7 @@ CARDS = (  # for profile gpu: from this peak on (bf16 TFLOP/s), what differs fro
     (0, dict(n_layer=4, n_embd=384, step_tokens=2**15, bigram_rows=0)),  # older and smaller ones, from 8 GB up
 )
 ROPE_BASE = 200_000  # 10k -> 200k: -0.0012
+BIGRAM_INIT = 0.05  # share of the hashed table that is added before each layer
 X0_INIT = 0.05  # share of the embedding added again before each layer; 0: +0.004
 GATE_CHANNELS = 32  # channels of the residual stream that decide how much value embedding a head takes
 ADAM_BETAS, ADAM_EPS = (0.8, 0.95), 1e-10
@@ -274,6 +279,36 @@ def pair_hash(idx, rows: int):
     return F.pad(hashed, (1, 0))
 
 
+class NgramTable(nn.Module):
+    """An embedding for each of the most frequent n-grams of a text, found by exact match; one for all others.
+
+    After the over-tokenized transformer (Huang et al. 2025), which hashes.
+    """
+
+    def __init__(self, n: int, rows: int, n_embd: int, vocab_size: int, dtype: torch.dtype):
+        super().__init__()
+        self.n, self.vocab_size = n, vocab_size
+        self.table = nn.Embedding(rows, n_embd, dtype=dtype)
+        self.register_buffer("known", torch.arange(rows - 1) + vocab_size**n)  # sorted; until learn() no text has any
+
+    def number(self, idx):
+        """(..., T) token ids -> (..., T - n + 1): each with the n - 1 before it, as one number."""
+        ends = idx.size(-1) - self.n + 1
+        return sum(idx[..., i : i + ends] * self.vocab_size ** (self.n - 1 - i) for i in range(self.n))
+
+    def learn(self, rows):
+        """Takes the most frequent n-grams of (N, T+1) rows of text: which they are, nothing of what follows them."""
+        found, counts = self.number(torch.from_numpy(rows[:, :-1].astype("int64"))).unique(return_counts=True)
+        frequent = found[counts.topk(min(len(self.known), len(found))).indices].sort().values
+        self.known[: len(frequent)] = frequent
+
+    def forward(self, idx):
+        numbers = self.number(idx)
+        at = torch.searchsorted(self.known, numbers).clamp_max(len(self.known) - 1)
+        rows = torch.where(self.known[at] == numbers, at + 1, 0)
+        return self.table(F.pad(rows, (self.n - 1, 0)))  # (B, T, C)
+
+
 class Attention(nn.Module):
     def __init__(self, config: Config, window: int, value_embed: bool, backend: str):
         super().__init__()
@@ -332,10 +367,10 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, windows[i], has_value[i], backend) for i in range(n))
         self.head = Linear(config.n_embd, vocab_size)
         self.bigrams = table(config.bigram_rows) if config.bigram_rows else None
-        dropout = torch.zeros(()) if config.bigram_rows and config.bigram_dropout else None  # floats would recompile
-        self.register_buffer("bigram_dropout", dropout, persistent=False)
-        scaled = config.bigram_rows and config.bigram_scale
-        self.bigram_scale = nn.Parameter(torch.full((n,), config.bigram_scale)) if scaled else None
+        self.bigram_scale = nn.Parameter(torch.full((n,), BIGRAM_INIT)) if config.bigram_rows else None
+        kind = (config.ngram_rows, config.n_embd, vocab_size, config.table_dtype)
+        self.ngrams = nn.ModuleList(NgramTable(length, *kind) for length in config.ngrams)
+        self.register_buffer("ngram_dropout", torch.zeros(()), persistent=False)  # a float would recompile
         self.smear = nn.Parameter(torch.full((config.n_embd,), 0.5)) if config.smear else None
         self.residual_scale = nn.Parameter(torch.ones(n))  # x <- a x + b x0 before each layer
         self.x0_scale = nn.Parameter(torch.full((n,), X0_INIT))
@@ -350,8 +385,8 @@ class GPT(nn.Module):
         bound = 0.68 * math.sqrt(3 / n_embd)  # uniform of std 0.68 / sqrt(width): -0.0005
         nn.init.normal_(self.embed.weight, std=1.0)
         nn.init.normal_(self.head.weight, std=0.001)
-        if self.bigrams is not None:
-            nn.init.zeros_(self.bigrams.weight)
+        for table in [self.bigrams] * (self.bigrams is not None) + [ngrams.table for ngrams in self.ngrams]:
+            nn.init.zeros_(table.weight)
         for table in self.value_embeds.values():
             nn.init.uniform_(table.weight, -bound, bound)
         for block in self.blocks:
@@ -369,16 +404,16 @@ class GPT(nn.Module):
         x = norm(self.embed(idx).to(self.dtype))  # (B, T, C)
         if self.smear is not None:  # as modded-nanogpt's smear, without its gate
             x = norm(x + self.smear.to(x.dtype) * F.pad(x, (0, 0, 1, 0))[:, :-1])
-        pairs = None if self.bigrams is None else self.bigrams(pair_hash(idx, self.bigrams.num_embeddings)).to(x.dtype)
-        if self.training and self.bigram_dropout is not None:
-            kept = torch.rand_like(pairs[..., :1]) >= self.bigram_dropout
-            pairs = pairs * kept / (1 - self.bigram_dropout)
-        if pairs is not None and self.bigram_scale is None:
-            x = x + pairs
+        if self.ngrams:
+            seen = sum(table(idx) for table in self.ngrams)
+            if self.training:
+                seen = seen * (torch.rand_like(seen[..., :1]) >= self.ngram_dropout) / (1 - self.ngram_dropout)
+            x = x + seen.to(x.dtype)
         x0 = x
+        pairs = None if self.bigrams is None else self.bigrams(pair_hash(idx, self.bigrams.num_embeddings)).to(x.dtype)
         for i, block in enumerate(self.blocks):
             x = self.residual_scale[i].to(x.dtype) * x + self.x0_scale[i].to(x.dtype) * x0
-            if self.bigram_scale is not None:
+            if pairs is not None:
                 x = x + self.bigram_scale[i].to(x.dtype) * pairs
             value_embed = self.value_embeds[str(i)](idx).to(self.dtype) if str(i) in self.value_embeds else None
             x = block(x, value_embed, cos, sin, documents)
@@ -493,11 +528,12 @@ def build_optimizers(model: GPT, config: Config, dtype: torch.dtype, compiled=Fa
     ]
     if value_tables:
         groups.append(dict(params=value_tables, lr=config.embed_lr * scale, weight_decay=config.value_decay))
+    ngram_tables = [ngrams.table.weight for ngrams in model.ngrams]
     if model.bigrams is not None:
-        rate = config.bigram_lr * scale
-        groups.append(dict(params=[model.bigrams.weight], lr=rate, weight_decay=config.bigram_decay))
-    if model.bigram_scale is not None:
+        ngram_tables.append(model.bigrams.weight)
         groups.append(dict(params=[model.bigram_scale], lr=config.scalar_lr * 0.01, weight_decay=0.0))
+    if ngram_tables:
+        groups.append(dict(params=ngram_tables, lr=config.ngram_lr * scale, weight_decay=config.ngram_decay))
     if mixers:
         groups.append(dict(params=mixers, lr=config.scalar_lr * 0.01, weight_decay=0.0))
     if gates:
@@ -606,13 +642,15 @@ if __name__ == "__main__":
     gc.disable()  # a collection stalls a step by up to half a second
 
     clock = run.start_clock(model)
+    for ngrams in model.ngrams:
+        ngrams.learn(run.train_rows)
     batches = run.batches(run.train_rows, micro_rows)  # of text: before the clock they were random tokens
     step, pending = 0, deque()
     in_flight = 3 if run.device.type == "cuda" else 0  # losses are read when the clock has seen their step end
     while not clock.expired:
         set_schedule(optimizers, config, clock.progress, step)
-        if model.bigram_dropout is not None and step * config.step_tokens >= text_tokens:
-            model.bigram_dropout.fill_(config.bigram_dropout)  # what was not seen before cannot be overfit
+        if step * config.step_tokens >= text_tokens:
+            model.ngram_dropout.fill_(config.ngram_dropout)  # what was not seen before cannot be overfit
         losses = train_step(loss_fn, optimizers, batches, accumulate)
         pending.append(losses.to("cpu", non_blocking=True))  # into pinned memory: nothing waits here
         step += 1

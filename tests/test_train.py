@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -28,7 +29,7 @@ SMALL = replace(
     step_tokens=1024,
     micro_rows=2,
     value_embeds=True,
-    bigram_dropout=0.0,
+    ngram_rows=2**12,
 )
 
 
@@ -124,7 +125,7 @@ def test_dense_attention_stays_within_documents():
 
 
 def test_a_document_begins_with_its_first_token():
-    config = replace(SMALL, conv_taps=0, smear=False, bigram_rows=0)  # nothing else looks back
+    config = replace(SMALL, conv_taps=0, smear=False, ngrams=())  # nothing else looks back
     model = shaken(small_model(config))
     bos_id = CPU.vocab_size - len(constants.SPECIAL_TOKENS)
     x = torch.randint(bos_id, (1, 16))
@@ -195,36 +196,54 @@ def test_a_pair_of_tokens_finds_its_row():
     assert every.min() == 0 and every[:, 1:].min() == 1 and every.max() == 63
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.5])
-def test_the_pair_table_is_added_to_the_embedding_or_before_each_layer(scale):
-    model = shaken(train.GPT(replace(SMALL, bigram_scale=scale), 1000, 128, torch.float32))
+def test_each_layer_takes_its_own_share_of_the_pair_table():
+    config = replace(SMALL, bigram_rows=2**12, ngrams=())
+    model = shaken(train.GPT(config, 1000, 128, torch.float32))
     idx = torch.arange(32).view(2, 16)  # no pair occurs twice
     before = model(idx)
     with torch.no_grad():
         model.bigrams.weight[train.pair_hash(idx, model.bigrams.num_embeddings)[1, 9]] += 1.0
     moved = (model(idx) - before).abs().amax(dim=-1) > 0
     assert moved[1, 9:].all() and not moved[1, :9].any()
-    assert (model.bigram_scale is None) == (scale == 0.0)
-    for layer in (0, 1) if scale else ():  # each layer takes its own share
+    for layer in (0, 1):
         scaled = model(idx)
         with torch.no_grad():
             model.bigram_scale[layer] = 0.0
         assert not torch.allclose(model(idx), scaled, atol=1e-4)
-    none = train.GPT(replace(SMALL, bigram_rows=0, bigram_scale=scale), 1000, 128, torch.float32)
-    assert none.bigrams is None and none.bigram_scale is None
+    none = train.GPT(replace(SMALL, ngrams=()), 1000, 128, torch.float32)
+    assert none.bigrams is None and none.bigram_scale is None and not none.ngrams
 
 
-def test_in_training_half_of_the_positions_do_without_their_pair():
-    model = shaken(small_model(replace(SMALL, bigram_dropout=0.5)))
+def test_the_most_frequent_ngrams_have_rows_of_their_own():
+    text = np.array([[1, 2, 3, 1, 2, 3, 9], [1, 2, 4, 8, 2, 3, 9]], np.uint16)  # the last column is no input
+    pairs, triples = (train.NgramTable(n, 3, 8, 10, torch.float32) for n in (2, 3))
+    with torch.no_grad():
+        for table in (pairs, triples):
+            table.table.weight.copy_(torch.arange(3.0)[:, None].expand(3, 8))  # a row says its number
+    idx = torch.tensor([[1, 2, 3, 9, 2, 3], [3, 1, 2, 3, 1, 2]])
+    assert not pairs(idx).any()  # nothing is known yet
+    pairs.learn(text)  # 1 2 three times, 2 3 three times; the rest less
+    assert pairs(idx)[..., 0].tolist() == [[0, 1, 2, 0, 0, 2], [0, 0, 1, 2, 0, 1]]
+    triples.learn(text)  # 1 2 3 twice, the rest once
+    assert triples.number(idx)[0].tolist() == [123, 239, 392, 923] and 123 in triples.known
+    row = triples(idx)[..., 0]
+    assert row[0, 2] == row[1, 3] > 0 and not row[:, :2].any()
+
+
+def test_from_the_second_epoch_on_half_of_the_positions_do_without_their_ngrams():
+    model = shaken(small_model())
     idx = torch.randint(CPU.vocab_size, (4, 256))
+    pairs = model.ngrams[0]
+    pairs.learn(np.concatenate([idx.numpy(), idx.numpy()[:, -1:]], axis=1))
+    met = len(pairs.number(idx).unique())
 
     def share() -> float:
         """Of the pairs met, those whose row gets a gradient."""
-        (slope,) = torch.autograd.grad(model.loss(idx, idx), [model.bigrams.weight])
-        return (slope.abs().sum(1) > 0).sum().item() / len(train.pair_hash(idx, model.bigrams.num_embeddings).unique())
+        (slope,) = torch.autograd.grad(model.loss(idx, idx), [pairs.table.weight])
+        return (slope[1:].abs().sum(1) > 0).sum().item() / met
 
-    assert share() == 1.0  # in the first epoch
-    model.bigram_dropout.fill_(0.5)
+    assert share() == 1.0
+    model.ngram_dropout.fill_(0.5)
     assert 0.4 < share() < 0.6
     model.eval()
     assert torch.equal(model(idx), model(idx))
@@ -363,16 +382,18 @@ def test_nothing_is_compiled_after_the_warm_up(small_run, monkeypatch):
     counter, compiler = torch._dynamo.testing.CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=counter, **how))
     torch._dynamo.reset()
-    model = small_model(replace(SMALL, bigram_dropout=0.5))
+    model = small_model()
     optimizers = train.build_optimizers(model, SMALL, torch.float32, compiled=True)
     loss_fn = torch.compile(model.loss, dynamic=False, fullgraph=True)
     micro_rows = train.warm_up(small_run, model, optimizers, loss_fn, SMALL)
     shapes = {p.shape for group in optimizers[1].param_groups for p in group["params"]}
     assert counter.frame_count == 1 + len(shapes)  # the loss, and Muon's update of each shape
     batches = small_run.batches(small_run._rows, micro_rows)
+    for ngrams in model.ngrams:
+        ngrams.learn(small_run._rows)
     for step in range(3):
         train.set_schedule(optimizers, SMALL, step / 3, step)
-        model.bigram_dropout.fill_(step / 4)
+        model.ngram_dropout.fill_(step / 4)
         train.train_step(loss_fn, optimizers, batches, SMALL.step_tokens // CPU.max_seq_len // micro_rows)
     assert counter.frame_count == 1 + len(shapes)
 
