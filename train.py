@@ -34,24 +34,17 @@ class Config:
     document_mask: bool  # attention stays within the document; for the dense attention of short rows on a CPU
     table_dtype: torch.dtype  # of the embedding tables and their moments
     value_embeds: bool  # a second embedding of the token, mixed into the values of every other layer
-    smear: bool  # mixes the token before into each embedding, by a learned share for each channel
     bigram_rows: int  # of a hashed table of token pairs, added to the stream before each layer; 0: none
     ngrams: tuple[int, ...]  # lengths of those with a table: the most frequent in the text, added to the embedding
     ngram_rows: int  # of each
     ngram_dropout: float  # share of the positions that do without their n-grams, from the second epoch on
-    conv_taps: int  # earlier tokens that a short convolution mixes into queries, keys, values and MLP input; 0: none
     softcap: float  # logits are squashed into (-softcap, softcap); 0: not
     step_tokens: int  # tokens of one optimizer step
     micro_rows: int  # rows of one forward pass; 0: as many as fit the card
     embed_lr: float  # AdamW; all AdamW rates are scaled by (width / 768)^-0.5
     ngram_lr: float  # of the hashed table too
-    head_lr: float
-    scalar_lr: float
-    matrix_lr: float  # Muon
-    embed_decay: float
     value_decay: float
     ngram_decay: float
-    head_decay: float
     matrix_decay: float  # cautious, falls to 0 over the run
     warmdown: float  # fraction of the run over which the rates fall
     final_lr: float  # fraction of the rates that is left at the end
@@ -67,24 +60,17 @@ CONFIGS = {
         document_mask=False,  # not in the published recipe
         table_dtype=torch.bfloat16,  # half the memory traffic of large tables
         value_embeds=True,  # alternating layers, the last included
-        smear=False,  # not in the published recipe
         bigram_rows=2**18,  # the one addition to it; 0 switches it off
         ngrams=(),  # the text is too large to count
         ngram_rows=0,
         ngram_dropout=0.0,
-        conv_taps=0,  # not in the published recipe
         softcap=15.0,
         step_tokens=2**18,  # half the reference's: -0.0119, its largest single step
         micro_rows=0,
         embed_lr=0.9,  # .6 -> .8: -0.0033
         ngram_lr=0.3,
-        head_lr=0.005,
-        scalar_lr=0.5,
-        matrix_lr=0.04,
-        embed_decay=0.001,
         value_decay=0.003,
         ngram_decay=0.0,
-        head_decay=0.01,
         matrix_decay=0.2,
         warmdown=0.75,
         final_lr=0.05,
@@ -98,25 +84,17 @@ CONFIGS = {
         document_mask=True,  # a row holds some two documents, and they have nothing to do with each other: -0.003
         table_dtype=torch.float32,  # small tables, and the last small steps are not rounded away
         value_embeds=True,  # in the last layer: -0.004 at equal steps
-        smear=True,
         bigram_rows=0,
         ngrams=(2, 3),  # pairs: -0.03 at equal steps (hashed: -0.026); triples: another -0.009
-        ngram_rows=2
-        ** 16,  # pairs that occur four times and more, 83 % of the text; triples five times, 40 %; half: +0.007
+        ngram_rows=2**16,  # pairs that occur 4 times and more, 83 % of the text; triples 5 times, 40 %; half: +0.007
         ngram_dropout=0.5,  # 300 s, 4.6 epochs: 1.236 against 1.245; from the first epoch on it costs 0.02 after 60 s
-        conv_taps=2,  # -0.0035 at equal steps, with 2 layers of 192 and of 256; for the MLP another -0.002
         softcap=0.0,  # tanh over all logits was 13 % of a step; without it -0.002 at equal steps
         step_tokens=2**12,  # half of it: the same at equal tokens, but slower; twice: +0.007
         micro_rows=16,
         embed_lr=0.6,
         ngram_lr=0.03,  # a row that is hit once moves by five times as much
-        head_lr=0.005,
-        scalar_lr=0.5,
-        matrix_lr=0.04,
-        embed_decay=0.001,
         value_decay=0.001,
         ngram_decay=0.1,  # forgets pairs that are not seen again: without it the second epoch overfits, 1.307 against 1.254
-        head_decay=0.01,
         matrix_decay=0.1,
         warmdown=1.0,
         final_lr=0.0,
@@ -129,6 +107,11 @@ CARDS = (  # for profile gpu: from this peak on (bf16 TFLOP/s), what differs fro
     (60, dict(n_layer=5, n_embd=512, step_tokens=2**16, bigram_rows=2**16)),  # 3090, 4090: where their owners ended up
     (0, dict(n_layer=4, n_embd=384, step_tokens=2**15, bigram_rows=0)),  # older and smaller ones, from 8 GB up
 )
+HEAD_LR = 0.005  # AdamW, with the decay of the rows below; cpu profile: half of it +0.01, twice -0.001
+SCALAR_LR = 0.5
+MATRIX_LR = 0.04  # Muon
+EMBED_DECAY = 0.001
+HEAD_DECAY = 0.01
 ROPE_BASE = 200_000  # 10k -> 200k: -0.0012
 BIGRAM_INIT = 0.05  # share of the hashed table that is added before each layer
 X0_INIT = 0.05  # share of the embedding added again before each layer; 0: +0.004
@@ -265,14 +248,6 @@ def attention_trouble(backend: str, device: torch.device, dtype: torch.dtype) ->
         return (str(error) or type(error).__name__).split("\n")[0][:120]
 
 
-def short_convolution(x, taps):
-    """Each channel of (B, T, C) plus its last K values, weighted by taps (K, C): Primer's depthwise one, So et al. 2021."""
-    mixed = x
-    for i, tap in enumerate(taps.to(x.dtype), 1):
-        mixed = mixed + tap * F.pad(x, (0, 0, i, 0))[:, :-i]
-    return mixed
-
-
 def pair_hash(idx, rows: int):
     """(B, T) token ids -> (B, T) row of a table for each token and the one before; 0 at the first position."""
     hashed = (36313 * idx[:, 1:] ^ 27191 * idx[:, :-1]) % (rows - 1) + 1
@@ -292,9 +267,9 @@ class NgramTable(nn.Module):
         self.register_buffer("known", torch.arange(rows - 1) + vocab_size**n)  # sorted; until learn() no text has any
 
     def number(self, idx):
-        """(..., T) token ids -> (..., T - n + 1): each with the n - 1 before it, as one number."""
-        ends = idx.size(-1) - self.n + 1
-        return sum(idx[..., i : i + ends] * self.vocab_size ** (self.n - 1 - i) for i in range(self.n))
+        """(B, T) token ids -> (B, T): each with the n - 1 before it as one number, zeros before the first."""
+        T, idx = idx.size(1), F.pad(idx, (self.n - 1, 0))
+        return sum(idx[:, i : i + T] * self.vocab_size ** (self.n - 1 - i) for i in range(self.n))
 
     def learn(self, rows):
         """Takes the most frequent n-grams of (N, T+1) rows of text: which they are, nothing of what follows them."""
@@ -305,8 +280,7 @@ class NgramTable(nn.Module):
     def forward(self, idx):
         numbers = self.number(idx)
         at = torch.searchsorted(self.known, numbers).clamp_max(len(self.known) - 1)
-        rows = torch.where(self.known[at] == numbers, at + 1, 0)
-        return self.table(F.pad(rows, (self.n - 1, 0)))  # (B, T, C)
+        return self.table(torch.where(self.known[at] == numbers, at + 1, 0))  # (B, T, C)
 
 
 class Attention(nn.Module):
@@ -315,15 +289,10 @@ class Attention(nn.Module):
         self.head_dim, self.window, self.backend = config.head_dim, window, backend
         self.query, self.key, self.value, self.out = (Linear(config.n_embd, config.n_embd) for _ in range(4))
         self.gate = Linear(GATE_CHANNELS, config.n_embd // config.head_dim) if value_embed else None
-        taps = torch.zeros(3, config.conv_taps, config.n_embd)  # no mixing at the start
-        self.taps = nn.Parameter(taps) if config.conv_taps else None
 
     def forward(self, x, value_embed, cos, sin, documents):
         B, T, C = x.shape
-        q, k, v = (layer(x) for layer in (self.query, self.key, self.value))
-        if self.taps is not None:
-            q, k, v = (short_convolution(t, taps) for t, taps in zip((q, k, v), self.taps, strict=True))
-        q, k, v = (t.view(B, T, -1, self.head_dim) for t in (q, k, v))
+        q, k, v = (layer(x).view(B, T, -1, self.head_dim) for layer in (self.query, self.key, self.value))
         if self.gate is not None:  # value embeddings, gated per head by the input (as in nanochat)
             gate = 2 * torch.sigmoid(self.gate(x[..., :GATE_CHANNELS]))  # (B, T, H), 1 at the start
             v = v + gate[..., None] * value_embed.view(B, T, -1, self.head_dim)
@@ -335,11 +304,8 @@ class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.up, self.down = Linear(config.n_embd, 4 * config.n_embd), Linear(4 * config.n_embd, config.n_embd)
-        self.taps = nn.Parameter(torch.zeros(1, config.conv_taps, config.n_embd)) if config.conv_taps else None
 
     def forward(self, x):
-        if self.taps is not None:
-            x = short_convolution(x, self.taps[0])
         return self.down(F.relu(self.up(x)).square())  # ReLU^2: So et al. 2021
 
 
@@ -371,7 +337,6 @@ class GPT(nn.Module):
         kind = (config.ngram_rows, config.n_embd, vocab_size, config.table_dtype)
         self.ngrams = nn.ModuleList(NgramTable(length, *kind) for length in config.ngrams)
         self.register_buffer("ngram_dropout", torch.zeros(()), persistent=False)  # a float would recompile
-        self.smear = nn.Parameter(torch.full((config.n_embd,), 0.5)) if config.smear else None
         self.residual_scale = nn.Parameter(torch.ones(n))  # x <- a x + b x0 before each layer
         self.x0_scale = nn.Parameter(torch.full((n,), X0_INIT))
         half = config.head_dim // 2
@@ -402,8 +367,6 @@ class GPT(nn.Module):
         cos, sin = self.cos[:T], self.sin[:T]
         documents = (idx == self.bos_id).cumsum(1) if self.document_mask else None  # (B, T)
         x = norm(self.embed(idx).to(self.dtype))  # (B, T, C)
-        if self.smear is not None:  # as modded-nanogpt's smear, without its gate
-            x = norm(x + self.smear.to(x.dtype) * F.pad(x, (0, 0, 1, 0))[:, :-1])
         if self.ngrams:
             seen = sum(table(idx) for table in self.ngrams)
             if self.training:
@@ -517,30 +480,26 @@ def build_optimizers(model: GPT, config: Config, dtype: torch.dtype, compiled=Fa
     gates = [block.attention.gate.weight for block in model.blocks if block.attention.gate is not None]
     is_gate = {id(p) for p in gates}
     matrices = [p for block in model.blocks for p in block.parameters() if p.ndim == 2 and id(p) not in is_gate]
-    mixers = [part.taps for block in model.blocks for part in (block.attention, block.mlp) if part.taps is not None]
-    mixers += [model.smear] if model.smear is not None else []
     value_tables = [table.weight for table in model.value_embeds.values()]
     groups = [
-        dict(params=[model.embed.weight], lr=config.embed_lr * scale, weight_decay=config.embed_decay),
-        dict(params=[model.head.weight], lr=config.head_lr * scale, weight_decay=config.head_decay),
-        dict(params=[model.residual_scale], lr=config.scalar_lr * 0.01, weight_decay=0.0),  # lower, since it compounds
-        dict(params=[model.x0_scale], lr=config.scalar_lr, weight_decay=0.0, betas=(0.96, 0.95)),
+        dict(params=[model.embed.weight], lr=config.embed_lr * scale, weight_decay=EMBED_DECAY),
+        dict(params=[model.head.weight], lr=HEAD_LR * scale, weight_decay=HEAD_DECAY),
+        dict(params=[model.residual_scale], lr=SCALAR_LR * 0.01, weight_decay=0.0),  # lower, since it compounds
+        dict(params=[model.x0_scale], lr=SCALAR_LR, weight_decay=0.0, betas=(0.96, 0.95)),
     ]
     if value_tables:
         groups.append(dict(params=value_tables, lr=config.embed_lr * scale, weight_decay=config.value_decay))
     ngram_tables = [ngrams.table.weight for ngrams in model.ngrams]
     if model.bigrams is not None:
         ngram_tables.append(model.bigrams.weight)
-        groups.append(dict(params=[model.bigram_scale], lr=config.scalar_lr * 0.01, weight_decay=0.0))
+        groups.append(dict(params=[model.bigram_scale], lr=SCALAR_LR * 0.01, weight_decay=0.0))
     if ngram_tables:
         groups.append(dict(params=ngram_tables, lr=config.ngram_lr * scale, weight_decay=config.ngram_decay))
-    if mixers:
-        groups.append(dict(params=mixers, lr=config.scalar_lr * 0.01, weight_decay=0.0))
     if gates:
-        groups.append(dict(params=gates, lr=config.head_lr * scale, weight_decay=0.0))
+        groups.append(dict(params=gates, lr=HEAD_LR * scale, weight_decay=0.0))
     fused = model.head.weight.device.type != "meta"  # computes in float32 and rounds bf16 tables once
     adamw = torch.optim.AdamW(groups, betas=ADAM_BETAS, eps=ADAM_EPS, fused=fused)
-    muon = Muon(matrices, lr=config.matrix_lr, weight_decay=config.matrix_decay, dtype=dtype, compiled=compiled)
+    muon = Muon(matrices, lr=MATRIX_LR, weight_decay=config.matrix_decay, dtype=dtype, compiled=compiled)
     for group in adamw.param_groups + muon.param_groups:
         group["initial_lr"] = group["lr"]
     return [adamw, muon]

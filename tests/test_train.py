@@ -125,7 +125,7 @@ def test_dense_attention_stays_within_documents():
 
 
 def test_a_document_begins_with_its_first_token():
-    config = replace(SMALL, conv_taps=0, smear=False, ngrams=())  # nothing else looks back
+    config = replace(SMALL, ngrams=())  # nothing else looks back
     model = shaken(small_model(config))
     bos_id = CPU.vocab_size - len(constants.SPECIAL_TOKENS)
     x = torch.randint(bos_id, (1, 16))
@@ -216,18 +216,18 @@ def test_each_layer_takes_its_own_share_of_the_pair_table():
 
 def test_the_most_frequent_ngrams_have_rows_of_their_own():
     text = np.array([[1, 2, 3, 1, 2, 3, 9], [1, 2, 4, 8, 2, 3, 9]], np.uint16)  # the last column is no input
-    pairs, triples = (train.NgramTable(n, 3, 8, 10, torch.float32) for n in (2, 3))
+    pairs, triples = (train.NgramTable(n, n + 1, 8, 10, torch.float32) for n in (2, 3))
     with torch.no_grad():
-        for table in (pairs, triples):
-            table.table.weight.copy_(torch.arange(3.0)[:, None].expand(3, 8))  # a row says its number
+        for table in (pairs, triples):  # a row says its number
+            table.table.weight.copy_(torch.arange(table.n + 1.0)[:, None].expand(-1, 8))
     idx = torch.tensor([[1, 2, 3, 9, 2, 3], [3, 1, 2, 3, 1, 2]])
     assert not pairs(idx).any()  # nothing is known yet
     pairs.learn(text)  # 1 2 three times, 2 3 three times; the rest less
     assert pairs(idx)[..., 0].tolist() == [[0, 1, 2, 0, 0, 2], [0, 0, 1, 2, 0, 1]]
-    triples.learn(text)  # 1 2 3 twice, the rest once
-    assert triples.number(idx)[0].tolist() == [123, 239, 392, 923] and 123 in triples.known
-    row = triples(idx)[..., 0]
-    assert row[0, 2] == row[1, 3] > 0 and not row[:, :2].any()
+    triples.learn(text)  # twice: 1 at the start of a row, 1 2 there, 1 2 3; the rest once
+    assert triples.number(idx).tolist() == [[1, 12, 123, 239, 392, 923], [3, 31, 312, 123, 231, 312]]
+    assert triples(idx)[..., 0].tolist() == [[1, 2, 3, 0, 0, 0], [0, 0, 0, 3, 0, 0]]
+    assert triples(idx[:, :1]).shape == (2, 1, 8)
 
 
 def test_from_the_second_epoch_on_half_of_the_positions_do_without_their_ngrams():
