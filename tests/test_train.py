@@ -125,7 +125,7 @@ def test_dense_attention_stays_within_documents():
 
 
 def test_a_document_begins_with_its_first_token():
-    config = replace(SMALL, ngrams=())  # nothing else looks back
+    config = replace(SMALL, conv_taps=0, smear=False, ngrams=())  # nothing else looks back
     model = shaken(small_model(config))
     bos_id = CPU.vocab_size - len(constants.SPECIAL_TOKENS)
     x = torch.randint(bos_id, (1, 16))
