@@ -24,14 +24,15 @@ import prepare
 import train
 
 TRAIN = (ROOT / "train.py").read_text()
-FORWARD = "    def forward(self, idx):\n"
+HEAD = "    def forward(self, idx):\n"
+FORWARD = f'{HEAD}        """(B, T) -> (B, T, vocab)'  # the model's, whose answer is the logits
 assert TRAIN.count(FORWARD) == 1
 
 
 def forward(*lines: str) -> str:
     """train.py with another GPT.forward, which may call its own as `self.logits(idx)`."""
     own = FORWARD.replace("forward", "logits")
-    return TRAIN.replace(FORWARD, FORWARD + "".join(f"        {line}\n" for line in lines) + "\n" + own)
+    return TRAIN.replace(FORWARD, HEAD + "".join(f"        {line}\n" for line in lines) + "\n" + own)
 
 
 PEEK = forward(
