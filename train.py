@@ -37,6 +37,7 @@ class Config:
     smear: bool  # mixes the token before into each embedding, by a learned share for each channel
     conv_taps: int  # earlier tokens that a short convolution mixes into queries, keys, values and MLP input; 0: none
     bigram_rows: int  # of a hashed table of token pairs, added to the stream before each layer; 0: none
+    bigram_scale: float  # share of it that is added, at the start
     ngrams: tuple[int, ...]  # lengths of those with a table: the most frequent in the text, added to the embedding
     ngram_rows: int  # of each
     ngram_dropout: float  # share of the positions that do without their n-grams, from the second epoch on
@@ -65,6 +66,7 @@ CONFIGS = {
         smear=False,  # not in the published recipe
         conv_taps=0,  # not in the published recipe
         bigram_rows=2**18,  # the one addition to it; 0 switches it off
+        bigram_scale=0.05,
         ngrams=(),  # the text is too large to count
         ngram_rows=0,
         ngram_dropout=0.0,
@@ -91,6 +93,7 @@ CONFIGS = {
         smear=True,  # -0.003 after 430 steps, for some 4 % of a step
         conv_taps=2,  # -0.004 after 430 steps, for some 8 % of a step
         bigram_rows=0,
+        bigram_scale=0.0,
         ngrams=(2,),  # -0.03 at equal steps (hashed: -0.026); triples -0.009 more after 430 steps, for some 8 %
         ngram_rows=2**16,  # pairs that occur four times and more, 83 % of the text; half of the rows: +0.007
         ngram_dropout=0.5,  # 300 s, 4.6 epochs: 1.236 against 1.245; from the first epoch on it costs 0.02 after 60 s
@@ -119,7 +122,6 @@ MATRIX_LR = 0.04  # Muon
 EMBED_DECAY = 0.001
 HEAD_DECAY = 0.01
 ROPE_BASE = 200_000  # 10k -> 200k: -0.0012
-BIGRAM_INIT = 0.05  # share of the hashed table that is added before each layer
 X0_INIT = 0.05  # share of the embedding added again before each layer; 0: +0.004
 GATE_CHANNELS = 32  # channels of the residual stream that decide how much value embedding a head takes
 ADAM_BETAS, ADAM_EPS = (0.8, 0.95), 1e-10
@@ -355,7 +357,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, windows[i], has_value[i], backend) for i in range(n))
         self.head = Linear(config.n_embd, vocab_size)
         self.bigrams = table(config.bigram_rows) if config.bigram_rows else None
-        self.bigram_scale = nn.Parameter(torch.full((n,), BIGRAM_INIT)) if config.bigram_rows else None
+        self.bigram_scale = nn.Parameter(torch.full((n,), config.bigram_scale)) if config.bigram_rows else None
         kind = (config.ngram_rows, config.n_embd, vocab_size, config.table_dtype)
         self.ngrams = nn.ModuleList(NgramTable(length, *kind) for length in config.ngrams)
         self.register_buffer("ngram_dropout", torch.zeros(()), persistent=False)  # a float would recompile

@@ -252,7 +252,7 @@ def test_text_of_a_child_is_made_harmless():
 def test_random_moves_one_number_of_the_profile():
     proposer = agent.RandomProposer("t", "cpu", None)
     names = {name for name, _ in agent.numeric_hyperparameters(REAL, "cpu", None)}
-    assert {"n_layer", "matrix_lr", "step_tokens", "ROPE_BASE"} <= names and "softcap" not in names
+    assert {"n_layer", "MATRIX_LR", "step_tokens", "ROPE_BASE"} <= names and not {"softcap", "bigram_scale"} & names
     for number in range(1, 30):
         proposal = proposer.propose(REAL, agent.Ledger(number, 0, [], []), [])
         new = agent.apply_edits(REAL, proposal.edits)

@@ -197,7 +197,7 @@ def test_a_pair_of_tokens_finds_its_row():
 
 
 def test_each_layer_takes_its_own_share_of_the_pair_table():
-    config = replace(SMALL, bigram_rows=2**12, ngrams=())
+    config = replace(SMALL, bigram_rows=2**12, bigram_scale=0.5, ngrams=())
     model = shaken(train.GPT(config, 1000, 128, torch.float32))
     idx = torch.arange(32).view(2, 16)  # no pair occurs twice
     before = model(idx)
