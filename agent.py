@@ -2706,7 +2706,7 @@ def print_summary(night: Night, why: str, proposer) -> None:
     print(f"this night takes {folder_bytes(night.folder) / 1e6:,.1f} MB in {os.path.relpath(night.folder)}\n")
     print(f"log        {os.path.relpath(night.folder)}/results.tsv")
     print("review     analysis.ipynb, in any notebook program")
-    print(f"history    git log --oneline autoresearch/{tag}")
+    print(f"history    git log --oneline HEAD..autoresearch/{tag}")
     print(f"take home  git checkout autoresearch/{tag} -- train.py")
     if len(keeps) > 1:
         print(f"is it so?  python agent.py --check {tag}")

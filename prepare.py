@@ -1450,6 +1450,10 @@ def main() -> None:
     except (Problem, ValueError) as problem:
         sys.exit(f"error: {problem}")
     except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.ENOENT, errno.EACCES, errno.EROFS):
+            sys.exit(
+                f"error: {error.filename}: {error.strerror}; AUTORESEARCH_CACHE takes a folder that you may write to"
+            )
         if error.errno != errno.ENOSPC:
             raise
         sys.exit(

@@ -118,7 +118,7 @@ CHEATS = {
     ),
     "3: shifted by one": forward("return self.logits(F.pad(idx, (0, 1))[:, 1:])"),
     "3: the mean of the whole row": TRAIN.replace(
-        "        x0 = x\n        for i,", "        x = x + x.mean(dim=1, keepdim=True)\n        x0 = x\n        for i,"
+        "        x0 = x\n", "        x = x + x.mean(dim=1, keepdim=True)\n        x0 = x\n"
     ),
     "13: counts what it has seen": forward(
         "if not hasattr(self, 'seen'):",

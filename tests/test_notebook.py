@@ -41,6 +41,7 @@ AFTERMATH = [  # of a night that Claude proposed, that was checked and ablated
     {"event": "check", "seeds": 2, "baseline": [1.52, 1.53], "incumbent": [1.51, 1.5], "claimed": 0.02, "mean": 0.02, "pooled": [0.01, 0.03], "welch": [0, 1]},
     {"event": "ablate", "incumbent": [1.5], "together": None, "rows": [{"number": 1, "word": "carries weight", "test_bpb": 1.52}]},
 ]  # fmt: skip
+STRANGE = "$\\frac{1$ <b>bold</b>"  # no formula, no markup: a model wrote it
 NIGHTS = {  # rows, and how many pictures there are of them
     "zero": ([], 1),
     "one": ([BASELINE], 3),
@@ -48,7 +49,15 @@ NIGHTS = {  # rows, and how many pictures there are of them
     "no baseline": ([result(0, "crash", None)], 2),
     "no keep": ([BASELINE] + [result(i, "discard", 1.5 + i / 10) for i in range(1, 5)], 4),
     "one thousand": (MANY, 4),
-    "checked": ([BASELINE, result(1, "keep", 1.48), result(2, "discard", 1.481), *AFTERMATH], 5),
+    "checked": (
+        [
+            BASELINE,
+            result(1, "keep", 1.48, description=STRANGE),
+            result(2, "discard", 1.481, description=STRANGE),
+            *AFTERMATH,
+        ],
+        5,
+    ),
 }
 
 
@@ -77,6 +86,7 @@ def test_the_notebook_reads_a_night(tmp_path, kind):
     (night / "journal.jsonl").write_text("\n".join(lines) + '\n{"event": "res')  # one is being written
     notebook = execute(tmp_path)
     assert (night / "progress.png").stat().st_size > 5_000
+    assert "<b>bold" not in json.dumps([cell.get("outputs") for cell in notebook.cells])
     assert pictures(notebook) == count
     if kind == "checked":
         text = said(notebook)
@@ -90,7 +100,7 @@ def test_the_notebook_reads_a_plain_results_tsv(tmp_path):
     ]
     (tmp_path / "results.tsv").write_text(HEADER + "".join(lines))
     notebook = execute(tmp_path, 'NIGHT = "results.tsv"')
-    assert (tmp_path / "progress.png").stat().st_size > 5_000 and pictures(notebook) == 2
+    assert (tmp_path / "results.png").stat().st_size > 5_000 and pictures(notebook) == 2
     assert "39 experiments after the baseline\n9 keep, 20 discard, 10 crash" in said(notebook)
 
 
