@@ -167,6 +167,7 @@ def judge(
         mean, rival = ((e.val_bpb + e.confirm_bpb) / 2 for e in (experiment, incumbent))
         if not mean < rival:
             return Verdict("discard", f"not confirmed: on two seeds {mean:.6f} against {rival:.6f}")
+        return Verdict("keep", f"confirmed: on two seeds {mean:.6f} against {rival:.6f}")
     return Verdict("keep")
 
 
@@ -530,15 +531,31 @@ class ReplayProposer:
     name, inline, facts = "replay", True, {}
     exhausted = "the replay is complete"
 
-    def __init__(self, journal: Path, kept_only: bool, used: int):
-        rows, _ = read_journal(journal)
-        results = [row for row in rows if row["event"] == "result" and row["number"] > 0]
-        self.queue = [row for row in results if row["verdict"] == "keep" or not kept_only][used:]
+    def __init__(self, rows: list[dict], used: int):
+        self.queue = rows[used:]
 
     def propose(self, source: str, ledger: "Ledger", feedback: list[str]) -> Proposal | None:
         if not self.queue:
             return None
         return proposal_of(self.queue.pop(0))
+
+
+def rows_to_replay(name: str, kept_only: bool) -> list[dict]:
+    """The experiments of a journal, or of the one in a night's folder. Raises Problem where there are none."""
+    path = Path(name) / "journal.jsonl" if Path(name).is_dir() else Path(name)
+    example = "--replay takes a journal, such as runs/nov23/journal.jsonl"
+    if not path.is_file():
+        raise Problem(f"{path} does not exist; {example}")
+    try:
+        rows = [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        results = [row for row in rows if row["event"] == "result" and row["number"] > 0]
+    except (ValueError, TypeError, KeyError):
+        raise Problem(f"{path} is not a night's journal; {example}") from None
+    wanted = [row for row in results if row["verdict"] == "keep" or not kept_only]
+    if not wanted:
+        what = "kept nothing but its baseline; without --kept all are run" if results else "has no experiments"
+        raise Problem(f"the night of {path} {what}; {example}")
+    return wanted
 
 
 class TryProposer:
@@ -2005,7 +2022,7 @@ def open_night(tag: str, args, repository: Repository) -> Night:
         rules = folder / "harness" / "night.json"
         if sha256_of(rules) != journal.of("night")[-1]["harness"]["night.json"]:
             raise Problem(
-                f"{rules} changed since the night's last start; put it back, or start another night with --tag NEW"
+                f"{rules} changed since the night's last start; undo that, or start another night with --tag NEW"
             )
         settings = json.loads(rules.read_text())
         for flag, name in (("profile", "profile"), ("dataset", "dataset"), ("budget", "budget_s")):
@@ -2016,7 +2033,8 @@ def open_night(tag: str, args, repository: Repository) -> Night:
         for name in settings["harness_sha256"]:
             if sha256_of(HERE / name) != settings["harness_sha256"][name]:
                 raise Problem(
-                    f"{name} differs from the one night {tag} began with; put it back, or start another night with --tag NEW"
+                    f"{name} differs from the one night {tag} began with; run: git checkout autoresearch/{tag} -- {name}, or start "
+                    "another night with --tag NEW"
                 )
         facts = json.loads(ask_prepare("--machine", "--profile", settings["profile"], "--dataset", settings["dataset"]))
         for name in ("device_name", "torch", "flash_attention"):
@@ -2290,7 +2308,10 @@ def confirm(night: Night, experiment: Experiment, source: str, incumbent, baseli
     """(experiment, verdict) of a claim after it and its incumbent were run on the second seed as well."""
     sources = {"incumbent": night.repository.source(night.keeps[-1]["commit"]), "claim": source}
     plan = [(name, text, constants.CONFIRM_SEED) for name, text in sources.items()]
-    first, second = trials(night, plan, view, meanwhile)
+    rows = trials(night, plan, view, meanwhile)
+    if any(row["crash"] for row in rows):  # perhaps from outside: what failed is run once more
+        rows = trials(night, plan, view, meanwhile)
+    first, second = rows
     for name, row in (("the incumbent: ", first), ("", second)):
         if row["val_bpb"] is None or row["distrust"]:
             why = row["crash"] or row["distrust"]
@@ -2306,14 +2327,17 @@ def trials(night: Night, plan: list[tuple[str, str, int]], view: "View", meanwhi
     Interrupted, the same command goes on with what is missing.
     """
     rows = []
-    for name, source, seed in plan:
+    for i, (name, source, seed) in enumerate(plan, 1):
         digest = hashlib.sha256(source.encode()).hexdigest()
         done = [row for row in night.journal.of("trial") if (row["source"], row["seed"]) == (digest, seed)]
         done = [row for row in done if not (row["crash"] or row["distrust"])]
         if not done:
             ready_for_a_run(night)
             folder = night.make_folder(f"trial-{digest[:8]}-{seed}", source, seed)
-            view.begin(night.next_number, f"{name} on seed {seed}", folder)
+            title = f"{name} on seed {seed}" + (f", run {i} of {len(plan)}" if len(plan) > 1 else "")
+            view.begin(night.next_number if view.proposer else i, title, folder)
+            if not view.proposer and not view.live:  # no live line shows that --check and --ablate are at work
+                view.say(title)
             measured = measure(night, folder, math.inf, view, meanwhile)
             scores, result = measured.scores or {}, measured.run.result or {}
             baseline = experiment_of(night.results[0])
@@ -2384,7 +2408,8 @@ def run_night(night: Night, proposer, args, view: "View") -> str:
             results = night.results
             mean_s = seconds_of(night.runs) / len(results)  # of an experiment, with its confirmation
             if not args.describe and args.experiments is not None and night.next_number > args.experiments:
-                return f"all {args.experiments} experiments are done"
+                count = args.experiments
+                return f"all {count} experiments are done" if count > 1 else "the one experiment is done"
             if left_s() < mean_s:
                 return f"{args.hours:g} hours are used up"
             tail = results[-constants.MAX_CRASHES :]
@@ -2639,14 +2664,11 @@ class View:
         change = "-" if row["val_bpb"] is None or incumbent is None else f"{row['val_bpb'] - incumbent.val_bpb:+.6f}"
         megabytes = row["metrics"].get("peak_vram_mb")
         memory = "-" if megabytes is None else f"{megabytes / 1024:.1f} GB"
-        text = row["description"] + (
-            f"  [{row['reason']}]" if row["reason"] and row["reason"] != row["description"] else ""
-        )
+        text = sanitise(" ".join(row["description"].split()))
         style = {"keep": "green", "discard": "", "crash": "red", "invalid": "magenta"}[row["verdict"]]
-        self.say(
-            f"{row['number']:4d}  {bpb:>9}  {change:>9}  {row['verdict']:8} {memory:>7}  {sanitise(' '.join(text.split()))}",
-            style,
-        )
+        self.say(f"{row['number']:4d}  {bpb:>9}  {change:>9}  {row['verdict']:8} {memory:>7}  {text}", style)
+        if row["reason"] and incumbent:
+            self.say(f"{'':6}{sanitise(' '.join(row['reason'].split()))}", style)
 
     def render(self):
         """The live line: number, elapsed bar, loss, tokens a second, description."""
@@ -2668,30 +2690,37 @@ class View:
         return Text(f"{self.number:4d}  {phase}  {elapsed:.0f} s  {sanitise(self.title)}"[: width - 1], style="cyan")
 
 
+def counted(count: int, noun: str) -> str:
+    """1 keep, 2 keeps"""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def print_summary(night: Night, why: str, proposer) -> None:
     """Best, gain, verdicts, where things are, and the next commands."""
     results, keeps, tag = night.results, night.keeps, night.tag
     print(f"\n{why}.")
     if not keeps:
-        print("no baseline yet; the same command goes on")
+        print("no baseline yet")
         return
     first, best, number = keeps[0]["val_bpb"], keeps[-1]["val_bpb"], keeps[-1]["number"]
     print(f"baseline {first:.6f}, best {best:.6f} (experiment {number}), gain {first - best:.6f} as claimed")
     counts = verdict_counts(results[1:])
-    print(f"{len(results) - 1} experiments: " + ", ".join(f"{count} {word}" for word, count in counts.items()))
+    print(f"{counted(len(results) - 1, 'experiment')}: " + ", ".join(f"{n} {word}" for word, n in counts.items()))
     training = sum(row["metrics"].get("training_seconds") or 0.0 for row in night.runs)
     idle = sum(row["idle_seconds"] or 0.0 for row in results)
     total = seconds_of(night.runs) + idle
     print(f"training {training:.0f} s of {total:.0f} s ({training / total:.0%}); idle between runs {idle:.1f} s")
     missed = [row["idle_seconds"] or 0.0 for row in results if row["missed"]]
     if missed:
-        print(f"of it {sum(missed):.1f} s after {len(missed)} keeps to which the idea in hand no longer applied")
+        print(
+            f"of it {sum(missed):.1f} s after {counted(len(missed), 'keep')} to which the idea in hand no longer applied"
+        )
     for operator in OPERATORS:
         rows = [row for row in results if row["operator"] == operator]
         kept = [row for row in rows if row["verdict"] == "keep"]
         if rows:
             gain = sum(by_number(results, row["parent"])["val_bpb"] - row["val_bpb"] for row in kept)
-            print(f"{operator}: {len(rows)} experiments, {len(kept)} kept, together {gain:.6f}")
+            print(f"{operator}: {counted(len(rows), 'experiment')}, {len(kept)} kept, together {gain:.6f}")
     if not proposer.inline:
         print(
             f"the API has cost ${proposer.spent_usd:.2f} or more"
@@ -2706,7 +2735,10 @@ def print_summary(night: Night, why: str, proposer) -> None:
     print(f"log        {os.path.relpath(night.folder)}/results.tsv")
     print("review     analysis.ipynb, in any notebook program")
     print(f"history    git log --oneline HEAD..autoresearch/{tag}")
-    print(f"take home  git checkout autoresearch/{tag} -- train.py")
+    if proposer.name == "try":  # a checkout would discard what was tried
+        print(f"compare    git diff autoresearch/{tag} -- train.py")
+    else:
+        print(f"take home  git checkout autoresearch/{tag} -- train.py")
     if len(keeps) > 1:
         print(f"is it so?  python agent.py --check {tag}")
 
@@ -2716,7 +2748,10 @@ def print_summary(night: Night, why: str, proposer) -> None:
 
 
 def choose_tag(args) -> str:
-    """The flag, else the newest unfinished night with the same settings, else today's."""
+    """The flag, else the newest unfinished night of the same kind and settings, else today's.
+
+    Nights of --try and of --replay are taken up by those alone.
+    """
     if args.check or args.ablate:
         nights = sorted(path.parent.name for path in RUNS.glob("*/journal.jsonl"))
         tag = args.check or args.ablate
@@ -2729,7 +2764,11 @@ def choose_tag(args) -> str:
         return tag
     if args.tag:
         return args.tag
-    nights = []
+
+    def kind(arguments: dict) -> str:
+        return "try" if arguments.get("describe") else "replay" if arguments.get("replay") else ""
+
+    nights, wanted_kind = [], kind(vars(args))
     for path in RUNS.glob("*/journal.jsonl"):
         starts = [row for row in read_journal(path)[0] if row["event"] == "night"]
         night_json = path.parent / "harness" / "night.json"
@@ -2737,9 +2776,11 @@ def choose_tag(args) -> str:
             continue
         settings = json.loads(night_json.read_text())
         wanted = {"profile": args.profile, "dataset": args.dataset, "budget_s": args.budget}
-        if all(value is None or settings[name] == value for name, value in wanted.items()) and not complete(path, args):
+        fits = all(value is None or settings[name] == value for name, value in wanted.items())
+        if fits and kind(starts[0]["arguments"]) == wanted_kind and not complete(path, args):
             nights.append((path.stat().st_mtime, path.parent.name))
-    return max(nights)[1] if nights else datetime.now().strftime("%b%d").lower()
+    today = datetime.now().strftime("%b%d").lower()
+    return max(nights)[1] if nights else "-".join(filter(None, (today, wanted_kind)))
 
 
 def complete(path: Path, args) -> bool:
@@ -2762,8 +2803,10 @@ def restore_arguments(args, journal: Path, key: str | None) -> None:
         if getattr(args, name) is None:
             setattr(args, name, stored.get(name))
     proposes = not (args.describe or args.check or args.ablate)
-    if proposes and args.proposer == "replay" and args.replay and not Path(args.replay).is_file():
-        raise Problem(f"{args.replay} does not exist; --replay takes a journal, such as runs/nov23/journal.jsonl")
+    if proposes and args.proposer == "replay":
+        if not args.replay:
+            raise Problem("--proposer replay needs --replay JOURNAL, such as runs/nov23/journal.jsonl")
+        rows_to_replay(args.replay, bool(args.kept))
     if args.proposer is None and not args.describe and (key or os.environ.get("ANTHROPIC_BASE_URL")):
         args.proposer = "claude"
     if args.proposer is None and proposes:
@@ -2779,11 +2822,9 @@ def make_proposer(night: Night, args, key: str | None):
     if args.describe:
         return TryProposer(args.describe, checkout_source())
     if args.proposer == "replay":
-        if not args.replay:
-            raise Problem("--proposer replay needs --replay JOURNAL, such as runs/nov23/journal.jsonl")
         rows = [row for row in night.journal.rows if row.get("proposer") == "replay"]
         used = sum(row["event"] == "proposal" or (row["event"] == "reject" and "proposal" not in row) for row in rows)
-        return ReplayProposer(Path(args.replay), bool(args.kept), used)
+        return ReplayProposer(rows_to_replay(args.replay, bool(args.kept)), used)
     if args.proposer == "claude":
         if not key and not os.environ.get("ANTHROPIC_BASE_URL"):
             raise Problem(
@@ -2888,6 +2929,8 @@ def parse_arguments() -> argparse.Namespace:
     if args.replay and args.proposer not in (None, "replay"):
         parser.error(f"--replay does not go with --proposer {args.proposer}")
     args.proposer = "replay" if args.replay else args.proposer
+    if args.proposer in ("random", "replay") and {"--max-usd", "--model"} & given:
+        parser.error(f"--max-usd and --model go with --proposer claude, not with {args.proposer}")
     if args.seeds is not None and (not args.check or args.seeds < 2):
         parser.error("--seeds goes with --check, and takes 2 or more")
     if args.kept and not args.replay:
@@ -2906,9 +2949,15 @@ def main() -> None:
         repository = Repository(HERE)
         tag = choose_tag(args)
         restore_arguments(args, RUNS / tag / "journal.jsonl", key)
+        new = not (RUNS / tag).exists()
         with locked(RUNS / tag / "lock", f"night {tag}", f"agent.py, tag {tag}"):
-            night = open_night(tag, args, repository)
-            proposer = None if args.check or args.ablate else make_proposer(night, args, key)
+            try:
+                night = open_night(tag, args, repository)
+                proposer = None if args.check or args.ablate else make_proposer(night, args, key)
+            except BaseException:
+                if new:  # no later command is to take up a night that never began
+                    shutil.rmtree(RUNS / tag)
+                raise
             device = constants.device_lock(night.settings["device"])
             with locked(device, f"the device {night.settings['device_name']}", f"agent.py, tag {tag}"):
                 try:

@@ -417,7 +417,7 @@ def test_try_runs_the_checkout_against_the_committed_baseline(checkout):
         ("keep", "halve the rate"),
     ]
     assert "lr=0.4" in checkout.git("show", f"{results[0]['commit']}:train.py")
-    assert "git checkout autoresearch/t -- train.py" in output
+    assert "git diff autoresearch/t -- train.py" in output
     again = checkout.agent("--tag", "t", "--try", "the same", expect=1)
     assert "the night's incumbent, unchanged; edit it" in again
     (checkout.folder / "train.py").write_text(STUB)
@@ -455,17 +455,41 @@ def test_the_same_command_on_the_second_evening_starts_another_night(checkout):
     assert len(list(checkout.folder.glob("runs/*/journal.jsonl"))) == 2
 
 
+def test_tries_and_replays_are_nights_of_their_own(checkout):
+    checkout.agent(*NIGHT, "--hours", "0.000001")  # unfinished: one that names no tag would take it up
+    (checkout.folder / "train.py").write_text(STUB.replace("lr=0.4", "lr=0.35"))
+    output = checkout.agent("--profile", "cpu", "--try", "lower rate")
+    (tag,) = (path.parent.name for path in checkout.folder.glob("runs/*-try/journal.jsonl"))
+    assert f"git diff autoresearch/{tag} -- train.py" in output and "git checkout" not in output
+    (checkout.folder / "train.py").write_text(STUB.replace("lr=0.4", "lr=0.3"))
+    checkout.agent("--profile", "cpu", "--try", "lower still")
+    assert len(check_agreement(checkout, tag)) == 3 and len(check_agreement(checkout)) == 1
+    checkout.agent("--replay", f"runs/{tag}")  # a night's folder does too
+    assert len(list(checkout.folder.glob("runs/*-replay/journal.jsonl"))) == 1
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         ((), "--demo"),
         (("--proposer", "replay"), "needs --replay"),
         (("--replay", "nowhere.jsonl"), "does not exist"),
+        (("--replay", "tests"), "tests/journal.jsonl does not exist"),
+        (("--replay", "program.md"), "program.md is not a night's journal"),
+        (("--replay", "empty.jsonl"), "has no experiments"),
+        (("--replay", "barren.jsonl", "--kept"), "kept nothing but its baseline"),
+        (("--proposer", "claude"), "needs ANTHROPIC_API_KEY"),
+        (("--proposer", "claude", "--max-usd", "1", "--model", "unheard-of"), "ANTHROPIC_API_KEY"),
     ],
 )
-def test_what_a_newcomer_gets_wrong_is_one_clear_line(checkout, args, message):
+def test_what_a_newcomer_gets_wrong_is_one_clear_line_and_begins_no_night(checkout, args, message):
+    (checkout.folder / "tests").mkdir()
+    (checkout.folder / "empty.jsonl").touch()
+    row = {"event": "result", "number": 1, "verdict": "discard"}
+    (checkout.folder / "barren.jsonl").write_text(json.dumps(row) + "\n")
     output = checkout.agent(*args, expect=1)
     assert message in output and "Traceback" not in output
+    assert not list(checkout.folder.glob("runs/*"))
 
 
 def test_usage_errors_exit_2(checkout):
@@ -478,6 +502,7 @@ def test_usage_errors_exit_2(checkout):
     assert "a few words" in checkout.agent("--try", " ", expect=2)
     assert "--demo does not go with --proposer" in checkout.agent("--demo", "--proposer", "random", expect=2)
     assert "--replay does not go with" in checkout.agent("--proposer", "random", "--replay", "x", expect=2)
+    assert "not with random" in checkout.agent("--proposer", "random", "--max-usd", "3", expect=2)
     assert "--check does not go with --max-usd" in checkout.agent("--check", "t", "--max-usd", "3", expect=2)
     assert not (checkout.folder / "runs").exists()  # nothing began
 
@@ -494,7 +519,9 @@ def test_rules_that_changed_refuse_to_resume(checkout, name):
     with open(checkout.folder / name, "a") as file:
         file.write("\n# changed\n")
     output = checkout.agent("--tag", "t", "--experiments", "2", expect=1)
-    assert name in output and "--tag NEW" in output
+    assert f"git checkout autoresearch/t -- {name}" in output and "--tag NEW" in output
+    checkout.git("checkout", "autoresearch/t", "--", name)
+    checkout.agent("--tag", "t", "--experiments", "2")
 
 
 def test_outside_a_repository_the_next_command_is_named(checkout):
