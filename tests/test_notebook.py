@@ -38,6 +38,7 @@ MANY = [BASELINE] + [
 AFTERMATH = [  # of a night that Claude proposed, that was checked and ablated
     {"event": "proposal", "tokens": {"input": 9000, "output": 800}, "usd": 0.07, "at_least": False},
     *(trial(seed, BASELINE["source"], 1.5 + seed / 10_000) for seed in (2, 101, 102)),
+    trial(2, f"{1:064x}", 1.4804),
     {"event": "check", "seeds": 2, "baseline": [1.52, 1.53], "incumbent": [1.51, 1.5], "claimed": 0.02, "mean": 0.02, "pooled": [0.01, 0.03], "welch": [0, 1]},
     {"event": "ablate", "incumbent": [1.5], "together": None, "rows": [{"number": 1, "word": "carries weight", "test_bpb": 1.52}]},
 ]  # fmt: skip
@@ -88,8 +89,11 @@ def test_the_notebook_reads_a_night(tmp_path, kind):
     assert (night / "progress.png").stat().st_size > 5_000
     assert "<b>bold" not in json.dumps([cell.get("outputs") for cell in notebook.cells])
     assert pictures(notebook) == count
+    assert "results.tsv has no" not in said(notebook)
     if kind == "checked":
         text = said(notebook)
+        table = next(cell for cell in notebook.cells if "gain on seed 2" in cell.source and cell.get("outputs"))
+        assert "0.019800" in table.outputs[0]["data"]["text/html"]  # 1.5002 - 1.4804
         assert "better than the baseline" in text and "$0.07" in text and "9,000 input, 800 output tokens" in text
 
 
@@ -102,6 +106,15 @@ def test_the_notebook_reads_a_plain_results_tsv(tmp_path):
     notebook = execute(tmp_path, 'NIGHT = "results.tsv"')
     assert (tmp_path / "results.png").stat().st_size > 5_000 and pictures(notebook) == 2
     assert "39 experiments after the baseline\n9 keep, 20 discard, 10 crash" in said(notebook)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "not a table\n", HEADER.replace("status", "verdict") + "a\tb\tc\td\te\n", "a\tb\n" * 3 + "a\tb\tc\n"]
+)
+def test_another_file_is_named_as_such(tmp_path, text):
+    (tmp_path / "other.tsv").write_text(text)
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match=r"other\.tsv is no results\.tsv"):
+        execute(tmp_path, 'NIGHT = "other.tsv"')
 
 
 def test_the_notebook_is_committed_without_outputs():
