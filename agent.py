@@ -2574,7 +2574,7 @@ def ablate(night: Night, view: "View") -> str:
 
     def p_value(bpb: float) -> float:
         noise, freedom = pooled_noise([reference, *replicates(night, {keeps[-1]["source"]})])
-        return 2 * float(stats.t.sf(abs(bpb - mean) / (noise * math.sqrt(1 + 1 / 3)), freedom))
+        return 2 * float(stats.t.sf(abs(bpb - mean) / (max(noise, 1e-9) * math.sqrt(1 + 1 / 3)), freedom))
 
     table = []  # (row of the keep, its undoing, test_bpb or None, why there is none)
     for before, after, row in zip(sources[:-1], sources[1:], keeps[1:], strict=True):
