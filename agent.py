@@ -45,6 +45,7 @@ from functools import partial
 from pathlib import Path
 
 import constants
+from constants import sha256_of, write_atomically
 
 HERE = Path(__file__).resolve().parent
 RUNS = Path(os.path.realpath(HERE / "runs"))
@@ -1554,15 +1555,6 @@ interrupts = Interrupts()
 # Journal: append-only, everything else is derived from it
 
 
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def read_journal(path: Path) -> tuple[list[dict], int]:
     """(rows, length in bytes of the whole ones): a last line that a kill cut short is not a row. Raises Problem."""
     raw = path.read_bytes() if path.exists() else b""
@@ -1928,14 +1920,6 @@ def checkout_source() -> str:
         return (HERE / "train.py").read_text(encoding="utf-8")
     except (FileNotFoundError, UnicodeDecodeError) as error:
         raise Problem(f"train.py cannot be read ({error}); run: git checkout -- train.py") from None
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def file_stamp(path: Path) -> tuple | None:

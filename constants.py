@@ -1,5 +1,6 @@
 """The fixed rules of the game: profiles, budgets, data, paths. Standard library only; says where Python or a package is missing."""
 
+import hashlib
 import os
 import re
 import sys
@@ -169,7 +170,7 @@ SPECIAL_TOKENS = ("<|bos|>", "<|reserved_1|>", "<|reserved_2|>", "<|reserved_3|>
 PACK_BUFFER, PACK_REFILL = 1_000, 128  # documents that best-fit packing chooses from, and how many it reads at a time
 
 # ---------------------------------------------------------------------------
-# Paths, locks, and the choice of profile
+# Paths, files, locks, and the choice of profile
 
 
 def cache_dir() -> Path:
@@ -178,6 +179,24 @@ def cache_dir() -> Path:
 
 def data_dir(profile: str, dataset: str) -> Path:
     return cache_dir() / f"{profile}-{dataset}"
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A reader finds the old file or the new one, whole, also after a crash of the machine."""
+    temporary = path.with_name(f".{path.name}.new")
+    with open(temporary, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def lock(path: Path, note: str, wait: bool = False) -> IO[str]:

@@ -32,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 
-from constants import Profile
+from constants import Profile, sha256_of, write_atomically
 
 perf_counter = time.perf_counter  # bound here: what an experiment does to the time module afterwards changes nothing
 
@@ -43,23 +43,6 @@ class Problem(Exception):
 
 # ---------------------------------------------------------------------------
 # Files: written whole or not at all, known by a checksum
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 class Manifest:
@@ -90,7 +73,7 @@ class Manifest:
         stat = (self.folder / name).stat()
         sha256 = sha256 or sha256_of(self.folder / name)
         self.files[name] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256, "recipe": recipe}
-        write_atomically(self.path, json.dumps(self.files, indent=1).encode())
+        write_atomically(self.path, json.dumps(self.files, indent=1))
 
 
 @contextmanager
@@ -549,7 +532,7 @@ def prepare(profile: Profile, dataset: str, num_shards: int, workers: int) -> No
                         advance(len(text))
                         yield text
 
-                write_atomically(folder / "tokenizer.txt", train_tokenizer(counted(), profile.vocab_size).encode())
+                write_atomically(folder / "tokenizer.txt", train_tokenizer(counted(), profile.vocab_size))
             manifest.add("tokenizer.txt", learn_recipe)
         tokenizer_sha256 = manifest.files["tokenizer.txt"]["sha256"]
         for split in constants.SPLITS:
@@ -958,7 +941,7 @@ class Run:
         }
         if not self.settings.by_hand:
             del result["val_bpb"]
-        write_atomically(self.settings.out / "result.json", json.dumps(result).encode())
+        write_atomically(self.settings.out / "result.json", json.dumps(result))
         print(summary(result), flush=True)
 
 
@@ -1042,7 +1025,7 @@ def start() -> Run:
         settings.out.mkdir(parents=True, exist_ok=True)
         for name in ("model.pt", "result.json"):
             (settings.out / name).unlink(missing_ok=True)  # of an earlier train.py
-        write_atomically(folder / "train.py", Path(sys.argv[0]).read_bytes())
+        write_atomically(folder / "train.py", Path(sys.argv[0]).read_text(encoding="utf-8"))
     print(
         f"profile {run.profile.name}, dataset {settings.dataset}, device {run.device}, {settings.profile.dtype}, "
         f"{'compiled' if run.compile else 'eager'}, {settings.threads} threads, budget {settings.budget_s:g} s, seed {run.seed}",
