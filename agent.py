@@ -2719,10 +2719,11 @@ def print_summary(night: Night, why: str, proposer) -> None:
     print(f"log        {os.path.relpath(night.folder)}/results.tsv")
     print("review     analysis.ipynb, in any notebook program")
     print(f"history    git log --oneline HEAD..autoresearch/{tag}")
-    if proposer.name == "try":  # a checkout would discard what was tried
+    discarded = why == "tried" and results[-1]["verdict"] != "keep"
+    if proposer.name == "try":
         print(f"compare    git diff autoresearch/{tag} -- train.py")
-    else:
-        print(f"take home  git checkout autoresearch/{tag} -- train.py")
+    if proposer.name != "try" or discarded:  # a try that is kept, or was cut short, must not be lost
+        print(f"{'put back ' if discarded else 'take home'}  git checkout autoresearch/{tag} -- train.py")
     if len(keeps) > 1:
         print(f"is it so?  python agent.py --check {tag}")
 

@@ -461,8 +461,9 @@ def test_tries_and_replays_are_nights_of_their_own(checkout):
     output = checkout.agent("--profile", "cpu", "--try", "lower rate")
     (tag,) = (path.parent.name for path in checkout.folder.glob("runs/*-try/journal.jsonl"))
     assert f"git diff autoresearch/{tag} -- train.py" in output and "git checkout" not in output
-    (checkout.folder / "train.py").write_text(STUB.replace("lr=0.4", "lr=0.3"))
-    checkout.agent("--profile", "cpu", "--try", "lower still")
+    (checkout.folder / "train.py").write_text(STUB.replace("lr=0.4", "lr=0.8"))
+    output = checkout.agent("--profile", "cpu", "--try", "too high")
+    assert f"put back   git checkout autoresearch/{tag} -- train.py" in output
     assert len(check_agreement(checkout, tag)) == 3 and len(check_agreement(checkout)) == 1
     checkout.agent("--replay", f"runs/{tag}")  # a night's folder does too
     assert len(list(checkout.folder.glob("runs/*-replay/journal.jsonl"))) == 1
