@@ -46,6 +46,8 @@ class Config:
     micro_rows: int  # rows of one forward pass; 0: as many as fit the card
     embed_lr: float  # AdamW; all AdamW rates are scaled by (width / 768)^-0.5
     ngram_lr: float  # of the hashed table too
+    embed_decay: float
+    head_decay: float
     value_decay: float
     ngram_decay: float
     matrix_decay: float  # cautious, falls to 0 over the run
@@ -75,6 +77,8 @@ CONFIGS = {
         micro_rows=0,
         embed_lr=0.9,  # .6 -> .8: -0.0033
         ngram_lr=0.3,
+        embed_decay=0.001,
+        head_decay=0.01,
         value_decay=0.003,
         ngram_decay=0.0,
         matrix_decay=0.2,
@@ -91,7 +95,7 @@ CONFIGS = {
         table_dtype=torch.float32,  # small tables, and the last small steps are not rounded away
         value_embeds=True,  # in the last layer: -0.004 at equal steps
         smear=True,  # -0.003 after 430 steps, for some 4 % of a step
-        conv_taps=2,  # -0.004 after 430 steps, for some 8 % of a step
+        conv_taps=2,  # -0.010 after 300 s, for some 8 % of a step
         bigram_rows=0,
         bigram_scale=0.0,
         ngrams=(2,),  # -0.03 at equal steps (hashed: -0.026); triples -0.009 more after 430 steps, for some 8 %
@@ -102,7 +106,9 @@ CONFIGS = {
         micro_rows=16,
         embed_lr=0.6,
         ngram_lr=0.03,  # a row that is hit once moves by five times as much
-        value_decay=0.001,
+        embed_decay=0.003,  # with value_decay: .001 -> .003 -0.004 over four epochs, +0.0004 after 60 s
+        head_decay=0.1,  # .01 -> .1: -0.004 over four epochs, +0.002 after 60 s; .3 loses it again
+        value_decay=0.01,  # .003 -> .01: -0.0014
         ngram_decay=0.1,  # forgets pairs that are not seen again: without it the second epoch overfits, 1.307 against 1.254
         matrix_decay=0.1,
         warmdown=1.0,
@@ -116,11 +122,9 @@ CARDS = (  # for profile gpu: from this peak on (bf16 TFLOP/s), what differs fro
     (60, dict(n_layer=5, n_embd=512, step_tokens=2**16, bigram_rows=2**16)),  # 3090, 4090: where their owners ended up
     (0, dict(n_layer=4, n_embd=384, step_tokens=2**15, bigram_rows=0)),  # older and smaller ones, from 8 GB up
 )
-HEAD_LR = 0.005  # AdamW, with the decay of the rows below; cpu profile: half of it +0.01, twice -0.001
+HEAD_LR = 0.005  # AdamW; cpu profile: half of it +0.01, twice -0.001
 SCALAR_LR = 0.5
 MATRIX_LR = 0.04  # Muon
-EMBED_DECAY = 0.001
-HEAD_DECAY = 0.01
 ROPE_BASE = 200_000  # 10k -> 200k: -0.0012
 X0_INIT = 0.05  # share of the embedding added again before each layer; 0: +0.004
 GATE_CHANNELS = 32  # channels of the residual stream that decide how much value embedding a head takes
@@ -515,8 +519,8 @@ def build_optimizers(model: GPT, config: Config, dtype: torch.dtype, compiled=Fa
     slow += [p for p in (model.residual_scale, model.bigram_scale, model.smear) if p is not None]
     value_tables = [table.weight for table in model.value_embeds.values()]
     groups = [
-        dict(params=[model.embed.weight], lr=config.embed_lr * scale, weight_decay=EMBED_DECAY),
-        dict(params=[model.head.weight], lr=HEAD_LR * scale, weight_decay=HEAD_DECAY),
+        dict(params=[model.embed.weight], lr=config.embed_lr * scale, weight_decay=config.embed_decay),
+        dict(params=[model.head.weight], lr=HEAD_LR * scale, weight_decay=config.head_decay),
         dict(params=slow, lr=SCALAR_LR * 0.01, weight_decay=0.0),  # lower, since what they do compounds
         dict(params=[model.x0_scale], lr=SCALAR_LR, weight_decay=0.0, betas=(0.96, 0.95)),
     ]
