@@ -548,9 +548,8 @@ def rows_to_replay(name: str, kept_only: bool) -> list[dict]:
     if not path.is_file():
         raise Problem(f"{path} does not exist; {example}")
     try:
-        rows = [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-        results = [row for row in rows if row["event"] == "result" and row["number"] > 0]
-    except (ValueError, TypeError, KeyError):
+        results = [row for row in read_journal(path)[0] if row["event"] == "result" and row["number"] > 0]
+    except (Problem, TypeError, KeyError):
         raise Problem(f"{path} is not a night's journal; {example}") from None
     wanted = [row for row in results if row["verdict"] == "keep" or not kept_only]
     if not wanted:
@@ -2388,7 +2387,7 @@ def run_night(night: Night, proposer, args, view: "View") -> str:
                 )
         for done in range(1_000_000):
             if args.describe and done:
-                return "tried"
+                return proposer.exhausted
             results = night.results
             mean_s = seconds_of(night.runs) / len(results)  # of an experiment, with its confirmation
             if not args.describe and args.experiments is not None and night.next_number > args.experiments:
@@ -2719,11 +2718,12 @@ def print_summary(night: Night, why: str, proposer) -> None:
     print(f"log        {os.path.relpath(night.folder)}/results.tsv")
     print("review     analysis.ipynb, in any notebook program")
     print(f"history    git log --oneline HEAD..autoresearch/{tag}")
-    discarded = why == "tried" and results[-1]["verdict"] != "keep"
-    if proposer.name == "try":
+    if proposer.name != "try":
+        print(f"take home  git checkout autoresearch/{tag} -- train.py")
+    else:
         print(f"compare    git diff autoresearch/{tag} -- train.py")
-    if proposer.name != "try" or discarded:  # a try that is kept, or was cut short, must not be lost
-        print(f"{'put back ' if discarded else 'take home'}  git checkout autoresearch/{tag} -- train.py")
+        if why == proposer.exhausted and results[-1]["verdict"] != "keep":  # one that was cut short must not be lost
+            print(f"put back   git checkout autoresearch/{tag} -- train.py")
     if len(keeps) > 1:
         print(f"is it so?  python agent.py --check {tag}")
 
