@@ -2,7 +2,8 @@
 
 The "model" is the dict that build_model returns; its val_bpb is a closed form of it, so that every verdict can be derived
 by hand: 1 + (ln(lr / 0.1))^2 + width / 10000. A model may have `luck` on the night's seed, twice its reverse on others, `overfit` val, be caught
-by the scorer for `distrust` (on every seed, or on the one that `distrust_seed` names), be `slow`, and its numbers may carry `noise` by seed.
+by the scorer for `distrust` (on every seed, or on the one that `distrust_seed` names), be `slow`, crash once where it `stumbles` (in the first
+scoring on the second seed), and its numbers may carry `noise` by seed.
 """
 
 import json
@@ -75,6 +76,10 @@ def main():
     elif "--score" in sys.argv:
         folder, below = Path(sys.argv[sys.argv.index("--score") + 1]), float(sys.argv[sys.argv.index("--below") + 1])
         model, seed = (json.loads((folder / name).read_text()) for name in ("out/model.pt", "run.json"))
+        stumbled = folder.parent / "stumbled"
+        if model.get("stumbles") and seed["seed"] == 2 and not stumbled.exists():
+            stumbled.touch()
+            sys.exit("stumbled")
         true_bpb = model.get("noise", 0.0) * math.sin(7 * seed["seed"] + 10 * model["lr"])
         true_bpb += model.get("luck", 0.0) * (-1 if seed["seed"] == 1 else 2)
         true_bpb += 1 + math.log(model["lr"] / 0.1) ** 2 + model["width"] / 10_000

@@ -74,6 +74,13 @@ def test_nothing_is_confirmed_against_an_incumbent_without_a_second_number(night
     )
 
 
+def test_a_confirming_run_that_crashed_is_run_once_more(checkout, night):
+    assert night([better(0.39, stumbles=True)], "--confirm")[1]["verdict"] == "keep"
+    assert [(row["name"], bool(row["crash"])) for row in rows_of(checkout, "trial")] == [
+        ("incumbent", False), ("claim", True), ("claim", False),
+    ]  # fmt: skip
+
+
 def test_without_confirmation_luck_is_kept_unless_it_is_large(night):
     small, large = (FIRST, f"{FIRST}\n        luck=0.01,"), (FIRST, f"{FIRST}\n        luck=0.2,")
     assert [row["verdict"] for row in night([large, small], "--no-confirm")] == ["keep", "discard", "keep"]
@@ -184,6 +191,13 @@ def test_ablate_says_which_changes_carry_weight(checkout, night):
     output = checkout.agent("--ablate", "t")
     (found,) = rows_of(checkout, "ablate")
     assert [row["word"] for row in found["rows"]] == ["carries weight", "cannot tell"], output
+
+
+def test_where_seeds_make_no_difference_any_change_carries_weight(checkout, night):
+    night([better(0.39)], "--no-confirm")
+    checkout.agent("--ablate", "t")
+    assert [row["word"] for row in rows_of(checkout, "ablate")[0]["rows"]] == ["carries weight"]
+    assert "better than the baseline" in checkout.agent("--check", "t")
 
 
 @pytest.mark.parametrize(
