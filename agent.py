@@ -1519,6 +1519,8 @@ def crash_reason(status: int, log: Path) -> str:
     raised = [
         line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception|Problem|Interrupt|Exit)\b|error: ", line)
     ]
+    if raised and raised[-1].startswith("torch._dynamo"):  # it quotes what the program raised
+        raised += re.findall(r"\bgot (\w+Error\(.*\))", "\n".join(lines))
     return ((raised or lines)[-1].strip() if lines else f"exit status {status}, nothing printed")[:200]
 
 

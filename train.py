@@ -134,10 +134,14 @@ BLOW_UP = 100.0  # nats: a loss over this, or NaN, ends the run
 
 
 def config_of(profile) -> Config:
-    """The sizes for a profile on the card that it was filled in for."""
+    """The sizes for a profile on the card that it was filled in for. Raises ValueError where they do not fit together."""
     config = CONFIGS[profile.name]
     if profile.name == "gpu":
         config = replace(config, **next(sizes for least, sizes in CARDS if (profile.peak_tflops or 0) >= least))
+    if config.n_embd % config.head_dim:
+        raise ValueError(f"n_embd {config.n_embd} is not a multiple of head_dim {config.head_dim}")
+    if config.step_tokens % profile.max_seq_len:
+        raise ValueError(f"step_tokens {config.step_tokens} is not a multiple of a row's {profile.max_seq_len} tokens")
     return config
 
 

@@ -11,9 +11,11 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import NIGHT, ROOT, STUB, check_agreement, make_checkout, rows_of, story
 
 import agent
@@ -255,6 +257,14 @@ def test_fault_11_a_crash_is_recorded_with_its_class_and_never_kept(checkout, li
     row = check_agreement(checkout)[-1]
     assert row["verdict"] == "crash" and reason in row["reason"] and row["val_bpb"] is None
     assert "crash" in output
+
+
+def test_fault_11_what_the_compiler_wraps_is_named(tmp_path):
+    with pytest.raises(RuntimeError) as error:
+        torch.compile(lambda x: x.view(3, 7), fullgraph=True)(torch.ones(4))
+    log = tmp_path / "run.log"
+    log.write_text("".join(traceback.format_exception(error.value)))
+    assert "invalid for input of size 4" in agent.crash_reason(1, log)
 
 
 def test_fault_12_a_flood_of_output_is_capped(checkout):

@@ -63,12 +63,18 @@ def profile_of(card: str):
 def test_sizes_fit_profile_and_card(card):
     profile = profile_of(card) if card else CPU
     config = train.config_of(profile)
-    assert config.n_embd % config.head_dim == 0 and config.head_dim % 2 == 0
     micro_rows = train.first_micro_rows(config, profile)
     assert config.step_tokens % (profile.max_seq_len * micro_rows) == 0
     if card:
         assert (config.n_layer, config.n_embd, config.step_tokens, micro_rows) == CARDS[card][1:]
         assert train.first_micro_rows(config, replace(profile, micro_rows=4)) == 4  # what an earlier run found
+
+
+@pytest.mark.parametrize("sizes", [dict(n_embd=96), dict(step_tokens=1000)])
+def test_sizes_that_do_not_fit_together_are_named(sizes, monkeypatch):
+    monkeypatch.setitem(train.CONFIGS, "cpu", replace(train.CONFIGS["cpu"], **sizes))
+    with pytest.raises(ValueError, match=f"{next(iter(sizes))} .* is not a multiple of"):
+        train.build_model(CPU)
 
 
 @pytest.mark.parametrize(
