@@ -343,7 +343,7 @@ def screen(source: str, tried: dict[str, str]) -> None:
     if len(source.encode()) > constants.SOURCE_BYTES:
         raise ScreenError(f"train.py has {len(source.encode()):,} bytes; {constants.SOURCE_BYTES:,} are allowed")
     try:
-        tree = ast.parse(source)
+        tree = ast.parse(source, "train.py")
         compile(tree, "train.py", "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ScreenError(f"train.py does not compile: {error}") from None
@@ -762,7 +762,7 @@ def setting_text(settings: dict) -> str:
     mode = "torch.compile" if s["compile"] else "eager"
     return (
         f"profile {s['profile']}, dataset {s['dataset']}, {s['budget_s']:g} s of training a run, {s['device_name']}{memory}, "
-        f"{s['threads']} CPU threads, {s['dtype']}, {mode}"
+        f"{counted(s['threads'], 'CPU thread')}, {s['dtype']}, {mode}"
     )
 
 
@@ -2293,10 +2293,7 @@ def confirm(night: Night, experiment: Experiment, source: str, incumbent, baseli
     """(experiment, verdict) of a claim after it and its incumbent were run on the second seed as well."""
     sources = {"incumbent": night.repository.source(night.keeps[-1]["commit"]), "claim": source}
     plan = [(name, text, constants.CONFIRM_SEED) for name, text in sources.items()]
-    rows = trials(night, plan, view, meanwhile)
-    if any(row["crash"] for row in rows):  # perhaps from outside: what failed is run once more
-        rows = trials(night, plan, view, meanwhile)
-    first, second = rows
+    first, second = trials(night, plan, view, meanwhile)
     for name, row in (("the incumbent: ", first), ("", second)):
         if row["val_bpb"] is None or row["distrust"]:
             why = row["crash"] or row["distrust"]
@@ -2309,34 +2306,38 @@ def confirm(night: Night, experiment: Experiment, source: str, incumbent, baseli
 def trials(night: Night, plan: list[tuple[str, str, int]], view: "View", meanwhile=lambda: None) -> list[dict]:
     """The journal's `trial` rows of (name, source, seed), in order: each pair of source and seed is run once in a night.
 
-    Interrupted, the same command goes on with what is missing.
+    One that crashed, perhaps from outside, is run once more. Interrupted, the same command goes on with what is missing.
     """
     rows = []
     for i, (name, source, seed) in enumerate(plan, 1):
         digest = hashlib.sha256(source.encode()).hexdigest()
         done = [row for row in night.journal.of("trial") if (row["source"], row["seed"]) == (digest, seed)]
-        done = [row for row in done if not (row["crash"] or row["distrust"])]
-        if not done:
-            ready_for_a_run(night)
-            folder = night.make_folder(f"trial-{digest[:8]}-{seed}", source, seed)
-            title = f"{name} on seed {seed}" + (f", run {i} of {len(plan)}" if len(plan) > 1 else "")
-            view.begin(night.next_number if view.proposer else i, title, folder)
-            if not view.proposer and not view.live:  # no live line shows that --check and --ablate are at work
-                view.say(title)
-            measured = measure(night, folder, math.inf, view, meanwhile)
-            scores, result = measured.scores or {}, measured.run.result or {}
-            baseline = experiment_of(night.results[0])
-            late = time_trouble(measured.run.seconds, measured.run.clock_seconds, baseline, night.settings["budget_s"])
-            done = [
-                night.journal.append(
-                    "trial", name=name, source=digest, seed=seed, val_bpb=scores.get("val_bpb"),
-                    test_bpb=scores.get("test_bpb"), crash=measured.crash, distrust=scores.get("invalid") or late,
-                    metrics=result, run_seconds=measured.run.seconds, scoring_seconds=scores.get("scoring_seconds"),
-                )
-            ]  # fmt: skip
-            shutil.rmtree(folder, ignore_errors=True)
-        rows.append(done[0])
+        row = next((row for row in done if not (row["crash"] or row["distrust"])), None)
+        title = f"{name} on seed {seed}" + (f", run {i} of {len(plan)}" if len(plan) > 1 else "")
+        for _ in range(2):
+            if row is None or row["crash"]:
+                ready_for_a_run(night)
+                folder = night.make_folder(f"trial-{digest[:8]}-{seed}", source, seed)
+                view.begin(night.next_number if view.proposer else i, title, folder)
+                row = trial(night, folder, {"name": name, "source": digest, "seed": seed}, view, meanwhile)
+                if not view.proposer:
+                    said = row["crash"] or row["distrust"] or f"test_bpb {row['test_bpb']:.6f}"
+                    view.say(f"{title}: {said}")
+        rows.append(row)
     return rows
+
+
+def trial(night: Night, folder: Path, which: dict, view: "View", meanwhile) -> dict:
+    """Trains and scores a run folder that is no experiment of its own; returns the journal's row."""
+    measured = measure(night, folder, math.inf, view, meanwhile)
+    baseline, scores = experiment_of(night.results[0]), measured.scores or {}
+    late = time_trouble(measured.run.seconds, measured.run.clock_seconds, baseline, night.settings["budget_s"])
+    shutil.rmtree(folder, ignore_errors=True)
+    return night.journal.append(
+        "trial", **which, val_bpb=scores.get("val_bpb"), test_bpb=scores.get("test_bpb"), crash=measured.crash,
+        distrust=scores.get("invalid") or late, metrics=measured.run.result or {}, run_seconds=measured.run.seconds,
+        scoring_seconds=scores.get("scoring_seconds"),
+    )  # fmt: skip
 
 
 def experiment_of(row: dict) -> Experiment:
@@ -2498,7 +2499,9 @@ def test_numbers(rows: list[dict]) -> list[float]:
     for row in rows:
         why = row["crash"] or row["distrust"]
         if why:
-            raise Problem(f"{row['name']} on seed {row['seed']} gave no number that counts: {why}")
+            raise Problem(
+                f"{row['name']} on seed {row['seed']} gave no number that counts: {why}; the same command tries it again"
+            )
     return [row["test_bpb"] for row in rows]
 
 
@@ -2618,7 +2621,7 @@ class View:
         s = self.night.settings
         mode = f"{s['dtype']}, {'compiled' if s['compile'] else 'eager'}"
         self.say(
-            f"night {self.night.tag}: profile {s['profile']}, dataset {s['dataset']}, {s['device_name']}, {mode}, {s['threads']} threads"
+            f"night {self.night.tag}: profile {s['profile']}, dataset {s['dataset']}, {s['device_name']}, {mode}, {counted(s['threads'], 'thread')}"
         )
         self.say(f"budget {s['budget_s']:g} s a run, sandbox: {self.night.tier}, branch autoresearch/{self.night.tag}")
         if self.proposer:
@@ -2688,7 +2691,8 @@ def print_summary(night: Night, why: str, proposer) -> None:
         print("no baseline yet")
         return
     first, best, number = keeps[0]["val_bpb"], keeps[-1]["val_bpb"], keeps[-1]["number"]
-    print(f"baseline {first:.6f}, best {best:.6f} (experiment {number}), gain {first - best:.6f} as claimed")
+    claim = f"best {best:.6f} (experiment {number}), gain {first - best:.6f} as claimed"
+    print(f"baseline {first:.6f}, {claim if number else 'nothing better was kept'}")
     counts = verdict_counts(results[1:])
     print(f"{counted(len(results) - 1, 'experiment')}: " + ", ".join(f"{n} {word}" for word, n in counts.items()))
     training = sum(row["metrics"].get("training_seconds") or 0.0 for row in night.runs)
@@ -2714,19 +2718,19 @@ def print_summary(night: Night, why: str, proposer) -> None:
         )
     if night.settings["budget_s"] < constants.COMPILE_FROM_S:
         print(
-            f"runs of {night.settings['budget_s']:g} s show the loop, not a result: differences this early are mostly noise"
+            f"runs of {night.settings['budget_s']:g} s show the loop, not a result: early differences are mostly noise"
         )
     print(f"this night takes {folder_bytes(night.folder) / 1e6:,.1f} MB in {os.path.relpath(night.folder)}\n")
     print(f"log        {os.path.relpath(night.folder)}/results.tsv")
     print("review     analysis.ipynb, in any notebook program")
     print(f"history    git log --oneline HEAD..autoresearch/{tag}")
-    if proposer.name != "try":
+    if proposer.name != "try" and number:
         print(f"take home  git checkout autoresearch/{tag} -- train.py")
-    else:
+    elif proposer.name == "try":
         print(f"compare    git diff autoresearch/{tag} -- train.py")
         if why == proposer.exhausted and results[-1]["verdict"] != "keep":  # one that was cut short must not be lost
             print(f"put back   git checkout autoresearch/{tag} -- train.py")
-    if len(keeps) > 1:
+    if number:
         print(f"is it so?  python agent.py --check {tag}")
 
 
@@ -2941,12 +2945,13 @@ def main() -> None:
             try:
                 night = open_night(tag, args, repository)
                 proposer = None if args.check or args.ablate else make_proposer(night, args, key)
+                device, name = constants.device_lock(night.settings["device"]), night.settings["device_name"]
+                on_device = locked(device, f"the device {name}", f"agent.py, tag {tag}")
             except BaseException:
                 if new:  # no later command is to take up a night that never began
                     shutil.rmtree(RUNS / tag)
                 raise
-            device = constants.device_lock(night.settings["device"])
-            with locked(device, f"the device {night.settings['device_name']}", f"agent.py, tag {tag}"):
+            with on_device:
                 try:
                     with View(night, proposer) as view:
                         if args.check:

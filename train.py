@@ -545,7 +545,7 @@ def build_optimizers(model: GPT, config: Config, dtype: torch.dtype, compiled=Fa
 
 def set_schedule(optimizers, config: Config, progress: float, step: int) -> None:
     """Trapezoid without a warm-up: full rates, then linearly down to final_lr over the last `warmdown` of the run."""
-    left = min(1.0, (1.0 - progress) / config.warmdown)
+    left = min(1.0, (1.0 - progress) / max(config.warmdown, 1e-9))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * (config.final_lr + (1 - config.final_lr) * left)

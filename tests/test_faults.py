@@ -158,6 +158,7 @@ def test_fault_8_two_on_one_device(checkout, tmp_path, monkeypatch):
     holder = f"pid {first.pid}, agent.py, tag t"
     assert holder in checkout.agent(*NIGHT, expect=1)
     assert holder in checkout.agent("--tag", "other", *NIGHT[2:], expect=1)
+    assert not (checkout.folder / "runs" / "other").exists()
     shutil.copy(ROOT / "prepare.py", checkout.folder / "prepare.py")
     done = subprocess.run(
         [sys.executable, "-c", "import constants; constants.lock(constants.device_lock('cpu'), 'python train.py')"],

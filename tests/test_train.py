@@ -330,6 +330,8 @@ def test_the_schedule_holds_and_then_falls():
         train.set_schedule(optimizers, SMALL, progress, 0)
         rates.append(group["lr"] / group["initial_lr"])
     assert rates == pytest.approx([1.0, 1.0, (1 + SMALL.final_lr) / 2, SMALL.final_lr])
+    train.set_schedule(optimizers, replace(SMALL, warmdown=0.0), 0.99, 0)  # none
+    assert group["lr"] == group["initial_lr"]
 
 
 # --- warm-up

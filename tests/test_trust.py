@@ -156,6 +156,7 @@ def test_check_tells_a_gain_from_none(checkout, night):
     truth = math.log(4) ** 2 - math.log(3.6) ** 2
     assert found["pooled"][0] < truth < found["pooled"][1] and found["pooled"][0] > 0
     assert "better than the baseline" in output and "Welch" in output and len(found["baseline"]) == 5
+    assert f"baseline on seed 101, run 1 of 10: test_bpb {found['baseline'][0]:.6f}" in output
     trials = [(row["name"], row["seed"]) for row in rows_of(checkout, "trial") if row["seed"] > 100]
     assert trials[:4] == [("baseline", 101), ("incumbent", 101), ("incumbent", 102), ("baseline", 102)]
     before = rows_of(checkout, "trial")
