@@ -2269,7 +2269,7 @@ def experiment_once(
     row = night.record(experiment, verdict, source)
     view.finished(row, incumbent)
     if outgrown:
-        compile_once(night, source, view, meanwhile)
+        ended += compile_once(night, source, view, meanwhile)
     return row, ended
 
 
@@ -2286,6 +2286,7 @@ def compile_once(night: Night, source: str, view: "View", meanwhile) -> float:
         shutil.rmtree(night.folder / "cache", ignore_errors=True)
         os.replace(folder / "cache", night.folder / "cache")
     shutil.rmtree(folder, ignore_errors=True)
+    night.journal.append("compile", seconds=ended.seconds)
     return ended.seconds
 
 
@@ -2697,7 +2698,8 @@ def print_summary(night: Night, why: str, proposer) -> None:
     print(f"{counted(len(results) - 1, 'experiment')}: " + ", ".join(f"{n} {word}" for word, n in counts.items()))
     training = sum(row["metrics"].get("training_seconds") or 0.0 for row in night.runs)
     idle = sum(row["idle_seconds"] or 0.0 for row in results)
-    total = seconds_of(night.runs) + idle
+    compiling = sum(row["seconds"] for row in night.journal.of("compile"))
+    total = seconds_of(night.runs) + compiling + idle
     print(f"training {training:.0f} s of {total:.0f} s ({training / total:.0%}); idle between runs {idle:.1f} s")
     missed = [row["idle_seconds"] or 0.0 for row in results if row["missed"]]
     if missed:

@@ -26,7 +26,7 @@ def better(lr: float, **more) -> tuple[str, str]:
 def night(checkout):
     """Runs edits as the experiments of a night: night(edits, *flags) -> its result rows."""
 
-    def run(edits, *flags):
+    def run(edits, *flags, **environment):
         journal = checkout.folder.parent / "ideas.jsonl"
         rows = [
             {"event": "result", "number": n, "verdict": "keep", "description": f"idea {n}", "hypothesis": "",
@@ -34,7 +34,7 @@ def night(checkout):
             for n, (old, new) in enumerate(edits, 1)
         ]  # fmt: skip
         journal.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        checkout.agent(*FLAGS, "--replay", str(journal), *flags)
+        checkout.agent(*FLAGS, "--replay", str(journal), *flags, **environment)
         return check_agreement(checkout)
 
     return run
@@ -121,6 +121,16 @@ def test_what_was_off_the_pace_stands_with_its_second_run(checkout, night):
         "--tag", "short", *FLAGS[2:], "--replay", str(checkout.folder.parent / "ideas.jsonl"), "--budget", "20"
     )
     assert "experiments" in short and rows_of(checkout, "result", "short")[1]["rerun_seconds"] == 0
+
+
+def test_compiling_a_new_incumbents_model_is_no_idling(checkout, night):
+    checkout.drop_screen()
+    build = '    return dict(CONFIGS["cpu"])'
+    slow = f"    import time\n    time.sleep(1)\n    open('../cache/kernel', 'w').close()\n{build} | dict(lr=0.39)"
+    edits = [(build, slow), ("        beta=0.8,", "        beta=0.7,")]
+    results = night(edits, "--no-confirm", "--budget", "60", STUB_COMPILER="1")
+    assert [row["verdict"] for row in results] == ["keep", "keep", "discard"] and results[2]["idle_seconds"] < 1
+    assert [row["seconds"] > 1 for row in rows_of(checkout, "compile")] == [False, True]  # the baseline's, the keep's
 
 
 # --- statistics
