@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import NIGHT, STUB, bubblewrap_works, make_checkout
+from conftest import NIGHT, STUB, bubblewrap_works, make_checkout, rows_of
 
 import agent
 
@@ -46,8 +46,7 @@ def attempt(checkout, code: str, *flags, **environment):
     hostile = STUB.replace("lr=0.4", "lr=0.1").replace("    steps = 0\n", f"{block}    steps = 0\n")
     (checkout.folder / "train.py").write_text(hostile)
     checkout.agent("--tag", "t", "--try", "hostile", *flags, **environment)
-    journal = checkout.folder / "runs" / "t" / "journal.jsonl"
-    row = [json.loads(line) for line in journal.read_text().splitlines()][-1]
+    row = rows_of(checkout, "result")[-1]
     log = (checkout.folder / "runs" / "t" / f"{row['number']:04d}" / "run.log").read_text()
     said = [line for line in log.splitlines() if line.startswith("FOUND ")]
     return row, json.loads(said[-1].removeprefix("FOUND ")) if said else log
