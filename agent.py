@@ -2333,12 +2333,13 @@ def trial(night: Night, folder: Path, which: dict, view: "View", meanwhile) -> d
     measured = measure(night, folder, math.inf, view, meanwhile)
     baseline, scores = experiment_of(night.results[0]), measured.scores or {}
     late = time_trouble(measured.run.seconds, measured.run.clock_seconds, baseline, night.settings["budget_s"])
-    shutil.rmtree(folder, ignore_errors=True)
-    return night.journal.append(
+    row = night.journal.append(
         "trial", **which, val_bpb=scores.get("val_bpb"), test_bpb=scores.get("test_bpb"), crash=measured.crash,
         distrust=scores.get("invalid") or late, metrics=measured.run.result or {}, run_seconds=measured.run.seconds,
         scoring_seconds=scores.get("scoring_seconds"),
     )  # fmt: skip
+    shutil.rmtree(folder, ignore_errors=True)
+    return row
 
 
 def experiment_of(row: dict) -> Experiment:
