@@ -1403,6 +1403,7 @@ def run(folder: Path, sandbox: Sandbox | None, limit_s: float, meanwhile=lambda:
     result, reason = None, ""
     if ended.status is None:
         reason = out_of_bounds(limit_s, ended.seconds)
+        reason += ", before its clock started" if ended.clock_seconds is None else ""
     elif ended.status != 0:
         reason = crash_reason(ended.status, folder / "run.log")
     else:
@@ -2321,9 +2322,9 @@ def trials(night: Night, plan: list[tuple[str, str, int]], view: "View", meanwhi
                 folder = night.make_folder(f"trial-{digest[:8]}-{seed}", source, seed)
                 view.begin(night.next_number if view.proposer else i, title, folder)
                 row = trial(night, folder, {"name": name, "source": digest, "seed": seed}, view, meanwhile)
-                if not view.proposer:
-                    said = row["crash"] or row["distrust"] or f"test_bpb {row['test_bpb']:.6f}"
-                    view.say(f"{title}: {said}")
+        if not view.proposer:
+            said = row["crash"] or row["distrust"] or f"test_bpb {row['test_bpb']:.6f}"
+            view.say(f"{title}: {said}")
         rows.append(row)
     return rows
 

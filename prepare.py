@@ -978,6 +978,14 @@ def shuffled(count: int, batch_size: int, seed: int):
         order = order[batch_size:]
 
 
+def hold_device(device: str, note: str):
+    """The lock on a device, held until it is closed. Raises Problem naming the holder where another process has it."""
+    try:
+        return constants.lock(constants.device_lock(device), note)
+    except BlockingIOError as holder:
+        raise Problem(f"the device {device} is in use by {holder}; stop it first, or wait") from None
+
+
 def keep_freed_memory() -> None:
     """Tells glibc to reuse large blocks instead of returning them: an eager step on a CPU took 8 % less (measured)."""
     import ctypes
@@ -1015,9 +1023,7 @@ def start() -> Run:
         torch.set_float32_matmul_precision("high")
         run = Run(settings)
         if settings.by_hand:
-            run.lock = constants.lock(constants.device_lock(settings.device), "python train.py")
-    except BlockingIOError as holder:
-        sys.exit(f"error: the device {settings.device} is in use by {holder}; stop it first, or wait")
+            run.lock = hold_device(settings.device, "python train.py")
     except Problem as problem:
         sys.exit(f"error: {problem}")
     if settings.by_hand:
@@ -1418,7 +1424,8 @@ def main() -> None:
                 facts = score(settings, below, lambda kind, settings: serving(commands[kind], settings))
                 print("\n" + json.dumps(facts))  # the last line: both children have ended
             else:
-                score_by_hand(settings, below)
+                with hold_device(settings.device, "prepare.py --score"):  # beside a night it would slow its runs
+                    score_by_hand(settings, below)
         else:
             name, dataset = constants.choose(args.profile, args.dataset)
             profile = constants.PROFILES[name]

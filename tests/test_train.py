@@ -489,10 +489,11 @@ def test_a_run_by_hand_learns_and_its_score_agrees(real_checkout):
     assert result["val_bpb"] < 2.9 and 3 < result["training_seconds"] < 5 and result["mfu_percent"] is None
     assert result["losses"][-1][1] < result["losses"][0][1]
     command = [sys.executable, "prepare.py", "--score", "runs/by-hand", "--profile", "cpu"]
-    done = subprocess.run(
-        command, cwd=real_checkout.folder, env=real_checkout.environment, capture_output=True, text=True, timeout=120
-    )
+    place = dict(cwd=real_checkout.folder, env=real_checkout.environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, **place)
     assert done.returncode == 0, done.stderr
+    with constants.lock(real_checkout.cache / "device-cpu.lock", "a night"):
+        assert "in use by" in subprocess.run(command, **place).stderr
     said = dict(line.split(":", 1) for line in done.stdout.splitlines() if "_bpb:" in line)
     assert float(said["val_bpb"]) == pytest.approx(result["val_bpb"], rel=1e-4) and 1 < float(said["test_bpb"]) < 4
     assert "as you" in done.stdout and len(done.stdout.split("it writes:\n")[1]) > 20
