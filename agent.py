@@ -45,7 +45,7 @@ from functools import partial
 from pathlib import Path
 
 import constants
-from constants import sha256_of, write_atomically
+from constants import counted, sha256_of, write_atomically
 
 HERE = Path(__file__).resolve().parent
 RUNS = Path(os.path.realpath(HERE / "runs"))
@@ -2270,7 +2270,7 @@ def experiment_once(
     row = night.record(experiment, verdict, source)
     view.finished(row, incumbent)
     if outgrown:
-        ended += compile_once(night, source, view, meanwhile)
+        ended += compile_once(night, source, view, meanwhile)  # a child at work is no idling
     return row, ended
 
 
@@ -2681,11 +2681,6 @@ class View:
         return Text(f"{self.number:4d}  {phase}  {elapsed:.0f} s  {sanitise(self.title)}"[: width - 1], style="cyan")
 
 
-def counted(count: int, noun: str) -> str:
-    """1 keep, 2 keeps"""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
 def print_summary(night: Night, why: str, proposer) -> None:
     """Best, gain, verdicts, where things are, and the next commands."""
     results, keeps, tag = night.results, night.keeps, night.tag
@@ -2728,12 +2723,12 @@ def print_summary(night: Night, why: str, proposer) -> None:
     print(f"log        {os.path.relpath(night.folder)}/results.tsv")
     print("review     analysis.ipynb, in any notebook program")
     print(f"history    git log --oneline HEAD..autoresearch/{tag}")
-    if proposer.name != "try" and number:
-        print(f"take home  git checkout autoresearch/{tag} -- train.py")
-    elif proposer.name == "try":
+    if proposer.name == "try":
         print(f"compare    git diff autoresearch/{tag} -- train.py")
         if why == proposer.exhausted and results[-1]["verdict"] != "keep":  # one that was cut short must not be lost
             print(f"put back   git checkout autoresearch/{tag} -- train.py")
+    elif number:
+        print(f"take home  git checkout autoresearch/{tag} -- train.py")
     if number:
         print(f"is it so?  python agent.py --check {tag}")
 

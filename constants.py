@@ -170,7 +170,7 @@ SPECIAL_TOKENS = ("<|bos|>", "<|reserved_1|>", "<|reserved_2|>", "<|reserved_3|>
 PACK_BUFFER, PACK_REFILL = 1_000, 128  # documents that best-fit packing chooses from, and how many it reads at a time
 
 # ---------------------------------------------------------------------------
-# Paths, files, locks, and the choice of profile
+# Paths, files, locks, wording, and the choice of profile
 
 
 def cache_dir() -> Path:
@@ -179,6 +179,11 @@ def cache_dir() -> Path:
 
 def data_dir(profile: str, dataset: str) -> Path:
     return cache_dir() / f"{profile}-{dataset}"
+
+
+def counted(count: int, noun: str) -> str:
+    """1 keep, 2 keeps"""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def sha256_of(path: Path) -> str:

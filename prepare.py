@@ -1034,7 +1034,7 @@ def start() -> Run:
         write_atomically(folder / "train.py", Path(sys.argv[0]).read_text(encoding="utf-8"))
     print(
         f"profile {run.profile.name}, dataset {settings.dataset}, device {run.device}, {settings.profile.dtype}, "
-        f"{'compiled' if run.compile else 'eager'}, {settings.threads} thread{'s' * (settings.threads > 1)}, budget {settings.budget_s:g} s, seed {run.seed}",
+        f"{'compiled' if run.compile else 'eager'}, {constants.counted(settings.threads, 'thread')}, budget {settings.budget_s:g} s, seed {run.seed}",
         flush=True,
     )
     return run

@@ -63,6 +63,7 @@ def profile_of(card: str):
 def test_sizes_fit_profile_and_card(card):
     profile = profile_of(card) if card else CPU
     config = train.config_of(profile)
+    assert config.n_embd % config.head_dim == 0 and config.head_dim % 2 == 0
     micro_rows = train.first_micro_rows(config, profile)
     assert config.step_tokens % (profile.max_seq_len * micro_rows) == 0
     if card:
