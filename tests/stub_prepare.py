@@ -60,12 +60,19 @@ def start():
 def main():
     if "--machine" in sys.argv:
         facts = {
+            "profile": "cpu",
+            "dataset": "sotu",
             "torch": os.environ.get("STUB_TORCH", "stub"),
             "threads": 1,
             "memory_gb": None,
             "peak_tflops": None,
             "flash_attention": {},
+            "capability": None,
+            "sizes": "cpu",
+            "sizes_reason": "",
+            "compiler_trouble": "",
             "device": "cpu",
+            "device_id": "cpu",
             "device_name": os.environ.get("STUB_DEVICE_NAME", "stub"),
             "dtype": "float32",
         }

@@ -250,9 +250,9 @@ def test_text_of_a_child_is_made_harmless():
 
 
 def test_random_moves_one_number_of_the_profile():
-    proposer = agent.RandomProposer("t", "cpu", None)
-    names = {name for name, _ in agent.numeric_hyperparameters(REAL, "cpu", None)}
-    assert {"n_layer", "MATRIX_LR", "step_tokens", "ROPE_BASE"} <= names and not {"softcap", "bigram_scale"} & names
+    proposer = agent.RandomProposer("t", "cpu")
+    names = {name for name, _ in agent.numeric_hyperparameters(REAL, "cpu")}
+    assert {"n_layer", "MATRIX_LR", "step_tokens", "ROPE_BASE"} <= names and not {"softcap", "short_window"} & names
     for number in range(1, 30):
         proposal = proposer.propose(REAL, agent.Ledger(number, 0, [], []), [])
         new = agent.apply_edits(REAL, proposal.edits)
@@ -262,10 +262,11 @@ def test_random_moves_one_number_of_the_profile():
 
 
 def test_random_moves_the_sizes_of_the_card_that_is_there():
-    for peak, layers, rows in ((989.0, 9, 2**18), (165.2, 5, 2**16), (None, 4, None)):  # None: switched off by a 0
-        found = {name: node.value for name, node in agent.numeric_hyperparameters(REAL, "gpu", peak)}
-        assert (found["n_layer"], found.get("bigram_rows")) == (layers, rows)
-        assert found["softcap"] == 15.0 and "momentum_steps" in found
+    """Its own numbers, and the defaults for those that it leaves out; moving one of these moves the program."""
+    for sizes, layers, tokens in (("H100", 9, 2**18), ("RTX 4090", 5, 2**16), ("small", 4, 2**15)):
+        found = {name: node.value for name, node in agent.numeric_hyperparameters(REAL, sizes)}
+        assert (found["n_layer"], found["step_tokens"]) == (layers, tokens)
+        assert found["softcap"] == 15.0 and "momentum_steps" in found and "conv_taps" not in found
 
 
 @given(st.one_of(st.integers(1, 10**6), st.floats(1e-6, 1e3)), st.integers())

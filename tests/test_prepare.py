@@ -239,7 +239,7 @@ def test_bad_environment_is_one_clear_line(environment, message, tmp_path):
 
 def make_run(data, tmp_path, **changes):
     settings = prepare.Settings(
-        profile=CPU, dataset="sotu", data=data, train_file="train.bin", device="cpu", budget_s=1.0, compile=False,
+        profile=CPU, dataset="sotu", data=data, train_file="train.bin", device="cpu", machine={}, budget_s=1.0, compile=False,
         threads=1, seed=7, out=tmp_path, by_hand=False,
     )  # fmt: skip
     return prepare.Run(prepare.replace(settings, **changes))
