@@ -1201,6 +1201,18 @@ def process_start() -> float:
         return time.time()
 
 
+def announce(settings: Settings) -> None:
+    """Prints the first line of a run: what it runs on, the sizes that it takes, and why."""
+    profile, machine = settings.profile, settings.machine
+    sizes = f"sizes {profile.sizes} ({machine['sizes_reason']}), " if machine["sizes_reason"] else ""
+    print(
+        f"profile {profile.name}, dataset {settings.dataset}, device {machine['device_name']}, {sizes}{profile.dtype}, "
+        f"{'compiled' if settings.compile else 'eager'}, {constants.counted(settings.threads, 'thread')}, "
+        f"budget {settings.budget_s:g} s, seed {settings.seed}",
+        flush=True,
+    )
+
+
 def start() -> Run:
     """The run of this process: settings, seeded generators, data. Exits with one line where something is missing."""
     if sys.argv[1:]:
@@ -1227,12 +1239,7 @@ def start() -> Run:
         for name in ("model.pt", "result.json"):
             (settings.out / name).unlink(missing_ok=True)  # of an earlier train.py
         write_atomically(folder / "train.py", Path(sys.argv[0]).read_text(encoding="utf-8"))
-    sizes = f"sizes {run.profile.sizes} ({reason}), " if (reason := settings.machine["sizes_reason"]) else ""
-    print(
-        f"profile {run.profile.name}, dataset {settings.dataset}, device {settings.machine['device_name']}, {sizes}{settings.profile.dtype}, "
-        f"{'compiled' if run.compile else 'eager'}, {constants.counted(settings.threads, 'thread')}, budget {settings.budget_s:g} s, seed {run.seed}",
-        flush=True,
-    )
+    announce(settings)
     return run
 
 

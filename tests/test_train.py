@@ -188,7 +188,9 @@ def test_the_first_backend_that_works_is_taken_and_a_night_stays_with_it(monkeyp
     monkeypatch.setattr(prepare, "activate_attention", activated.append)
     assert choose(cuda, torch.bfloat16, None) == "FA4"
     assert capsys.readouterr().out == "attention: FA3 does not work here: not installed\nattention: FA4\n"
-    assert choose(cuda, torch.bfloat16, "FA2") == "FA2" and activated == ["FA2"]  # the baseline's, without another proof
+    assert choose(cuda, torch.bfloat16, "FA2") == "FA2" and activated == [
+        "FA2"
+    ]  # the baseline's, without another proof
     works.clear()
     with pytest.raises(SystemExit, match="no attention backend works"):
         choose(cuda, torch.bfloat16, None)
