@@ -820,10 +820,10 @@ class ClaudeProposer:
             raise Problem(
                 f"--max-usd needs the price of {model}, which is not in agent.py's PRICES; add it there, or leave --max-usd out"
             )
-        from anthropic import Anthropic
+        from anthropic import Anthropic, DefaultHttpxClient
 
         try:
-            self.client = Anthropic(api_key=key, max_retries=0, timeout=constants.API_TIMEOUT_S)
+            transport = DefaultHttpxClient()
         except (
             ImportError,
             ValueError,
@@ -832,6 +832,7 @@ class ClaudeProposer:
             raise Problem(
                 f"the proxy that the environment names cannot be used ({said}); unset ALL_PROXY, or for SOCKS run: pip install 'httpx2[socks]'"
             ) from None
+        self.client = Anthropic(api_key=key, max_retries=0, timeout=constants.API_TIMEOUT_S, http_client=transport)
         self.folder, self.model, self.spent_usd, self.max_usd = folder, model, spent_usd, max_usd
         self.options = {"output_config": {"effort": "high"}}
         self.cached = True  # whether the server takes cache_control
@@ -1634,7 +1635,7 @@ def log_tail(path: Path, size: int = 4_000) -> list[str]:
 
 OUTSIDE = re.compile(  # crashes that need not be the program's fault: the system ended it, or the driver lost the card
     r"killed by SIG(KILL|TERM|HUP|INT|QUIT|PWR)\b|(CUDA|HIP) error: .*(unknown error|busy or unavailable|is lost|ECC error|"
-    r"no \S+ device is detected|not yet initialized|shutting down|launch failure|launch timed out)"
+    r"no \S+ device is detected|not yet initialized|shutting down|launch failure|launch timed out)|No (CUDA|HIP) GPUs are available"
 )
 
 
@@ -1815,7 +1816,8 @@ class Repository:
         """The commits of a night's branch and experiments, by the refs' full names."""
         places = (f"refs/heads/autoresearch/{tag}", f"refs/autoresearch/{tag}/")
         lines = self.git("for-each-ref", "--format=%(refname) %(objectname)", *places).splitlines()
-        return dict(line.split() for line in lines)
+        refs = dict(line.split() for line in lines)
+        return {name: commit for name, commit in refs.items() if not name.startswith(f"{places[0]}/")}
 
     def refuse_blocked(self, refs: list[str]) -> None:
         """Raises Problem if one of the refs could not be created, by a transaction that is given up: autoresearch/TAG cannot

@@ -1552,7 +1552,7 @@ def sample_text(model, encoding, max_tokens: int) -> str:
     return encoding.decode(tokens[1:])
 
 
-def probe(folder: Path, settings: Settings) -> dict:
+def probe(folder: Path, device: str) -> dict:
     """What a child of the night can do: {"reachable": those of run.json's forbidden things that it can read, "network": ...}.
 
     Exits with torch's own error if the device does not work from here, or a thread cannot be named, as drivers do.
@@ -1561,7 +1561,7 @@ def probe(folder: Path, settings: Settings) -> dict:
 
     import torch
 
-    torch.ones(8, device=settings.device).sum().item()
+    torch.ones(8, device=device).sum().item()
     if os.path.isdir("/proc/self/task"):
         done = threading.Event()
         thread = threading.Thread(target=done.wait)
@@ -1631,7 +1631,7 @@ def main() -> None:
                 facts["train_file"] = newest_train_file(constants.data_dir(name, dataset), name, dataset)
             print(json.dumps(facts))
         elif args.probe:
-            print(json.dumps(probe(args.probe, current_settings())))
+            print(json.dumps(probe(args.probe, current_settings().device)))
         elif args.score:
             settings = settings_to_score(args.score.resolve(), args.profile, args.dataset)
             below = math.inf if args.below is None else args.below

@@ -37,11 +37,26 @@ def bubblewrap_works() -> bool:
         return False
 
 
+# As in a container: part of /proc lies under a mount, so the kernel lets nobody mount another one.
+CONTAINER = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none /proc/driver && exec "$@"', "container"]
+
+
+def container_works() -> bool:
+    """Whether this machine lets the tests stand in for a container in which bubblewrap gets no /proc of its own."""
+    try:
+        command = ["bwrap", "--unshare-user", "--unshare-pid", "--ro-bind", "/", "/", "--proc", "/proc", "true"]
+        done = subprocess.run([*CONTAINER, *command], capture_output=True, text=True)
+        return "mount proc" in done.stderr
+    except FileNotFoundError:
+        return False
+
+
 class Checkout:
     """A git checkout of the product with its own cache; `agent(...)` runs the program as its user would."""
 
     def __init__(self, folder: Path, cache: Path):
         self.folder, self.cache = folder, cache
+        self.within: list[str] = []  # a command within which all others run
 
     @property
     def environment(self):
@@ -50,7 +65,7 @@ class Checkout:
 
     def start(self, *args, script="agent.py", stdout=subprocess.PIPE, **environment):
         return subprocess.Popen(
-            [sys.executable, script, *args], cwd=self.folder, env={**self.environment, **environment}, text=True,
+            [*self.within, sys.executable, script, *args], cwd=self.folder, env={**self.environment, **environment}, text=True,
             stdout=stdout, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
         )  # fmt: skip
 

@@ -3,7 +3,7 @@
 The "model" is the dict that build_model returns; its val_bpb is a closed form of it, so that every verdict can be derived
 by hand: 1 + (ln(lr / 0.1))^2 + width / 10000. A model may have `luck` on the night's seed, twice its reverse on others, `overfit` val, be caught
 by the scorer for `distrust` (on every seed, or on the one that `distrust_seed` names), be `slow`, crash once where it `stumbles` (in the first
-scoring on the second seed), and its numbers may carry `noise` by seed.
+scoring on the second seed), its numbers may carry `noise` by seed, and it may have used `peak_mb` of a card.
 """
 
 import json
@@ -39,6 +39,7 @@ class Run:
     def finish(self, model, *, steps, tokens):
         Path("model.pt").write_text(json.dumps(model))
         result = dict.fromkeys(("peak_vram_mb", "mfu_percent"))
+        result["peak_vram_mb"] = model.get("peak_mb")
         result |= {
             "training_seconds": 0.01 * model.get("slow", 1),
             "total_seconds": 0.1,
@@ -68,11 +69,11 @@ def main():
             "peak_tflops": None,
             "flash_attention": {},
             "capability": None,
-            "sizes": "cpu",
-            "sizes_reason": "",
-            "compiler_trouble": "",
+            "sizes": os.environ.get("STUB_SIZES", "cpu"),
+            "sizes_reason": "a test" if "STUB_SIZES" in os.environ else "",
+            "compiler_trouble": os.environ.get("STUB_COMPILER_TROUBLE", ""),
             "device": "cpu",
-            "device_id": "cpu",
+            "device_id": os.environ.get("STUB_DEVICE_ID", "cpu"),
             "device_name": os.environ.get("STUB_DEVICE_NAME", "stub"),
             "dtype": "float32",
         }

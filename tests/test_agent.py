@@ -188,6 +188,11 @@ def test_a_run_may_take_the_time_to_compile_a_new_model():
     late = experiment(val_bpb=0.99, test_bpb=0.99, run_seconds=320.0 + 150)
     assert agent.judge(late, experiment(), experiment(cold_seconds=70.0), 300.0).word == "keep"  # 60 and 105 s
     assert agent.judge(late, experiment(), experiment(cold_seconds=50.0), 300.0).word == "invalid"
+    on_card = experiment(cold_seconds=50.0)  # its micro-batch may be halved twice, and compiled each time: 60 and 225 s
+    on_card.metrics["peak_vram_mb"] = 40_000.0
+    assert agent.judge(late, experiment(), on_card, 300.0).word == "keep"
+    later = replace(late, run_seconds=late.run_seconds + 130)
+    assert agent.judge(later, experiment(), on_card, 300.0).word == "invalid"
 
 
 def test_the_baseline_is_kept():

@@ -3,6 +3,7 @@
 import re
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 from conftest import ROOT, STUB, check_agreement, rows_of
@@ -371,3 +372,12 @@ def test_the_prompt_of_a_thousand_experiments_stays_small(tmp_path):
     assert (len(request) + fixed) / 3 < 60_000
     small = agent.request_text((ROOT / "train.py").read_text(), replace(ledger, results=rows[:11]))
     assert len(request) - len(small) < 45_000
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "socks4://127.0.0.1:9", "foo://x"])
+def test_a_proxy_of_an_unknown_kind_is_one_clear_line(night, checkout, proxy):
+    if proxy.startswith("socks5") and find_spec("socksio"):
+        pytest.skip("socksio is installed: a SOCKS proxy is none of an unknown kind")
+    output, _ = night([], expect=1, ALL_PROXY=proxy)
+    assert "the proxy that the environment names cannot be used" in output and "pip install 'httpx2[socks]'" in output
+    assert "Traceback" not in output and not (checkout.folder / "runs" / "t").exists()

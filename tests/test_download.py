@@ -175,6 +175,12 @@ def test_a_server_that_is_not_there_is_named(hub, tmp_path):
         fetch(hub, tmp_path, tries=2)
 
 
+def test_a_proxy_of_an_unknown_kind_is_said_at_once(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "foo://127.0.0.1:1")
+    with pytest.raises(prepare.Problem, match=r"unsupported scheme foo.*; mend ALL_PROXY, HTTPS_PROXY or HF_ENDPOINT"):
+        fetch(hub, tmp_path)
+
+
 def test_the_token_goes_to_the_hub(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     fetch(hub, tmp_path)

@@ -169,28 +169,160 @@ def test_fault_8_two_on_one_device(checkout, tmp_path, monkeypatch):
     assert first.wait(timeout=10) == 0
 
 
-def fake_card(folder: Path, monkeypatch, used_mb: list[int]) -> None:
-    """An nvidia-smi that answers with one figure after the other, the last one for ever."""
+def test_two_nights_on_two_cards_go_side_by_side(checkout):
+    checkout.slow(30)
+    first = checkout.start(*NIGHT, STUB_DEVICE_ID="cuda-1")
+    wait_for(lambda: (checkout.folder / "runs" / "t" / "0000" / "run.log").exists(), first)
+    assert "tag t" in checkout.agent("--tag", "other", *NIGHT[2:], expect=1, STUB_DEVICE_ID="cuda-1")
+    second = checkout.start("--tag", "other", *NIGHT[2:], STUB_DEVICE_ID="cuda-2")
+    wait_for(lambda: (checkout.folder / "runs" / "other" / "0000" / "run.log").exists(), second)
+    for process in (first, second):
+        process.terminate()
+        assert process.wait(timeout=10) == 0
+
+
+def fake_card(folder: Path, monkeypatch, *answers: str) -> None:
+    """An nvidia-smi that gives one answer after the other for the free memory, the last one for ever."""
     folder.mkdir()
-    (folder / "used").write_text("\n".join(map(str, used_mb)) + "\n")
+    (folder / "free").write_text("\n".join(answers) + "\n")
     (folder / "nvidia-smi").write_text(
-        f"#!/bin/sh\ncd {folder}\ncase \"$*\" in *compute-apps*) echo '77, other.py, 900';; *) head -1 used\n"
-        "[ $(wc -l < used) -gt 1 ] && sed -i 1d used;; esac\nexit 0\n"
+        f"#!/bin/sh\ncd {folder}\ncase \"$*\" in *compute-apps*) echo '77, /usr/bin/ollama, serve'; echo '78, [N/A]';; *) head -1 free\n"
+        "[ $(wc -l < free) -gt 1 ] && sed -i 1d free;; esac\nexit 0\n"
     )
     (folder / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    for name, seconds in (("CARD_PATIENCE_S", 0.1), ("CARD_INTERVAL_S", 0.05), ("SMI_LIMIT_S", 0.3)):
+        monkeypatch.setattr(f"constants.{name}", seconds)
 
 
-def test_the_card_is_back_at_its_floor_before_the_next_run(tmp_path, monkeypatch):
-    fake_card(tmp_path / "bin", monkeypatch, [40_000, 9_000, 700])
-    agent.wait_for_card(500.0)
-    assert (tmp_path / "bin" / "used").read_text() == "700\n"
-    monkeypatch.setattr("constants.CARD_PATIENCE_S", 0.3)
-    (tmp_path / "bin" / "used").write_text("40000\n")
-    with pytest.raises(
-        agent.Problem, match=r"40,000 MB of the card are in use, 500 when the night started \(77, other.py, 900\)"
-    ):
-        agent.wait_for_card(500.0)
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "[N/A]",
+        "[Unknown Error]",
+        "[Insufficient Permissions]",
+        "N/A",
+        "",
+        "No devices were found",
+        "\x80\xff",
+        "$(sleep 9)",
+        "$(exit 9)",
+    ],
+)
+def test_a_card_that_does_not_say_how_much_is_free_is_not_waited_for(answer, tmp_path, monkeypatch):
+    fake_card(tmp_path / "bin", monkeypatch, "0")
+    if answer.startswith("$"):  # it hangs, or fails
+        (tmp_path / "bin" / "nvidia-smi").write_text(f"#!/bin/sh\nexec {answer[2:-1]}\n")
+    else:
+        (tmp_path / "bin" / "free").write_bytes(answer.encode("latin-1") + b"\n")
+    assert agent.free_card_mb() is None
+    agent.wait_for_card(1e9, pytest.fail)
+    monkeypatch.setenv("PATH", "")
+    assert agent.free_card_mb() is None and agent.card_users() == []
+
+
+def test_a_full_card_is_waited_for_aloud(tmp_path, monkeypatch):
+    fake_card(tmp_path / "bin", monkeypatch, "1000", "[N/A]")
+    said = []
+    agent.wait_for_card(9000.0, said.append)
+    assert said == []  # a moment is no reason to say something
+    fake_card(tmp_path / "bin2", monkeypatch, *["1000"] * 30, "9001")
+    agent.wait_for_card(9000.0, said.append)
+    line = "waiting: 1,000 MB of the card are free, a run needs 9,000; end what holds the rest: /usr/bin/ollama serve (pid 77); None (pid 78)"
+    assert said == [line] and (tmp_path / "bin2" / "free").read_text() == "9001\n"
+    with pytest.raises(TimeoutError):
+        agent.wait_for_card(9002.0, said.append, lambda: True)
+
+
+def test_a_night_waits_for_its_card_and_does_not_end_for_it(checkout, tmp_path, monkeypatch):
+    """The incumbent's peak has to fit, with what CUDA takes besides. --hours ends the wait."""
+    fake_card(tmp_path / "bin", monkeypatch, *["9023"] * 30, "9024")
+    rules = (checkout.folder / "constants.py").read_text()
+    rules = rules.replace("CARD_PATIENCE_S = 10.0", "CARD_PATIENCE_S = 0.1").replace(
+        "INTERVAL_S = 2.0", "INTERVAL_S = 0.01"
+    )
+    (checkout.folder / "constants.py").write_text(rules)
+    (checkout.folder / "train.py").write_text(STUB.replace("lr=0.4,", "lr=0.4, peak_mb=8000,"))
+    output = checkout.agent(*NIGHT, "--experiments", "2")
+    assert output.count("waiting: 9,023 MB of the card are free, a run needs 9,024") == 1
+    assert len(rows_of(checkout, "result")) == 3
+    (tmp_path / "bin" / "free").write_text("9023\n")
+    output = checkout.agent("--tag", "t", "--experiments", "3", "--hours", "0.001")
+    assert "hours are used up, the last of them waiting for the card" in output
+    assert len(rows_of(checkout, "result")) == 3
+
+
+@pytest.mark.parametrize(("deaths", "verdict"), [(1, "keep"), (9, "crash")])
+def test_a_run_that_was_killed_from_outside_is_run_once_more(checkout, tmp_path, deaths, verdict):
+    """And not again: a program that the system ends each time is at fault itself."""
+    checkout.drop_screen()
+    checkout.agent(*NIGHT, "--experiments", "1", "--no-sandbox")
+    code = f"    import os\n    os.mkdir({str(tmp_path)!r} + '/death-%d' % os.getpid())\n"
+    code += f"    if len([n for n in os.listdir({str(tmp_path)!r}) if 'death' in n]) <= {deaths}:\n        os.kill(os.getpid(), 9)\n"
+    source = STUB.replace("lr=0.4", "lr=0.395").replace("    steps = 0\n", f"{code}    steps = 0\n")
+    (checkout.folder / "train.py").write_text(source)
+    output = checkout.agent("--tag", "t", "--try", "killed", "--no-sandbox")
+    assert output.count("killed by SIGKILL: this may have come from outside, so it is run once more") == 1
+    row = rows_of(checkout, "result")[-1]
+    assert row["verdict"] == verdict and row["rerun_seconds"] > 0
+    assert len(list(tmp_path.glob("death-*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("reason", "outside"),
+    [
+        ("killed by SIGKILL", True), ("scoring: killed by SIGTERM", True), ("killed by SIGSEGV", False), ("killed by SIGABRT", False),
+        ("torch.AcceleratorError: CUDA error: unknown error", True), ("RuntimeError: CUDA error: uncorrectable ECC error encountered", True),
+        ("RuntimeError: CUDA error: CUDA-capable device(s) is/are busy or unavailable", True),
+        ("RuntimeError: No CUDA GPUs are available", True), ("RuntimeError: HIP error: no ROCm-capable device is detected", True),
+        ("RuntimeError: CUDA error: an illegal memory access was encountered", False), ("time-out after 300 s", False), ("", False),
+    ],
+)  # fmt: skip
+def test_which_crashes_may_come_from_outside(reason, outside):
+    assert bool(agent.OUTSIDE.search(reason)) == outside
+
+
+def test_a_repository_of_another_user_is_named_as_one(checkout):
+    output = checkout.agent(*NIGHT, expect=1, GIT_TEST_ASSUME_DIFFERENT_OWNER="1")
+    assert f"git config --global --add safe.directory {checkout.folder}" in output and "git init" not in output
+
+
+@pytest.mark.parametrize("branch", ["autoresearch", "autoresearch/t/mine"])
+def test_a_branch_in_the_way_is_named_before_the_baseline(checkout, branch):
+    checkout.git("branch", branch)
+    output = checkout.agent(*NIGHT, expect=1)
+    assert "git branch -m" in output and f"refs/heads/{branch}" in output and "Traceback" not in output
+    assert not (checkout.folder / "runs" / "t").exists()
+    checkout.git("branch", "-m", branch, "other")
+    checkout.agent(*NIGHT, "--experiments", "1")
+    check_agreement(checkout)
+
+
+def test_after_the_baseline_the_night_says_what_it_runs_on(checkout):
+    output = checkout.agent(
+        *NIGHT,
+        "--experiments",
+        "1",
+        "--budget",
+        "20",
+        STUB_COMPILER_TROUBLE="torch.compile needs g++",
+        STUB_SIZES="cpu",
+    )
+    lines = output.splitlines()
+    (at,) = (i for i, line in enumerate(lines) if "baseline" in line and "keep" in line)
+    assert lines[at + 1].strip() == "stub (sizes cpu, a test), stub, 500,000 tokens a second"
+    assert lines[at + 2].startswith("   1 ")  # a budget under a minute is not compiled anyway
+    output = checkout.agent(
+        "--tag",
+        "u",
+        *NIGHT[2:],
+        "--experiments",
+        "1",
+        "--budget",
+        "60",
+        STUB_COMPILER_TROUBLE="torch.compile needs g++",
+    )
+    assert "warning: runs are not compiled, so they train on fewer tokens: torch.compile needs g++" in output
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

