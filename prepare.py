@@ -671,15 +671,18 @@ def device_id(device: str) -> str:
     return "cuda-" + re.sub(r"[^\w-]", "-", str(name))
 
 
-def tflops(torch, device: str, dtype, size: int = 4096, seconds: float = 0.5) -> float:
-    """The best rate of (size, size) matrix products within `seconds`, in TFLOP/s: an idle card has to raise its clock first."""
+def tflops(torch, device: str, dtype, size: int = 4096, seconds: float = 0.5, at_once: int = 8) -> float:
+    """The best rate of (size, size) matrix products within `seconds`, in TFLOP/s: an idle card has to raise its clock first.
+
+    On a card it waits after `at_once` of them, since each wait costs some 20 us.
+    """
     a, best, began = torch.randn(size, size, device=device).to(dtype), math.inf, perf_counter()
     while perf_counter() - began < seconds or best == math.inf:
         start = perf_counter()
-        for _ in range(8):
+        for _ in range(at_once):
             b = a @ a
         b[0, 0].item()  # waits for the products
-        best = min(best, (perf_counter() - start) / 8)
+        best = min(best, (perf_counter() - start) / at_once)
     return 2 * size**3 / best / 1e12
 
 
@@ -724,8 +727,12 @@ def machine(profile: str) -> dict:
         return facts | device | {"sizes": "small", "sizes_reason": "of Apple's GPUs"}
     facts |= {"device": "cpu", "device_id": "cpu", "device_name": "cpu", "compiler_trouble": compiler_trouble("cpu")}
     torch.set_num_threads(threads)
-    faster = tflops(torch, "cpu", torch.bfloat16, 1024, 0.2) / tflops(torch, "cpu", torch.float32, 1024, 0.2)
-    return facts | {"dtype": "bfloat16" if faster > 1.3 else "float32", "compiler": not facts["compiler_trouble"]}
+    bf16, fp32 = torch.bfloat16, torch.float32
+    rates = {bf16: 0.0, fp32: 0.0}
+    for dtype in (bf16, fp32) * 5:  # in turn: whatever else runs slows both
+        rates[dtype] = max(rates[dtype], tflops(torch, "cpu", dtype, 1024, 0.05, at_once=1))
+    dtype = "bfloat16" if rates[bf16] > 1.3 * rates[fp32] else "float32"
+    return facts | {"dtype": dtype, "compiler": not facts["compiler_trouble"]}
 
 
 def card_facts(torch) -> dict:
