@@ -1,24 +1,24 @@
-"""The fixed rules of the game: profiles, budgets, data, paths. Standard library only; says where Python or a package is missing."""
+"""The fixed rules: profiles, budget, seeds, cards, paths; and what all programs share: Problem, Settings, lock. Standard library only."""
 
 import hashlib
+import json
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
-INSTALL = 'python3 -m venv .venv && . .venv/bin/activate && pip install -e ".[dev]"'
-if sys.version_info < (3, 10):  # noqa: UP036 (nobody has installed anything yet)
-    sys.exit(f"error: this is Python {sys.version.split()[0]}; 3.10 to 3.13 are needed. With one of them: {INSTALL}")
-if sys.platform == "win32":
-    sys.exit("error: Windows is not supported; WSL is Linux: wsl --install, then the same commands there")
-for package in ("torch", "numpy", "tiktoken", "rustbpe", "requests", "pyarrow", "rich", "scipy", "anthropic"):
+for package in ("torch", "numpy", "tiktoken", "rustbpe", "requests", "pyarrow", "rich", "psutil", "scipy", "anthropic"):
     if find_spec(package) is None:
-        sys.exit(
-            f"error: {sys.executable} has no package {package}; run: . .venv/bin/activate, or install anew: {INSTALL}"
-        )
+        how = 'python3 -m venv .venv && . .venv/bin/activate && pip install -e ".[dev]"'
+        sys.exit(f"error: {sys.executable} has no package {package}; run: . .venv/bin/activate, or install anew: {how}")
+
+
+class Problem(Exception):
+    """Something that the user must act on. The message names the fact and the next command."""
+
 
 # ---------------------------------------------------------------------------
 # Profiles: the sizes that make results comparable. An experiment cannot change them.
@@ -68,7 +68,7 @@ PROFILES = {
         sizes="cpu",
     ),
 }
-DATASETS = ("climbmix", "sotu")
+DATASETS = ("climbmix", "sotu")  # or a path
 SPLITS = ("train", "val", "test")
 
 # ---------------------------------------------------------------------------
@@ -78,16 +78,8 @@ TIME_BUDGET_S = 300.0  # seconds of training, warm-up, evaluation and saving exc
 COMPILE_FROM_S = 60.0  # seconds: under this budget a cold torch.compile costs more than the training it speeds up
 CLOCK_MARK = "clock started"  # what a run prints then: the agent takes the time from outside too
 UNTRAINED_LOSS = 0.9  # x ln(vocab): a model below this when the clock starts has been trained before it
-PROBE_ROWS = 1_024  # rows of val and test that a claim's probe shows a fresh process, each up to a random position
-PROBE_TAIL = 64  # positions before it whose predictions are compared
-PROBE_MEAN_NATS = 1e-4  # by which they may differ on average from what the model was scored for
-PROBE_NATS = {"float32": 1e-3, "bfloat16": 0.05}  # and a single one, by dtype of the activations
-PROBE_LAST_NATS = {"float32": 1e-4, "bfloat16": 2e-3}  # and the mean of those whose target was out of sight
 SEED = 1  # the seed of a run by hand and of a night
-CONFIRM_SEED = 2  # on which a claim and its incumbent are run again
-CHECK_SEED, ABLATE_SEED = 101, 201  # the first of those that --check and --ablate use, and the night never
-SOURCE_BYTES = 64_000  # train.py stays under this
-LITERAL_CHARS = 1_000  # no literal in train.py is longer: weights and answers do not hide in the source
+CONFIRM_SEED = 2  # on which a win and its incumbent are measured again
 
 # ---------------------------------------------------------------------------
 # Cards
@@ -130,88 +122,88 @@ def card_class(peak: float | None, measured: float) -> str:
     return next(name for name, known, least in CARD_CLASSES if (measured >= least if peak is None else peak >= known))
 
 
-def speed_text(facts: dict, result: dict) -> str:
-    """How fast a run was: `NVIDIA H100 80GB HBM3 (sizes H100, a known card), FA3, 1,102,000 tokens a second, mfu 39.8 %`.
-
-    facts: what prepare.machine() says; result: a result.json.
-    """
-    sizes = f" (sizes {facts['sizes']}, {facts['sizes_reason']})" if facts["sizes_reason"] else ""
-    mfu = "" if result["mfu_percent"] is None else f", mfu {result['mfu_percent']:.1f} %"
-    pace = 1e6 * result["total_tokens_M"] / max(result["training_seconds"], 1e-9)
-    return f"{facts['device_name']}{sizes}, {result['backend']}, {pace:,.0f} tokens a second{mfu}"
+# ---------------------------------------------------------------------------
+# What a night decides once
 
 
-def speed_advice(facts: dict, backend: str, compiled: bool, budget_s: float) -> str:
-    """What would make runs on this machine faster, with the command; empty if nothing is known to. Arguments as above."""
-    capability = facts["capability"]  # [major, minor] of an NVIDIA card, else None
-    if facts["compiler_trouble"] and not compiled and budget_s >= COMPILE_FROM_S:
-        return f"runs are not compiled, so they train on fewer tokens: {facts['compiler_trouble']}"
-    if facts["dtype"] == "float32" or not capability or capability[0] < 8:
+@dataclass(frozen=True)
+class Settings:
+    """Everything about a run that an experiment cannot choose. night.json is its JSON; by hand it is made anew each time."""
+
+    profile: Profile  # with what the machine has
+    dataset: str  # climbmix, sotu, or the path of a text
+    data: str  # folder of tokenizer and rows
+    train_file: str
+    budget_s: float
+    compile: bool
+    # the machine, see prepare.machine()
+    device: str  # cuda, cpu, mps
+    device_name: str
+    capability: list[int] | None  # of an NVIDIA card
+    sizes_reason: str
+    compiler_trouble: str
+    threads: int
+    torch: str
+    flash_attention: dict[str, str]  # versions of the installed packages
+    # of a night
+    tag: str = ""
+    head: str = ""  # commit of the checkout when it began
+    harness_sha256: dict[str, str] = field(default_factory=dict)
+    data_sha256: dict[str, str] = field(default_factory=dict)
+
+    def json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @staticmethod
+    def made(facts: dict, profile: str, budget_s: float, **others) -> "Settings":
+        """Of what prepare.machine() says, the name of a profile, and the other fields."""
+        facts = {name: value for name, value in facts.items() if name != "device_id"}
+        own = {name: facts.pop(name) for name in ("sizes", "dtype", "peak_tflops", "memory_gb")}
+        compiles = facts.pop("compiler") and budget_s >= COMPILE_FROM_S
+        return Settings(
+            profile=replace(PROFILES[profile], **own), budget_s=budget_s, compile=compiles, **facts, **others
+        )
+
+    @staticmethod
+    def of(text: str) -> "Settings":
+        facts = json.loads(text)
+        return Settings(**{**facts, "profile": Profile(**facts["profile"])})
+
+    @property
+    def text(self) -> str:
+        """The settings as one line, for the terminal and for the researcher."""
+        sizes = f" (sizes {self.profile.sizes}, {self.sizes_reason})" if self.sizes_reason else ""
+        memory = f" with {self.profile.memory_gb:g} GB" if self.profile.memory_gb else ""
+        return (
+            f"profile {self.profile.name}, dataset {self.dataset}, {self.device_name}{sizes}{memory}, {self.profile.dtype}, "
+            f"{'compiled' if self.compile else 'eager'}, {counted(self.threads, 'thread')}, {self.budget_s:g} s a run"
+        )
+
+
+def speed_text(settings: Settings, metrics: dict) -> str:
+    """How fast a run was: `NVIDIA H100 80GB HBM3 (sizes H100, a known card), FA3, 1,102,000 tokens a second, mfu 39.8 %`."""
+    sizes = f" (sizes {settings.profile.sizes}, {settings.sizes_reason})" if settings.sizes_reason else ""
+    parts = [f"{settings.device_name}{sizes}", metrics.get("backend") or "attention unknown"]
+    if metrics.get("total_tokens_M") and metrics.get("training_seconds"):
+        parts.append(f"{1e6 * metrics['total_tokens_M'] / metrics['training_seconds']:,.0f} tokens a second")
+    if metrics.get("mfu_percent") is not None:
+        parts.append(f"mfu {metrics['mfu_percent']:.1f} %")
+    return ", ".join(parts)
+
+
+def speed_advice(settings: Settings, backend: str | None) -> str:
+    """What would make runs on this machine faster, with the command; empty if nothing is known to."""
+    capability = settings.capability
+    if settings.compiler_trouble and not settings.compile and settings.budget_s >= COMPILE_FROM_S:
+        return f"runs are not compiled, so they train on fewer tokens: {settings.compiler_trouble}"
+    if settings.profile.dtype == "float32" or not capability or capability[0] < 8:
         return ""
     if backend == "sdpa":
-        return "attention runs on the slow fallback although this card has FlashAttention; why: python train.py | grep attention"
+        return "attention runs on the slow fallback although this card has FlashAttention; the baseline's run.log says why (grep attention)"
     if backend == "FA2" and capability[0] in (9, 10):
         return "FlashAttention 4 reads 5 to 8 % more tokens than 2 on this card; run: pip install -e '.[hopper]'"
     return ""
 
-
-# ---------------------------------------------------------------------------
-# Limits that the agent sets from outside (seconds, bytes)
-
-STARTUP_LIMIT_S = 1_800.0  # start to clock and clock to exit together: several cold compiles on a slow machine
-SCORE_LIMIT_S = 900.0  # one scoring; 20.97M tokens take under a minute on an H100
-PROBE_LIMIT_S = 120.0  # the trial of the sandbox: importing torch from a cold disk
-KILL_PATIENCE_S = 20.0  # how long a process may take to go after kill -9: a driver that writes out, a full disk
-RECENT = 10  # experiments whose edits are kept at hand
-MAX_BOUNCES = 3  # failed screens before an idea is dropped
-MAX_IDEAS = 20  # dropped ideas in a row before the night stops
-MAX_PAID_IDEAS = 5  # likewise where each of them costs money
-MAX_REPAIRS = 2  # attempts to mend one crashed idea
-MAX_REFUSALS = 3  # refusals in a row before the night stops
-STUCK_AFTER = 15  # experiments without a keep before a new direction is asked for
-LEDGER_LINES = 200  # experiments that the model sees one by one; older ones come in groups
-CHECK_SEEDS = {"cpu": 5, "gpu": 3}  # how many --check takes: a CPU is noisier, and its runs cost less
-LARGE_GAIN = 0.03  # x incumbent: more than any published edit gave; run again on the second seed before it is believed
-TEST_ALARM = 0.01  # bpb, or x incumbent if more: a gain on val that exceeds the gain on test by this is not believed
-WOBBLE = 0.03  # of the incumbent's tokens a second: a CPU run of the same model further off may be run again
-PACE_BPB = 0.09  # bpb that all of the throughput is worth, near its usual value: 1 % is worth 0.0009
-NEAR_MISS = 0.001  # x incumbent: a discard this close is worth combining
-MODEL = "claude-opus-5-5"
-REPLY_TOKENS = 32_000  # of one reply, thinking included
-API_TIMEOUT_S = 600.0  # without a byte from the server
-API_PATIENCE_S = 60.0  # longest pause between two attempts where the server names none
-MAX_CRASHES = 10  # crashes in a row before the night stops
-LOG_HEAD_BYTES, LOG_TAIL_BYTES = 64_000, 192_000  # what is kept of a child's output
-RESULT_BYTES = 64_000  # a result.json over this is refused
-FILE_BYTES = 4 * 2**30  # the largest file that a child may write; the weights of the gpu profile take under 1 GB
-OUT_BYTES = 8 * 2**30  # all that a child may leave in its folder
-SCRATCH_BYTES = 2 * 2**30  # a sandboxed child's /tmp, in memory
-DISK_FLOOR_BYTES = 2**30  # no run starts with less free space: its weights and compile cache have to fit
-SMI_LIMIT_S = 20.0  # one answer of nvidia-smi: without its daemon it takes seconds, on a broken driver for ever
-CARD_CONTEXT_MB = 1_024  # memory of the card that a process takes besides its tensors
-CARD_PATIENCE_S = 10.0  # how long a card may take to give back the memory of a process that ended
-CARD_INTERVAL_S = 2.0  # between two looks at a card that is full
-CARD_REMINDER_S = 1_800.0  # between two lines that say so
-
-# ---------------------------------------------------------------------------
-# Data
-
-HUB = "https://huggingface.co"  # HF_ENDPOINT replaces it
-CLIMBMIX_REPO = "karpathy/climbmix-400b-shuffle"  # shard_00000 ... shard_06542, column `text`
-VAL_SHARD, TEST_SHARD = 6542, 6541  # pinned; training takes shards from 0 upwards
-START_SHARDS = 10  # enough training shards to begin a night; the rest may follow
-USABLE_TOKENS = 330_000_000  # what the recipe reads in five minutes on an H100; fewer are repeated, so prepare.py warns
-SOTU_SHA256 = "2503dcfcf03a7afbb4f8f7081346cf99fb565527748fddb4cd30d3e6a6632946"  # of sotu 0.1.2, texts joined by NUL
-SOTU_DOCUMENT_CHARS = 1_000  # characters: addresses are cut at paragraphs into documents of about this size
-DOCUMENT_CHARS = 10_000  # characters of a document that the tokenizer's training reads
-TOKENIZER_CHARS = 1_000_000_000  # characters that the tokenizer's training reads in all
-TOKENIZER_SHARDS = 8  # more than those characters need
-# GPT-4's split pattern with numbers cut after two digits, as nanochat and the published reference have it
-SPLIT_PATTERN = (
-    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
-)
-SPECIAL_TOKENS = ("<|bos|>", "<|reserved_1|>", "<|reserved_2|>", "<|reserved_3|>")  # at the end of the vocabulary
-PACK_BUFFER, PACK_REFILL = 1_000, 128  # documents that best-fit packing chooses from, and how many it reads at a time
 
 # ---------------------------------------------------------------------------
 # Paths, files, locks, wording, and the choice of profile
@@ -219,10 +211,6 @@ PACK_BUFFER, PACK_REFILL = 1_000, 128  # documents that best-fit packing chooses
 
 def cache_dir() -> Path:
     return Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch").expanduser().absolute()
-
-
-def data_dir(profile: str, dataset: str) -> Path:
-    return cache_dir() / f"{profile}-{dataset}"
 
 
 def counted(count: int, noun: str) -> str:
@@ -240,7 +228,7 @@ def sha256_of(path: Path) -> str:
 
 def write_atomically(path: Path, text: str) -> None:
     """A reader finds the old file or the new one, whole, also after a crash of the machine."""
-    temporary = path.with_name(f".{path.name}.new")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with open(temporary, "w", encoding="utf-8", newline="") as file:
         file.write(text)
         file.flush()
@@ -251,7 +239,7 @@ def write_atomically(path: Path, text: str) -> None:
 def lock(path: Path, note: str, wait: bool = False) -> IO[str]:
     """The open file that holds an exclusive lock on `path` until it is closed, with our pid and `note` in it.
 
-    Raises BlockingIOError, with what the holder wrote as its text, where another process has it; `wait` waits instead.
+    Raises BlockingIOError, with what the holder wrote as its text, if another process has it; `wait` waits instead.
     """
     import fcntl
 
@@ -275,11 +263,9 @@ def device_lock(device_id: str) -> Path:
     return cache_dir() / f"device-{device_id}.lock"
 
 
-def checked(profile: str, dataset: str | None) -> tuple[str, str]:
-    """A profile and a dataset (default: the environment's, else the profile's). Raises ValueError for an unknown one."""
-    if profile not in PROFILES:
-        raise ValueError(f"unknown profile {profile!r}; AUTORESEARCH_PROFILE and --profile take: {', '.join(PROFILES)}")
-    dataset = dataset or os.environ.get("AUTORESEARCH_DATASET") or PROFILES[profile].default_dataset
-    if dataset not in DATASETS:
-        raise ValueError(f"unknown dataset {dataset!r}; AUTORESEARCH_DATASET and --dataset take: {', '.join(DATASETS)}")
-    return profile, dataset
+def locked(path: Path, what: str, note: str) -> IO[str]:
+    """The lock, held until it is closed. Raises Problem, naming the holder, if another process has it."""
+    try:
+        return lock(path, note)
+    except BlockingIOError as holder:
+        raise Problem(f"{what} is in use by {holder}; stop it first, or wait") from None

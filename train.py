@@ -6,8 +6,6 @@ prepare.py fixes the data, the clock and the evaluation. `build_model(profile)` 
 Not covered: more than one GPU, inference with a cache, resuming a run.
 """
 
-import constants  # first: it says what is not installed
-
 # isort: split
 import gc
 import math
@@ -335,7 +333,7 @@ class GPT(nn.Module):
         has_value = [config.value_embeds and (n - 1 - i) % 2 == 0 for i in range(n)]
         windows = [config.short_window if i % 5 != 4 and i != n - 1 else 0 for i in range(n)]
         self.dtype, self.softcap, self.backend = dtype, config.softcap, backend  # dtype of the activations
-        self.document_mask, self.bos_id = config.document_mask, vocab_size - len(constants.SPECIAL_TOKENS)
+        self.document_mask, self.bos_id = config.document_mask, vocab_size - len(prepare.SPECIAL_TOKENS)
         table = partial(nn.Embedding, embedding_dim=config.n_embd, dtype=config.table_dtype)
         self.embed = table(vocab_size)
         self.value_embeds = nn.ModuleDict({str(i): table(vocab_size) for i in range(n) if has_value[i]})

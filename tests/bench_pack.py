@@ -38,12 +38,8 @@ def main() -> None:
         for i in range(shards):
             table = pyarrow.table({"text": documents[i::shards]})
             pyarrow.parquet.write_table(table, folder / f"{i}.parquet", row_group_size=2_000)
-        jobs = [
-            prepare.PackJob(
-                folder / f"{i}.parquet", folder / "tokenizer.txt", profile.max_seq_len + 1, None, folder / f"{i}.rows"
-            )
-            for i in range(shards)
-        ]
+        parts = [("shard", folder / f"{i}.parquet") for i in range(shards)]
+        common = (folder / "tokenizer.txt", profile.max_seq_len + 1, None)
         list(pool.map(time.sleep, [0.2] * cores))  # the workers are up
         alone, packed = [], []
         for _ in range(3):
@@ -52,7 +48,7 @@ def main() -> None:
                 encoding.encode_ordinary(text)
             alone.append(total / 4 / (time.perf_counter() - start))
             start = time.perf_counter()
-            list(pool.map(prepare.pack, jobs))
+            list(pool.map(prepare.pack, parts, *([item] * shards for item in common)))
             packed.append(total / (time.perf_counter() - start))
             print(
                 f"tiktoken on one core {alone[-1] / 1e6:5.1f} MB/s   tokenise and pack on {cores} {packed[-1] / 1e6:5.1f} MB/s"

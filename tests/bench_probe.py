@@ -16,6 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import constants
 import prepare
+from lab import score
 
 
 class Peeker(torch.nn.Module):
@@ -37,7 +38,7 @@ class Peeker(torch.nn.Module):
 
 
 def differences(model, rows, token_bytes, trials: int, random=None) -> list[dict]:
-    """What prepare.compare finds of a model, each time at other rows and cuts."""
+    """What score.compare finds of a model, each time at other rows and cuts."""
     random, batch = random or np.random.default_rng(), constants.PROFILES["cpu"].eval_batch_rows
     nats = prepare.evaluate_nats(model, rows, token_bytes, batch)
 
@@ -46,27 +47,27 @@ def differences(model, rows, token_bytes, trials: int, random=None) -> list[dict
             logits = model(torch.from_numpy(tokens)).float().numpy()
         return np.take_along_axis(logits, (starts[:, None] + np.arange(shape[1]))[..., None], 1)
 
-    draws = (prepare.draw_probe(nats, random) for _ in range(trials))
-    return [prepare.compare(ask, rows, nats, token_bytes.numpy(), batch, *drawn, random) for drawn in draws]
+    draws = (score.draw_probe(nats, random) for _ in range(trials))
+    return [score.compare(ask, rows, nats, token_bytes.numpy(), batch, *drawn, random) for drawn in draws]
 
 
 def probe(model, rows, token_bytes, trials: int, random=None) -> tuple[int, float]:
     """(times found out, largest difference in nats) of a model."""
     found = differences(model, rows, token_bytes, trials, random)
-    return sum(prepare.found_out(facts, "bfloat16") != "" for facts in found), max(f["largest_nats"] for f in found)
+    return sum(score.found_out(facts, "bfloat16") != "" for facts in found), max(f["largest_nats"] for f in found)
 
 
 def main() -> None:
     trials = int(sys.argv[1]) if len(sys.argv) > 1 else 20
     profile = constants.PROFILES["cpu"]
-    data = constants.data_dir("cpu", "sotu")
+    data, _ = prepare.prepared(profile, "sotu")
     rows = np.concatenate([prepare.open_rows(data / f"{split}.bin", profile) for split in ("val", "test")])
     lengths = prepare.token_byte_lengths(prepare.load_tokenizer(data / "tokenizer.txt"))
     token_bytes = torch.from_numpy(lengths)
     for dtype in ("float32", "bfloat16") if len(sys.argv) > 2 else ():
         folder = Path(sys.argv[2]).resolve()
-        settings = replace(prepare.settings_by_hand(), profile=replace(profile, dtype=dtype), out=folder / "out")
-        model = prepare.load_model(settings).eval()
+        settings = replace(prepare.settings_by_hand("cpu"), profile=replace(profile, dtype=dtype))
+        model = score.load_model(settings, folder).eval()
         found, most = probe(model, rows, token_bytes, trials)
         print(f"honest, {dtype}: found out {found} of {trials} times, largest difference {most:.1e} nats", flush=True)
     for permille in (1000, 50, 10, 5, 2, 1):

@@ -5,6 +5,7 @@ Tokens a second of the loader alone against the step's need; step time eager and
 
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,10 +28,10 @@ def seconds_of(work, times: int) -> list[float]:
 
 def main() -> None:
     steps = int(sys.argv[1]) if len(sys.argv) > 1 else 40
-    settings = replace(prepare.settings_by_hand(), compile=True)
+    settings = replace(prepare.settings_by_hand("cpu"), compile=True)
     torch.set_num_threads(settings.threads)
     prepare.keep_freed_memory()
-    run, config = prepare.Run(settings), train.config_of(settings.profile)
+    run, config = prepare.Run(settings, 1, Path(tempfile.mkdtemp()), by_hand=True), train.config_of(settings.profile)
     T = settings.profile.max_seq_len
 
     batches = run.batches(run._rows, config.micro_rows)

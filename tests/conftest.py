@@ -1,23 +1,48 @@
-"""Fixtures: the repository's own folder, prepared real data, and a small checkout with stub training for the agent."""
+"""Fixtures: prepared real data, and small checkouts in which training is a stub, as a process or as a function.
+
+Most nights of the tests run in this process with `fake_measure`, on real git, a real journal and a real server; the promises about
+processes (kills, interrupts, the command line) start the program as its user does.
+"""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+if worker and hasattr(
+    os, "sched_setaffinity"
+):  # a core for each: torch's threads of two workers would slow each other fivefold
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 for name in list(os.environ):
     if name.startswith(("AUTORESEARCH_", "ANTHROPIC_", "HF_")):
         del os.environ[name]
 
 
+import constants  # noqa: E402 (after the path)
+from agent import Limits, run_night  # noqa: E402
+from lab.git import Repository  # noqa: E402
+from lab.night import HARNESS, Journal, Night, proposal_of, sha256  # noqa: E402
+from lab.propose import Random  # noqa: E402
+from lab.records import Proposal, Run  # noqa: E402
+
 STUB = (ROOT / "tests" / "stub_train.py").read_text()
 NIGHT = ("--tag", "t", "--proposer", "random", "--profile", "cpu", "--no-confirm")
+
+
+def data_of(cache: Path) -> Path:
+    """The folder of the real cpu profile's data."""
+    (folder,) = cache.glob("cpu-sotu-*")
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +76,17 @@ def container_works() -> bool:
         return False
 
 
+def small(source: str) -> str:
+    """The real train.py with one layer and a small table on the cpu profile: everything is there, and takes a fraction of the time."""
+    for large, little in (
+        ("        n_layer=2,", "        n_layer=1,"),
+        ("        ngram_rows=2**16,", "        ngram_rows=2**10,"),
+    ):
+        assert source.count(large) == 1
+        source = source.replace(large, little)
+    return source
+
+
 class Checkout:
     """A git checkout of the product with its own cache; `agent(...)` runs the program as its user would."""
 
@@ -76,9 +112,9 @@ class Checkout:
 
     def drop_screen(self) -> None:
         """Lets experiments past the screen: what they try then must fail elsewhere."""
-        text = (self.folder / "agent.py").read_text()
+        text = (self.folder / "lab" / "screen.py").read_text()
         assert text.count("    check_rules(tree)\n") == 1
-        (self.folder / "agent.py").write_text(text.replace("    check_rules(tree)\n", ""))
+        (self.folder / "lab" / "screen.py").write_text(text.replace("    check_rules(tree)\n", ""))
 
     def agent(self, *args, expect=0, **environment) -> str:
         process = self.start(*args, **environment)
@@ -96,7 +132,9 @@ def make_checkout(folder: Path, cache: Path, stub: bool) -> Checkout:
     folder.mkdir()
     for name in ("constants.py", "prepare.py", "train.py", "agent.py", "program.md", ".gitignore"):
         shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "lab", folder / "lab", ignore=shutil.ignore_patterns("__pycache__"))
     if stub:
+        shutil.copy(ROOT / "tests" / "stub_score.py", folder / "lab" / "score.py")
         shutil.copy(ROOT / "tests" / "stub_prepare.py", folder / "prepare.py")
         shutil.copy(ROOT / "tests" / "stub_train.py", folder / "train.py")
     checkout = Checkout(folder, cache)
@@ -117,8 +155,127 @@ def real_checkout(tmp_path, cache):
     """A checkout of the real files on prepared data, of which 64 rows of val and of test are left, for speed."""
     shutil.copytree(cache, tmp_path / "cache")
     for name in ("val.bin", "test.bin"):
-        os.truncate(tmp_path / "cache" / "cpu-sotu" / name, 64 * 257 * 2)
+        os.truncate(data_of(tmp_path / "cache") / name, 64 * 257 * 2)
     return make_checkout(tmp_path / "checkout", tmp_path / "cache", stub=False)
+
+
+# ---------------------------------------------------------------------------
+# Nights in this process
+
+
+class Quiet:
+    """A view that remembers what is said."""
+
+    def __init__(self):
+        self.lines, self.results = [], []
+
+    def say(self, line, style=""):
+        self.lines.append(line)
+
+    def finished(self, result):
+        self.results.append(result)
+
+
+def settings_for(checkout, tag: str = "t", **changes) -> constants.Settings:
+    settings = constants.Settings(
+        profile=constants.PROFILES["cpu"], dataset="sotu", data=str(checkout.cache / "cpu-sotu"), train_file="train.bin", budget_s=300.0,
+        compile=False, device="cpu", device_name="stub", capability=None, sizes_reason="", compiler_trouble="", threads=1, torch="stub",
+        flash_attention={}, tag=tag, head=checkout.git("rev-parse", "HEAD"),
+    )  # fmt: skip
+    return replace(settings, **changes)
+
+
+def open_here(checkout, tag: str = "t", baseline: str | None = None, **changes) -> Night:
+    """A night of the checkout in this process: begun, or taken up where its journal ends."""
+    folder = checkout.folder / "runs" / tag
+    (folder / "harness").mkdir(parents=True, exist_ok=True)
+    for name, place in HARNESS.items():
+        shutil.copy(checkout.folder / place, folder / "harness" / name)
+    journal, repository = Journal(folder / "journal.jsonl"), Repository(checkout.folder)
+    source = (checkout.folder / "train.py").read_text() if baseline is None else baseline
+    begun = journal.of("proposal")
+    first = proposal_of(begun[0]) if begun else Proposal("baseline", "", source)
+    night = Night(folder, settings_for(checkout, tag, **changes), journal, repository, "cpu", first)
+    night.recover()
+    journal.append("night", format=2, arguments={})
+    if not begun:
+        night.baseline = night.add_proposal(first, 0)
+    return night
+
+
+def model_of(source: str) -> dict:
+    """The stub's model of a train.py."""
+    namespace = {"__name__": "stub"}
+    exec(compile(source, "train.py", "exec"), namespace)
+    return namespace["build_model"](None)
+
+
+def fake_measure(night: Night, before=lambda source, seed: None):
+    """The closed form of stub_score.py as a `measure`, memoised like the real one. `before` is called for each run."""
+    from stub_score import truth
+
+    def measure(source: str, seed: int, title: str = "", fresh: bool = False) -> Run:
+        known = None if fresh else night.known_run(sha256(source), seed)
+        if known:
+            return known
+        before(source, seed)
+        metrics = {"training_seconds": 300.0, "num_steps": 1000, "total_tokens_M": 10.0, "backend": "sdpa"}
+        run = Run(sha256(source), seed, None, None, "", "", metrics, 320.0, 301.0, 20.0, 0.1)
+        try:
+            model = model_of(source)
+            caught = model.get("distrust_seed") in (None, seed) and model.get("distrust", "")
+            true_bpb = truth(model, seed)
+            best, val_bpb = night.incumbent, true_bpb - model.get("overfit", 0.0)
+            claim = seed != constants.CONFIRM_SEED and (
+                best is None or seed != constants.SEED or val_bpb < best.run.val_bpb
+            )
+            run = replace(run, val_bpb=val_bpb, test_bpb=true_bpb if claim else None, distrust=caught or "")
+        except Exception as error:
+            run = replace(run, crash=f"{type(error).__name__}: {error}", metrics={}, scoring_seconds=None)
+        if night.counts(run):
+            night.journal.append("run", number=len(night.results), **vars(run))
+        return run
+
+    return measure
+
+
+def run_here(
+    night: Night, experiments: int | None = 6, proposer=None, hours=None, second_seed=False, measure=None, view=None
+) -> str:
+    """Runs a night of this process to its end; returns the reason."""
+    proposer = proposer or Random(night.tag, "cpu")
+    limits = Limits(experiments, hours, time.perf_counter())
+    return run_night(night, proposer, limits, measure or fake_measure(night), view or Quiet(), second_seed)
+
+
+class Script:
+    """A proposer that gives one change after the other: pairs of lines, or functions of the incumbent's source."""
+
+    name, inline, exhausted = "script", True, "the script is complete"
+
+    def __init__(self, *changes):
+        self.changes = list(changes)
+
+    def propose(self, source, history, feedback):
+        if not self.changes:
+            return None
+        change = self.changes.pop(0)
+        new = change(source) if callable(change) else source.replace(*change)
+        return Proposal(f"change {history.number}", "", new)
+
+
+FIRST = "        lr=0.4,  # best at 0.1"
+
+
+def better(lr: float, **more) -> tuple[str, str]:
+    """A change to another learning rate, nearer to the best one; `more` are further facts about the model."""
+    return FIRST, f"        lr={lr},  # best at 0.1" + "".join(
+        f"\n        {name}={value!r}," for name, value in more.items()
+    )
+
+
+# ---------------------------------------------------------------------------
+# What a night left
 
 
 def rows_of(checkout, event=None, tag="t"):
@@ -156,7 +313,7 @@ def check_agreement(checkout, tag="t"):
         elif row["verdict"] == "discard":
             assert row["val_bpb"] >= best or row["reason"].startswith("not confirmed")
         source = checkout.git("cat-file", "blob", f"{row['commit']}:train.py") + "\n"
-        assert source == (checkout.folder / "runs" / tag / f"{row['number']:04d}" / "train.py").read_text()
+        assert sha256(source) == row["source"]
     return results
 
 

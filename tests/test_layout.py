@@ -1,4 +1,4 @@
-"""The shape of the project: flat, imports one way, nothing happens at import."""
+"""The shape of the project: imports one way, nothing happens at import, agent and lab without torch, sizes that a person reads."""
 
 import ast
 import subprocess
@@ -7,46 +7,59 @@ import sys
 import pytest
 from conftest import ROOT
 
-OURS = {"constants", "prepare", "train", "agent"}
-ALLOWED = {
-    "constants": set(),
-    "prepare": {"constants"},
-    "train": {"prepare", "constants"},
-    "agent": {"constants"},
-}
+ORDER = [  # each module may import what stands before it
+    "constants", "prepare", "train", "lab.score", "lab.records", "lab.files", "lab.card", "lab.git", "lab.screen",
+    "lab.night", "lab.start", "lab.sandbox", "lab.run", "lab.propose", "lab.prompt", "lab.claude", "lab.check", "lab.view", "agent",
+]  # fmt: skip
+WITHOUT_TORCH = [name for name in ORDER if name not in ("prepare", "train", "lab.score")]
+
+
+def path_of(name: str):
+    return ROOT / f"{name.replace('.', '/')}.py"
 
 
 def imported(name: str) -> set[str]:
+    """The modules that a file imports, wherever in it."""
     names = set()
-    for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+    for node in ast.walk(ast.parse(path_of(name).read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add((node.module or "").split(".")[0])
-    return names
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names & set(ORDER) if name != "constants" else {part.split(".")[0] for part in names}
 
 
-@pytest.mark.parametrize("name", sorted(OURS))
+def test_every_module_has_its_place():
+    assert {f"lab.{path.stem}" for path in (ROOT / "lab").glob("*.py")} - {"lab.__init__"} == {
+        n for n in ORDER if n.startswith("lab.")
+    }
+
+
+@pytest.mark.parametrize("name", ORDER[1:])
 def test_imports_run_one_way(name):
-    assert imported(name) & OURS <= ALLOWED[name]
-
-
-def test_agent_never_imports_torch():
-    assert "torch" not in imported("agent")
+    own = ORDER.index(name)
+    assert all(ORDER.index(other) < own for other in imported(name))
+    if name in ("prepare", "train", "lab.score"):  # frozen with a night: nothing of lab is beside them there
+        assert not any(other.startswith("lab.") for other in imported(name))
+    else:
+        assert not imported(name) & {"prepare", "train", "lab.score"}
 
 
 def test_constants_uses_the_standard_library_only():
     assert imported("constants") <= set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("name", sorted(OURS))
+@pytest.mark.parametrize("name", ORDER)
 def test_importing_does_nothing(name, tmp_path):
+    """No file is written, no thread started, nothing printed; neither torch nor the API's package is loaded but by those that need it."""
+    free = "torch" if name in WITHOUT_TORCH else "nothing"
     code = (
         f"import sys, threading; sys.path.insert(0, {str(ROOT)!r}); import builtins; real = open\n"
         "def no_writing(file, mode='r', *args, **kwargs):\n"
         "    assert not set(mode) & set('wax+'), file\n"
         "    return real(file, mode, *args, **kwargs)\n"
-        f"builtins.open = no_writing; import {name}; assert threading.active_count() == 1"
+        f"builtins.open = no_writing; import {name}; assert threading.active_count() == 1\n"
+        f"assert {free!r} not in sys.modules and 'anthropic' not in sys.modules and 'rich' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -56,7 +69,7 @@ def test_importing_does_nothing(name, tmp_path):
 def test_top_level_holds_only_what_the_layout_names():
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     allowed = (
-        "prepare.py train.py constants.py agent.py program.md analysis.ipynb pyproject.toml tests README.md LICENSE"
+        "prepare.py train.py constants.py agent.py lab program.md analysis.ipynb pyproject.toml tests README.md LICENSE"
     )
     assert {name.split("/")[0] for name in names if name} <= {
         *allowed.split(), ".ci", ".gitignore", ".python-version", "progress.png",

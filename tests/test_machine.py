@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,14 +14,20 @@ from conftest import ROOT
 
 import constants
 import prepare
+from lab.start import START_SHARDS
 
 TOO_OLD = (
     "The NVIDIA driver on your system is too old (found version 12080). Please update your GPU driver by downloading and "
     "installing a new version from the URL: http://www.nvidia.com/Download/index.aspx"
 )
 NO_KERNEL = "CUDA error: no kernel image is available for execution on the device\nSearch for it in the manual."
-FACTS = {"device_name": "NVIDIA H100 80GB HBM3", "sizes": "H100", "sizes_reason": "a known card", "dtype": "bfloat16"}
-FACTS |= {"capability": [9, 0], "compiler_trouble": ""}
+GPU = replace(constants.PROFILES["gpu"], dtype="bfloat16")
+SETTINGS = constants.Settings(
+    profile=GPU, dataset="climbmix", data="/data", train_file="train-10.bin", budget_s=300.0, compile=True, device="cuda",
+    device_name="NVIDIA H100 80GB HBM3", capability=[9, 0], sizes_reason="a known card", compiler_trouble="", threads=2, torch="2.13.0",
+    flash_attention={},
+)  # fmt: skip
+RESULT = {"mfu_percent": 39.84, "total_tokens_M": 330.0, "training_seconds": 300.0, "backend": "FA4"}
 CARD_TROUBLE = prepare.card_trouble
 RESULT = {"mfu_percent": 39.84, "total_tokens_M": 330.0, "training_seconds": 300.0, "backend": "FA4"}
 
@@ -140,10 +146,13 @@ def test_an_unknown_card_is_measured_once(tools):
     first = prepare.sizes_of("NVIDIA GH200 480GB, bfloat16", None, "cuda-1", measure)
     assert (
         first
-        == ("H100", "measured 455 TFLOP/s")
+        == ("H100", "measured 455 TFLOP/s, kept in cards.json")
         == prepare.sizes_of("NVIDIA GH200 480GB, bfloat16", None, "cuda-1", measure)
     )
-    assert prepare.sizes_of("NVIDIA GH200 480GB, bfloat16", None, "cuda-2", measure) == ("A100", "measured 410 TFLOP/s")
+    assert prepare.sizes_of("NVIDIA GH200 480GB, bfloat16", None, "cuda-2", measure) == (
+        "A100",
+        "measured 410 TFLOP/s, kept in cards.json",
+    )
     assert prepare.sizes_of("NVIDIA A40", 149.7, "cuda-3", measure) == ("RTX 4090", "a known card")
 
 
@@ -172,7 +181,11 @@ def test_what_a_night_decides_on_a_card(tools, monkeypatch):
     wanted = {"sizes": "H100", "peak_tflops": 989.0, "memory_gb": 85.0, "dtype": "bfloat16", "compiler": True}
     assert facts.items() >= (wanted | {"capability": [9, 0], "device_id": "cuda-11-22"}).items()
     old = prepare.card_facts(Machine(card="Tesla T4", capability=(7, 5), bf16=False))
-    assert (old["sizes"], old["dtype"], old["sizes_reason"]) == ("small", "float32", "measured 30 TFLOP/s")
+    assert (old["sizes"], old["dtype"], old["sizes_reason"]) == (
+        "small",
+        "float32",
+        "measured 30 TFLOP/s, kept in cards.json",
+    )
     assert prepare.card_facts(Machine(build=None, hip="7.2", capability=(9, 4)))["capability"] is None  # no Hopper
     assert prepare.card_facts(Machine(capability=(6, 1)))["compiler"] is False
     (tools / "gcc").unlink()
@@ -229,8 +242,11 @@ def test_a_compiler_of_the_users_counts_and_one_that_is_not_there_does_not(tools
     tool(tools, "icx")
     monkeypatch.setenv("CC", "icx -m64")
     assert "compiler" not in prepare.compiler_trouble("cuda")
-    monkeypatch.setenv("CC", "/opt/gone/gcc")
-    assert "a C compiler" in prepare.compiler_trouble("cuda")
+    for wrong in ("/opt/gone/gcc", '"unclosed'):
+        monkeypatch.setenv("CC", wrong)
+        assert (
+            prepare.compiler_trouble("cuda") == f"torch.compile needs a compiler and CC={wrong} is none; run: unset CC"
+        )
 
 
 # --- the profile
@@ -250,9 +266,11 @@ def test_the_profile_goes_by_what_torch_can_use(tools, monkeypatch, capsys):
     assert choice(monkeypatch, none, []) == "cpu" and capsys.readouterr().err == ""
     for node in ("/dev/dxg", "/dev/kfd"):  # WSL without CUDA, an AMD chip that ROCm does not know
         assert choice(monkeypatch, none, [node]) == "cpu"
-        assert "note: profile cpu, since torch sees no GPU" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "note: profile cpu, since torch sees no GPU" in said and ("rocm7.2" in said) == (node == "/dev/kfd")
     with pytest.raises(
-        prepare.Problem, match=r"a build for CPUs alone; .*; to train on the CPU instead, add --profile cpu"
+        prepare.Problem,
+        match=r"a build for CPUs alone; .*; to train on the CPU instead, add --profile cpu \(to train.py: AUTORESEARCH_PROFILE=cpu\)",
     ):
         choice(monkeypatch, Machine(build=None), ["/dev/nvidia0"])
 
@@ -289,8 +307,8 @@ def test_a_named_profile_needs_no_card_to_prepare_its_data(tmp_path):
 def test_the_warning_about_too_few_tokens_is_what_the_recipe_reads():
     """330M tokens in 300 s, by the published 38 % of an H100's peak; ten shards are enough, as a night begins."""
     flops = 342e6  # of a token at 9 x 640
-    assert pytest.approx(0.38 * 989e12 * 300 / flops, rel=0.02) == constants.USABLE_TOKENS
-    assert constants.START_SHARDS * 42e6 > constants.USABLE_TOKENS
+    assert pytest.approx(0.38 * 989e12 * 300 / flops, rel=0.02) == prepare.USABLE_TOKENS
+    assert START_SHARDS * 42e6 > prepare.USABLE_TOKENS
 
 
 # --- how fast it is, and what would help
@@ -298,55 +316,64 @@ def test_the_warning_about_too_few_tokens_is_what_the_recipe_reads():
 
 def test_a_run_says_what_it_ran_on():
     line = "NVIDIA H100 80GB HBM3 (sizes H100, a known card), FA4, 1,100,000 tokens a second, mfu 39.8 %"
-    assert constants.speed_text(FACTS, RESULT) == line
-    plain = FACTS | {"device_name": "cpu", "sizes": "cpu", "sizes_reason": ""}
+    assert constants.speed_text(SETTINGS, RESULT) == line
+    plain = replace(SETTINGS, device_name="cpu", sizes_reason="")
     assert (
         constants.speed_text(plain, RESULT | {"mfu_percent": None, "backend": "sdpa"})
         == "cpu, sdpa, 1,100,000 tokens a second"
     )
+    assert constants.speed_text(plain, {}) == "cpu, attention unknown"
+
+
+FLOAT32 = {"profile": replace(GPU, dtype="float32")}
+NO_COMPILER = {"capability": None, "compiler_trouble": "run: apt-get install g++", "compile": False}
 
 
 @pytest.mark.parametrize(
-    ("facts", "backend", "compiled", "budget", "said"),
+    ("facts", "backend", "said"),
     [
-        ({}, "FA3", True, 300, ""), ({}, "FA4", True, 300, ""), ({}, "FA2", True, 300, "pip install -e '.[hopper]'"),
-        ({"capability": [10, 0]}, "FA2", True, 300, "pip install -e '.[hopper]'"), ({"capability": [8, 9]}, "FA2", True, 300, ""),
-        ({"capability": [12, 0]}, "FA2", True, 300, ""), ({"capability": [8, 0]}, "sdpa", True, 300, "grep attention"),
-        ({"capability": [7, 5], "dtype": "float32"}, "sdpa", True, 300, ""), ({"capability": None}, "sdpa", True, 300, ""),
-        ({"capability": None, "compiler_trouble": "run: apt-get install g++"}, "sdpa", False, 300, "apt-get install g++"),
-        ({"capability": None, "compiler_trouble": "run: apt-get install g++"}, "sdpa", False, 20, ""),
-        ({"capability": None}, "sdpa", False, 300, ""),
+        ({}, "FA3", ""), ({}, "FA4", ""), ({}, "FA2", "pip install -e '.[hopper]'"),
+        ({"capability": [10, 0]}, "FA2", "pip install -e '.[hopper]'"), ({"capability": [8, 9]}, "FA2", ""),
+        ({"capability": [12, 0]}, "FA2", ""), ({"capability": [8, 0]}, "sdpa", "grep attention"),
+        ({"capability": [7, 5], **FLOAT32}, "sdpa", ""), ({"capability": None}, "sdpa", ""),
+        (NO_COMPILER, "sdpa", "apt-get install g++"), (NO_COMPILER | {"budget_s": 20.0}, "sdpa", ""),
+        ({"capability": None, "compile": False}, "sdpa", ""), ({}, None, ""),
     ],
 )  # fmt: skip
-def test_what_would_be_faster_is_named_with_its_command(facts, backend, compiled, budget, said):
-    advice = constants.speed_advice(FACTS | facts, backend, compiled, budget)
+def test_what_would_be_faster_is_named_with_its_command(facts, backend, said):
+    advice = constants.speed_advice(replace(SETTINGS, **facts), backend)
     assert said in advice and bool(advice) == bool(said) and "\n" not in advice
 
 
-def test_the_first_line_of_a_run_names_the_sizes_and_why(data_of_a_card, capsys):
-    """A run of a night on a card that was measured; the stand-in stops where a card would be needed."""
-    settings = prepare.settings_from_night(data_of_a_card, data_of_a_card["folder"])
-    assert settings.profile.sizes == "A100"
-    prepare.announce(settings)
-    line = capsys.readouterr().out
-    assert "device NVIDIA GH200 480GB, sizes A100 (measured 410 TFLOP/s), bfloat16, compiled" in line
+def test_the_first_line_of_a_run_names_the_sizes_and_why():
+    measured = replace(
+        SETTINGS,
+        device_name="NVIDIA GH200 480GB",
+        sizes_reason="measured 410 TFLOP/s",
+        profile=replace(GPU, sizes="A100"),
+    )
+    assert (
+        "NVIDIA GH200 480GB (sizes A100, measured 410 TFLOP/s), bfloat16, compiled, 2 threads, 300 s a run"
+        in measured.text
+    )
+    assert constants.Settings.of(measured.json()) == measured
 
 
-@pytest.fixture
-def data_of_a_card(tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps({"seed": 1, "until_clock": False, "found": {}}))
-    facts = FACTS | {
-        "device": "cuda",
-        "device_name": "NVIDIA GH200 480GB",
-        "sizes": "A100",
-        "compile": True,
-        "threads": 2,
-    }
-    facts |= {"sizes_reason": "measured 410 TFLOP/s", "peak_tflops": None, "memory_gb": 96.0, "profile": "gpu"}
-    return facts | {
-        "dataset": "climbmix",
-        "data": "/data",
-        "train_file": "train-10.bin",
-        "budget_s": 300.0,
-        "folder": tmp_path,
-    }
+def test_a_run_of_a_night_takes_what_its_baseline_chose(tmp_path):
+    (tmp_path / "night.json").write_text(replace(SETTINGS, profile=replace(GPU, sizes="A100")).json())
+    chosen = {"attention": "FA2", "micro_rows": 64}
+    (tmp_path / "run.json").write_text(json.dumps({"seed": 2, "until_clock": False, "chosen": chosen}))
+    settings, own = prepare.settings_of_night(tmp_path / "night.json", tmp_path)
+    assert (settings.profile.attention, settings.profile.micro_rows, settings.profile.sizes) == (
+        "FA2",
+        64,
+        "A100",
+    ) and own["seed"] == 2
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", '"a"', "{", ""])
+def test_what_was_kept_and_is_damaged_is_measured_again(tools, content):
+    (tools.parent / "cache").mkdir()
+    (tools.parent / "cache" / "cards.json").write_text(content)
+    assert prepare.sizes_of("x", None, "cuda-1", lambda: 500.0)[0] == "H100"
+    assert prepare.sizes_of("x", None, "cuda-1", lambda: pytest.fail("again"))[0] == "H100"

@@ -12,22 +12,27 @@ HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 
 def result(number, verdict, bpb, **more):
     metrics = (
-        {} if bpb is None else {"training_seconds": 20.0, "startup_seconds": 3.0, "losses": [[1.0, 5.0], [19.0, 2.0]]}
+        {}
+        if bpb is None
+        else {"training_seconds": 20.0, "startup_seconds": 3.0, "losses": [[1.0, 10, 5.0], [19.0, 99, 2.0]]}
     )
     return {
         "event": "result", "number": number, "parent": None if number == 0 else 0, "commit": f"{number:040x}", "source": f"{number:064x}",
         "val_bpb": bpb, "test_bpb": bpb and bpb + 0.02, "verdict": verdict, "reason": "", "operator": "improve",
-        "description": f"idea {number} with a description that is rather long", "run_seconds": 24.0, "rerun_seconds": 0.0,
-        "edits": [{"search": "a\nb", "replace": "c"}], "uptime": 30.0 * number,
+        "description": f"idea {number} with a description that is rather long", "run_seconds": 24.0, "proposal": number, "second": None,
         "scoring_seconds": None if bpb is None else 9.0, "idle_seconds": None if number == 0 else 0.2, "metrics": metrics, **more,
     }  # fmt: skip
 
 
-def trial(seed, source, bpb):
+def run(seed, source, bpb):
     return {
-        "event": "trial", "name": "baseline", "source": source, "seed": seed, "val_bpb": bpb, "test_bpb": bpb, "run_seconds": 24.0,
-        "scoring_seconds": 9.0, "metrics": {"training_seconds": 20.0},
+        "event": "run", "source": source, "seed": seed, "val_bpb": bpb, "run_seconds": 24.0, "scoring_seconds": 9.0, "idle_seconds": 0.1,
+        "metrics": {"training_seconds": 20.0},
     }  # fmt: skip
+
+
+def proposal(number, source):
+    return {"event": "proposal", "id": number, "source": source}
 
 
 BASELINE = result(0, "keep", 1.5)
@@ -36,11 +41,12 @@ MANY = [BASELINE] + [
     for i in range(1, 1000)
 ]  # fmt: skip
 AFTERMATH = [  # of a night that Claude proposed, that was checked and ablated
-    {"event": "proposal", "tokens": {"input": 9000, "output": 800}, "usd": 0.07, "at_least": False},
-    *(trial(seed, BASELINE["source"], 1.5 + seed / 10_000) for seed in (2, 101, 102)),
-    trial(2, f"{1:064x}", 1.4804),
-    {"event": "check", "seeds": 2, "baseline": [1.52, 1.53], "incumbent": [1.51, 1.5], "claimed": 0.02, "mean": 0.02, "pooled": [0.01, 0.03], "welch": [0, 1]},
-    {"event": "ablate", "incumbent": [1.5], "together": None, "rows": [{"number": 1, "word": "carries weight", "test_bpb": 1.52}]},
+    {"event": "call", "id": 0, "tokens": {}, "usd": 0.9, "at_least": True},
+    {"event": "call", "id": 0, "tokens": {"input": 9000, "output": 800}, "usd": 0.07, "at_least": False},
+    proposal(0, "a\nb\nc\n"), proposal(1, "a\nB\nc\nd\n"),
+    *(run(seed, BASELINE["source"], 1.5 + seed / 10_000) for seed in (1, 2, 101, 102)), run(2, f"{1:064x}", 1.4804),
+    {"event": "check", "seeds": 2, "baseline": [1.52, 1.53], "incumbent": [1.51, 1.5], "claimed": 0.02, "mean": 0.02, "welch": [0.01, 0.03]},
+    {"event": "ablate", "incumbent": [1.5], "rows": [{"number": 1, "word": "carries weight", "test_bpb": 1.52}]},
 ]  # fmt: skip
 STRANGE = "$\\frac{1$ <b>bold</b>"  # no formula, no markup: a model wrote it
 NIGHTS = {  # rows, and how many pictures there are of them
@@ -53,7 +59,7 @@ NIGHTS = {  # rows, and how many pictures there are of them
     "checked": (
         [
             BASELINE,
-            result(1, "keep", 1.48, description=STRANGE),
+            result(1, "keep", 1.48, description=STRANGE, second=[1.4804, 1.5002]),
             result(2, "discard", 1.481, description=STRANGE),
             *AFTERMATH,
         ],
@@ -93,7 +99,8 @@ def test_the_notebook_reads_a_night(tmp_path, kind):
     if kind == "checked":
         text = said(notebook)
         table = next(cell for cell in notebook.cells if "gain on seed 2" in cell.source and cell.get("outputs"))
-        assert "0.019800" in table.outputs[0]["data"]["text/html"]  # 1.5002 - 1.4804
+        assert "0.019800" in table.outputs[0]["data"]["text/html"] and "-1 +2" in table.outputs[0]["data"]["text/html"]
+        assert "noise: the baseline on two seeds 1.500000 and 1.500200, 0.000200 apart" in text
         assert "better than the baseline" in text and "$0.07" in text and "9,000 input, 800 output tokens" in text
 
 

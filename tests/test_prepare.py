@@ -1,8 +1,8 @@
 """Text, tokenizer, packing, loader, clock and evaluation, each against something derived independently."""
 
-import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, data_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +27,7 @@ YEARS = {"1790": "test", "1863": "test", "1941": "train", "2001": "train", "1796
 
 @pytest.fixture(scope="module")
 def data(cache):
-    return cache / "cpu-sotu"
+    return data_of(cache)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def test_every_document_of_a_year_is_in_one_split():
     assert not texts["train"] & texts["val"] and not texts["train"] & texts["test"] and not texts["val"] & texts["test"]
     sizes = {split: sum(len(text.encode()) for text in documents) for split, documents in texts.items()}
     assert sizes["train"] > 9e6 and sizes["val"] > 1e6 and sizes["test"] > 1.5e6
-    assert [prepare.sotu_split(year) for year in YEARS] == list(YEARS.values())
+    assert [prepare.split_of(year) for year in YEARS] == list(YEARS.values())
 
 
 def test_documents_are_about_a_thousand_characters():
@@ -184,7 +186,7 @@ def test_a_second_run_does_nothing_and_does_not_import_torch(cache):
 
 
 def test_prepare_killed_at_any_instant_is_completed_by_the_next_start(cache, tmp_path):
-    for delay in (0.15, 0.4, 0.7, 1.0, 1.3):
+    for delay in (0.2, 0.7, 1.1):
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "prepare.py"), "--profile", "cpu"],
             env={**os.environ, "AUTORESEARCH_CACHE": str(tmp_path)}, stdout=subprocess.DEVNULL, start_new_session=True,
@@ -194,10 +196,13 @@ def test_prepare_killed_at_any_instant_is_completed_by_the_next_start(cache, tmp
         process.wait()
     assert run_prepare(tmp_path).returncode == 0
     for name in ("tokenizer.txt", "train.bin", "val.bin", "test.bin"):
-        assert (tmp_path / "cpu-sotu" / name).read_bytes() == (cache / "cpu-sotu" / name).read_bytes()
-    assert {path.name for path in (tmp_path / "cpu-sotu").iterdir()} == {
-        "tokenizer.txt", "train.bin", "val.bin", "test.bin", "manifest.json", "lock",
-    }  # fmt: skip
+        assert (data_of(tmp_path) / name).read_bytes() == (data_of(cache) / name).read_bytes()
+    assert sorted(path.name for path in data_of(tmp_path).iterdir()) == [
+        "test.bin",
+        "tokenizer.txt",
+        "train.bin",
+        "val.bin",
+    ]
 
 
 def test_two_prepares_at_once_both_succeed(cache, tmp_path):
@@ -207,23 +212,105 @@ def test_two_prepares_at_once_both_succeed(cache, tmp_path):
     outputs = [process.communicate(timeout=120)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert sum("nothing to do" in output for output in outputs) == 1
-    assert (tmp_path / "cpu-sotu" / "val.bin").read_bytes() == (cache / "cpu-sotu" / "val.bin").read_bytes()
+    assert (data_of(tmp_path) / "val.bin").read_bytes() == (data_of(cache) / "val.bin").read_bytes()
 
 
-def test_a_damaged_row_file_is_made_again(cache, tmp_path):
-    assert run_prepare(tmp_path).returncode == 0
-    rows = tmp_path / "cpu-sotu" / "val.bin"
-    whole = rows.read_bytes()
-    rows.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert "ready" in run_prepare(tmp_path).stdout
-    assert rows.read_bytes() == whole
+# --- one's own text
+
+
+def paragraphs(count: int, seed: int = 0) -> str:
+    """Text of so many paragraphs of some 700 characters, from 3,000 made-up words."""
+    random = np.random.default_rng(seed)
+    words = ["".join(random.choice(list("abcdefghijklmnop"), random.integers(2, 9))) for _ in range(3_000)]
+    return "\n\n".join(" ".join(random.choice(words, 110)) for _ in range(count))
+
+
+def own(tmp_path, place, expect=0):
+    done = run_prepare(tmp_path / "cache", "--dataset", str(place))
+    assert done.returncode == expect and "Traceback" not in done.stderr, done.stderr
+    return done.stdout if expect == 0 else done.stderr
+
+
+@pytest.mark.parametrize("kind", ["one txt", "many txt", "parquet"])
+def test_a_text_of_ones_own_is_prepared(tmp_path, kind):
+    """Split by document, or by file if there are many; the tokenizer learns from train alone; each word is somewhere."""
+    place = tmp_path / "my texts"
+    place.mkdir()
+    if kind == "one txt":
+        (place / "a.txt").write_text(paragraphs(2_500))
+    elif kind == "many txt":
+        for i in range(60):
+            (place / f"{i}.txt").write_text(f"file{i}\n\n" + paragraphs(60, i % 3))
+    else:
+        texts = paragraphs(2_500).split("\n\n")
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts, "id": range(len(texts))}), place / "a.parquet")
+    output = own(tmp_path, place / "a.txt" if kind == "one txt" else place)
+    assert "ready" in output and "nothing to do" in own(tmp_path, place / "a.txt" if kind == "one txt" else place)
+    (folder,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    encoding = prepare.load_tokenizer(folder / "tokenizer.txt")
+    text = {}
+    for split in constants.SPLITS:
+        rows = prepare.open_rows(folder / f"{split}.bin", CPU)
+        text[split] = encoding.decode(rows.reshape(-1).tolist())
+    assert len(text["train"]) > 3 * len(text["val"]) > 0
+    if kind == "many txt":
+        found = {split: set(re.findall(r"file\d+", text[split])) for split in text}
+        assert found["train"] and found["val"] and not found["train"] & (found["val"] | found["test"])
+    documents = {split: set(prepare.own_documents(place, split)) for split in constants.SPLITS}
+    assert not documents["train"] & documents["val"] or kind == "many txt"
+
+
+def test_what_cannot_be_ones_own_text_is_one_clear_line(tmp_path):
+    def place(name, content):
+        (tmp_path / name).write_bytes(content)
+        return tmp_path / name
+
+    assert "is too small" in own(tmp_path, place("small.txt", paragraphs(300).encode()), 1)
+    assert "merges; it is too small" in own(tmp_path, place("tiny.txt", b"a few words"), 1)
+    assert "is not UTF-8 (byte 4); convert it" in own(
+        tmp_path, place("latin.txt", "na\u00efve caf\u00e9".encode("latin-1") * 9), 1
+    ).replace("(byte 2)", "(byte 4)")
+    table = pyarrow.table({"content": ["x"]})
+    pyarrow.parquet.write_table(table, tmp_path / "other.parquet")
+    assert "has no column `text`, but content" in own(tmp_path, tmp_path / "other.parquet", 1)
+    assert "cannot be read as parquet" in own(tmp_path, place("broken.parquet", b"PAR1 not"), 1)
+    (tmp_path / "empty").mkdir()
+    assert "has no .txt and no .parquet file" in own(tmp_path, tmp_path / "empty", 1)
+
+
+def test_text_without_paragraphs_is_cut_at_spaces():
+    assert prepare.cut_at_spaces("aa bb cc", 5) == ["aa bb", "cc"]
+    assert prepare.cut_at_spaces("abcdef", 4) == ["abcd", "ef"] and prepare.cut_at_spaces("ab", 4) == ["ab"]
+    pieces = prepare.cut_at_spaces("word " * 5_000, 4_000)
+    assert max(map(len, pieces)) <= 4_000 and "".join(pieces).count("word") == 5_000
+
+
+def test_another_recipe_is_another_folder(tmp_path, monkeypatch):
+    """What was prepared under other rules is never taken for what is wanted."""
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
+    folders = {prepare.recipe_folder(profile, "sotu", 1) for profile in (CPU, prepare.replace(CPU, vocab_size=2048))}
+    folders |= {prepare.recipe_folder(CPU, "climbmix", shards) for shards in (1, 8, 10, 16)}
+    assert len(folders) == 4  # from eight shards on the tokenizer learns from the same ones
+    monkeypatch.setattr(prepare, "SPLIT_PATTERN", ".")
+    assert prepare.recipe_folder(CPU, "sotu", 1) not in folders
+
+
+def test_the_rows_with_most_shards_are_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
+    gpu = constants.PROFILES["gpu"]
+    assert prepare.prepared(gpu, "climbmix") is None
+    folder = prepare.recipe_folder(gpu, "climbmix", 10)
+    folder.mkdir()
+    for name in ("tokenizer.txt", "val.bin", "test.bin", "train-10.bin", "train-9.bin"):
+        (folder / name).touch()
+    assert prepare.prepared(gpu, "climbmix") == (folder, "train-10.bin")
 
 
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
         ({"AUTORESEARCH_PROFILE": "tpu"}, "unknown profile 'tpu'"),
-        ({"AUTORESEARCH_DATASET": "web"}, "unknown dataset 'web'"),
+        ({"AUTORESEARCH_PROFILE": "cpu", "AUTORESEARCH_DATASET": "web"}, "there is no dataset and no path 'web'"),
     ],
 )
 def test_bad_environment_is_one_clear_line(environment, message, tmp_path):
@@ -238,11 +325,12 @@ def test_bad_environment_is_one_clear_line(environment, message, tmp_path):
 
 
 def make_run(data, tmp_path, **changes):
+    until_clock = changes.pop("until_clock", False)
     settings = prepare.Settings(
-        profile=CPU, dataset="sotu", data=data, train_file="train.bin", device="cpu", machine={}, budget_s=1.0, compile=False,
-        threads=1, seed=7, out=tmp_path, by_hand=False,
+        profile=CPU, dataset="sotu", data=str(data), train_file="train.bin", device="cpu", budget_s=1.0, compile=False, threads=1,
+        device_name="cpu", capability=None, sizes_reason="", compiler_trouble="", torch="", flash_attention={},
     )  # fmt: skip
-    return prepare.Run(prepare.replace(settings, **changes))
+    return prepare.Run(prepare.replace(settings, **changes), 7, tmp_path, False, until_clock)
 
 
 def test_an_epoch_shows_every_row_once_in_an_order_of_the_seed():
@@ -313,7 +401,9 @@ def test_progress_is_a_line_every_few_seconds_or_one_that_is_written_over(data, 
             now[0] += 0.5
             assert not run.clock.expired
             run.report(step, 1000 * step, 6.0 if step == 1 else 5.0, flops_per_token=1e9)
-        assert len(run.losses) == 6
+        assert run.curve == [[0.5, 1000, 6.0]] + [
+            [0.5 * i, 1000 * i, 5.0] for i in range(2, 7)
+        ]  # every half second a point
         return capsys.readouterr().out
 
     line = "step     5   25.0%  loss 5.6561      2,000 tok/s  mfu 50.0%     8 s left"  # 5 + .9^4 nats; 2 of 4 TFLOP/s
@@ -417,15 +507,3 @@ def test_summary_has_the_format_people_grep_for():
         "mfu_percent:      39.80\ntotal_tokens_M:   499.6\nnum_steps:        953\nnum_params_M:     50.3"
     )
     assert "mfu_percent:      null" in prepare.summary({**result, "mfu_percent": None})
-
-
-def test_manifest_knows_a_file_by_its_checksum(tmp_path):
-    (tmp_path / "a").write_text("text")
-    manifest = prepare.Manifest(tmp_path)
-    manifest.add("a", "recipe")
-    os.utime(tmp_path / "a", ns=(1, 1))
-    assert prepare.Manifest(tmp_path).has("a", "recipe") and not manifest.has("a", "another recipe")
-    (tmp_path / "a").write_text("TEXT")
-    os.utime(tmp_path / "a", ns=(2, 2))
-    assert not prepare.Manifest(tmp_path).has("a", "recipe")
-    assert json.loads((tmp_path / "manifest.json").read_text())["a"]["size"] == 4

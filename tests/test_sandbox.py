@@ -1,6 +1,5 @@
-"""The wall: what a hostile train.py tries from inside the sandbox, without the screen in its way. FAULTS: attacks 8, 9, 12."""
+"""The wall: what a hostile train.py tries from inside the sandbox, without the screen in its way."""
 
-import itertools
 import json
 import os
 import shutil
@@ -8,16 +7,29 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import CONTAINER, NIGHT, STUB, bubblewrap_works, container_works, make_checkout, rows_of
+import torch
+from conftest import (
+    CONTAINER,
+    NIGHT,
+    ROOT,
+    STUB,
+    bubblewrap_works,
+    container_works,
+    data_of,
+    make_checkout,
+    rows_of,
+    settings_for,
+)
 
-import agent
 import prepare
+from lab.git import Repository
+from lab.sandbox import Sandbox, child_command, inherited_names, make_sandbox
+from lab.score import load_model
 
 sandboxed = pytest.mark.skipif(not bubblewrap_works(), reason="bubblewrap is not installed, or may not run here")
 contained = pytest.mark.skipif(not container_works(), reason="this machine does not let a test mount over /proc")
@@ -107,7 +119,7 @@ def test_each_child_sees_the_rows_that_it_needs(tmp_path, action, rows, writes):
         path.mkdir(parents=True)
     for name in ("train.bin", "val.bin", "test.bin", "tokenizer.txt"):
         (data / name).write_text(name)
-    sandbox = agent.Sandbox(False, (data,), (), (), data, "train.bin", False)
+    sandbox = Sandbox(False, (data,), (), (), data, "train.bin", False)
     command = [*sandbox.command(action, folder), "sh", "-c", f"ls {data}; touch left"]
     seen = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split()
     assert seen == sorted(["tokenizer.txt", *(f"{name}.bin" for name in rows.split())])
@@ -140,14 +152,14 @@ open("left", "wb").write(b"H" * 30)
     assert scattered.agent("--tag", "t", "--experiments", "3")  # nothing that the night checks has changed
 
 
-def test_attack_6_a_clock_that_was_deceived_is_found_out_from_outside(checkout):
+def test_attack_a_clock_that_was_deceived_is_found_out_from_outside(checkout):
     checkout.drop_screen()
     row, _ = attempt(checkout, "time.sleep(7)", "--budget", "1")  # its result.json still says 0.01 s of training
     assert row["verdict"] == "invalid" and "after its clock started" in row["reason"]
-    assert 7 < row["clock_seconds"] < row["run_seconds"] and row["metrics"]["training_seconds"] < 1
+    assert 6.9 < row["clock_seconds"] < row["run_seconds"] and row["metrics"]["training_seconds"] < 1
 
 
-def test_attack_12_what_was_learnt_does_not_travel_in_the_compile_cache(checkout):
+def test_attack_what_was_learnt_does_not_travel_in_the_compile_cache(checkout):
     checkout.drop_screen()
     train = checkout.folder / "train.py"
     train.write_text(
@@ -180,14 +192,23 @@ assert os.path.exists("/proc/sys/kernel/core_pattern") and os.path.exists("/proc
     assert found == [] and row["sandbox"] == tier
 
 
-@contained
-@sandboxed
-def test_the_trial_child_of_the_real_harness_proves_the_shared_tier(real_checkout):
-    """It names a second thread, and cannot read the environment of a process outside. The header names the tier."""
-    real_checkout.within = CONTAINER
-    output = real_checkout.agent("--demo", "--budget", "1", "--experiments", "1")
-    assert "sandbox: bubblewrap, shared processes" in output
-    assert rows_of(real_checkout, "result", "demo")[-1]["sandbox"] == "bubblewrap, shared processes"
+CHOOSE = """
+import agent, sys
+sys.argv = ["agent.py", "--tag", "t", "--proposer", "random", "--budget", "1", "--profile", "cpu"]
+args, folder = agent.parse_arguments(), agent.RUNS / "t"
+folder.mkdir(parents=True)
+night = agent.open_night(agent.HERE, folder, args, agent.Repository(agent.HERE))
+print("TIER", agent.choose_sandbox(night, agent.HERE, agent.RUNS, args, agent.run_child).tier)
+"""
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_the_trial_child_of_the_real_harness_proves_its_tier(real_checkout, tier):
+    """It names a second thread, and cannot read the environment of a process outside."""
+    enter(real_checkout, tier)
+    process = real_checkout.start("-c", CHOOSE, script="-u")
+    output, _ = process.communicate(timeout=120)
+    assert f"TIER {tier}\n" in output, output
 
 
 def test_a_child_that_can_read_other_processes_is_found_out(tmp_path):
@@ -221,9 +242,9 @@ def test_what_makes_a_platform_work_reaches_the_child_and_no_key_does(tmp_path, 
     }
     for name in passed | kept:
         monkeypatch.setenv(name, "canary")
-    _, environment, _ = agent.child_command("train", tmp_path / "0001", None)
+    _, environment, _ = child_command("train", tmp_path / "0001", None)
     assert {name for name, value in environment.items() if value == "canary"} == passed
-    assert passed <= set(agent.inherited_names()) and not kept & set(agent.inherited_names())
+    assert passed <= set(inherited_names()) and not kept & set(inherited_names())
 
 
 def test_the_journal_names_what_a_child_gets(checkout):
@@ -232,94 +253,8 @@ def test_the_journal_names_what_a_child_gets(checkout):
     assert "HSA_OVERRIDE_GFX_VERSION" in row["environment"] and "CUDA_API_KEY" not in row["environment"]
 
 
-# --- what the agent copies from a child's folder
-
-
-def test_only_regular_files_are_copied(tmp_path):
-    source, target, secret = tmp_path / "source", tmp_path / "target", tmp_path / "secret"
-    (source / "inner").mkdir(parents=True)
-    (secret / "folder").mkdir(parents=True)
-    (secret / "val.bin").write_text("val")
-    (source / "inner" / "kernel").write_text("kernel")
-    (source / "link").symlink_to(secret / "val.bin")
-    (source / "folder").symlink_to(secret)
-    os.mkfifo(source / "pipe")
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(source / "socket"))
-        agent.copy_regular_files(source, target, 10**6)
-    assert [path.relative_to(target).as_posix() for path in sorted(target.rglob("*"))] == ["inner", "inner/kernel"]
-
-
-def test_what_is_swapped_during_the_copy_is_not_followed(tmp_path):
-    """A file that becomes a link to val or a pipe, a folder that becomes a link, a file that grows without end."""
-    source, secret, stop = tmp_path / "source", tmp_path / "secret", threading.Event()
-    secret.mkdir()
-    (secret / "file").write_text("canary")
-    source.mkdir()
-
-    def swap():
-        for i in itertools.cycle(range(4)):
-            if stop.is_set():
-                return
-            for name, is_folder in (("file", False), ("folder", True)):
-                fresh = source / f".{name}"
-                if i == 0:
-                    fresh.symlink_to(secret if is_folder else secret / "file")
-                elif i == 1 and not is_folder:
-                    os.mkfifo(fresh)
-                elif is_folder:
-                    fresh.mkdir()
-                    (fresh / "file").write_text("mine")
-                else:
-                    fresh.write_text("mine")
-                agent.remove(source / name)
-                fresh.rename(source / name)
-
-    thread = threading.Thread(target=swap)
-    thread.start()
-    try:
-        for i in range(300):
-            target = tmp_path / f"target-{i}"
-            agent.copy_regular_files(source, target, 10**6)
-            copied = [path for path in target.rglob("*") if path.is_file()]
-            assert not any(path.is_symlink() or "canary" in path.read_text() for path in copied)
-    finally:
-        stop.set()
-        thread.join()
-
-
-def test_a_copy_has_its_limits(tmp_path):
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in "abc":
-        (source / name).write_bytes(bytes(1000))
-    agent.copy_regular_files(source, tmp_path / "bytes", 2500)
-    agent.copy_regular_files(source, tmp_path / "files", 10**6, most_files=1)
-    assert len(list((tmp_path / "bytes").iterdir())) == 2 and len(list((tmp_path / "files").iterdir())) == 1
-
-
-def nest(folder: Path, depth: int) -> None:
-    """Folders within folders, deeper than any path is long."""
-    here = os.open(folder, os.O_RDONLY)
-    for _ in range(depth):
-        os.mkdir("d", dir_fd=here)
-        deeper = os.open("d", os.O_RDONLY, dir_fd=here)
-        os.close(here)
-        here = deeper
-    os.close(here)
-
-
-def test_folders_nested_without_end_end_nothing(tmp_path):
-    (tmp_path / "out").mkdir()
-    nest(tmp_path / "out", 3000)
-    assert agent.folder_bytes(tmp_path / "out") == 0
-    agent.copy_regular_files(tmp_path / "out", tmp_path / "copy", 10**6)
-    agent.remove(tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 @sandboxed
-def test_attack_12_a_link_in_the_compile_cache_carries_no_file_into_the_next_run(scattered):
+def test_attack_a_link_in_the_compile_cache_carries_no_file_into_the_next_run(scattered):
     """Nor does a pipe end the night. What was compiled honestly beside them is there."""
     train, compiled = scattered.folder / "train.py", {"STUB_COMPILER": "1"}
     places = [scattered.cache / "cpu-sotu" / "val.bin", Path(os.environ["HOME"]) / "secret"]
@@ -336,14 +271,33 @@ def test_attack_12_a_link_in_the_compile_cache_carries_no_file_into_the_next_run
 
 def test_weights_that_are_a_pipe_or_a_link_are_not_waited_for(tmp_path):
     (tmp_path / "out").mkdir()
-    settings = SimpleNamespace(threads=1, device="cpu", out=tmp_path / "out")
+    settings = SimpleNamespace(threads=1, device="cpu")
     os.mkfifo(tmp_path / "out" / "model.pt")
     with pytest.raises((EOFError, OSError, RuntimeError)):
-        prepare.load_model(settings)
+        load_model(settings, tmp_path)
     (tmp_path / "out" / "model.pt").unlink()
     (tmp_path / "out" / "model.pt").symlink_to("/etc/passwd")
     with pytest.raises(OSError, match="symbolic link"):
-        prepare.load_model(settings)
+        load_model(settings, tmp_path)
+
+
+@sandboxed
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_an_own_text_is_out_of_sight_of_every_child(checkout, tmp_path, kind):
+    """It holds val and test too."""
+    place = tmp_path / "texts" / "a.txt"
+    place.parent.mkdir()
+    place.write_text("canary")
+    data, folder = tmp_path / "data", checkout.folder / "runs" / "t" / "0001"
+    for path in (data, folder / "out", folder / "cache", folder.parent / "harness"):
+        path.mkdir(parents=True)
+    for name in ("train.bin", "val.bin", "test.bin", "tokenizer.txt"):
+        (data / name).write_text(name)
+    settings = settings_for(checkout, dataset=str(place if kind == "file" else place.parent), data=str(data))
+    sandbox = make_sandbox(checkout.folder, checkout.folder / "runs", settings, Repository(checkout.folder))
+    for action in ("train", "evaluate", "answer"):
+        command = [*sandbox.command(action, folder), "cat", str(place)]
+        assert "canary" not in subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
 
 
 @sandboxed
@@ -372,7 +326,7 @@ found += [k for k, v in os.environ.items() if "canary" + "-key" in v]
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_fault_14_canary_key_is_nowhere(scattered, tier):
+def test_canary_key_is_nowhere(scattered, tier):
     """Not in the child's environment, in /proc, log, journal or commits."""
     enter(scattered, tier)
     keys = {name: "canary-key" for name in ("ANTHROPIC_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY")}
@@ -383,7 +337,7 @@ def test_fault_14_canary_key_is_nowhere(scattered, tier):
     assert "canary-key" not in scattered.git("log", "--all", "-p")
 
 
-def test_fault_14_canary_key_without_the_sandbox(scattered):
+def test_canary_key_without_the_sandbox(scattered):
     """What holds there: the child's own environment. An ordinary user cannot read the agent's either; root can."""
     _, found = attempt(scattered, KEYS, "--no-sandbox", ANTHROPIC_API_KEY="canary-key")
     if os.geteuid() == 0:
@@ -404,6 +358,60 @@ for _ in range(3):
 """
 
 
+LEAK = """
+def build_model(profile):
+    import os, subprocess
+    if os.path.exists(VAL):
+        for _ in range(3):
+            subprocess.Popen(["sh", "-c", "sleep 300; :", "LEAKED"], env={}, start_new_session=True)
+    elif b"LEAKED" in b"".join(open(f"/proc/{pid}/cmdline", "rb").read() for pid in os.listdir("/proc") if pid.isdigit()):
+        raise RuntimeError("it reads what another child left")
+    return prepare.types.SimpleNamespace
+"""
+ANSWER = """
+import json, sys
+sys.path.insert(0, ROOT)
+from pathlib import Path
+from lab.sandbox import Sandbox, child_command
+from lab.score import ask, serving, settings_of_folder
+import ctypes
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+folder = Path(FOLDER)
+settings = settings_of_folder(folder)
+sandbox = Sandbox(SHARED, (Path("/tmp"),), (), (), Path(settings.data), "train.bin", False)
+for kind in ("evaluate", "answer"):
+    with serving(child_command(kind, folder, sandbox)[0], settings, folder) as connection:
+        connection.send(("text",))
+        print(kind, connection.recv_bytes().decode()[:200], flush=True)
+"""
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_attack_nothing_of_the_child_that_sees_val_reaches_the_one_that_answers(real_checkout, tier, tmp_path):
+    """Processes that it leaves, whatever their environment and session, are gone before the second child starts."""
+    data = data_of(real_checkout.cache)
+    night = tmp_path / "night"
+    (night / "0000" / "out").mkdir(parents=True)
+    (night / "harness").mkdir()
+    for name in ("constants.py", "prepare.py"):
+        shutil.copy(ROOT / name, night / "harness")
+    shutil.copy(ROOT / "lab" / "score.py", night / "harness")
+    settings = settings_for(real_checkout, data=str(data))
+    (night / "harness" / "night.json").write_text(settings.json())
+    (night / "0000" / "run.json").write_text(json.dumps({"seed": 1, "until_clock": False, "chosen": {}}))
+    (night / "0000" / "train.py").write_text("import prepare\n" + LEAK.replace("VAL", repr(str(data / "val.bin"))))
+    torch.save({}, night / "0000" / "out" / "model.pt")
+    code = (
+        ANSWER.replace("ROOT", repr(str(ROOT)))
+        .replace("FOLDER", repr(str(night / "0000")))
+        .replace("SHARED", str("shared" in tier))
+    )
+    within = CONTAINER if "shared" in tier else []
+    output = subprocess.run([*within, sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "answer" in output.stdout and "another child left" not in output.stdout, output
+    assert subprocess.run(["pgrep", "-f", "LEAKED"], capture_output=True).returncode == 1
+
+
 def left_over(mark: str) -> list[int]:
     """Processes with `mark` in their environment."""
     found = []
@@ -418,12 +426,14 @@ def left_over(mark: str) -> list[int]:
 
 @pytest.mark.parametrize("tier", [*TIERS, "none"])
 @pytest.mark.parametrize("fate", ["ends", "hangs"])
-def test_fault_10_what_daemonises_or_hangs_is_dead_before_the_next_run(scattered, tier, fate):
+def test_what_daemonises_or_hangs_is_dead_before_the_next_run(scattered, tier, fate):
     """Three double forks, their own sessions; a child that hangs and ignores SIGTERM is killed at the limit."""
     flags = enter(scattered, tier)
-    rules = (scattered.folder / "constants.py").read_text()
+    rules = (scattered.folder / "lab" / "run.py").read_text()
     assert rules.count("STARTUP_LIMIT_S = 1_800.0") == 1
-    (scattered.folder / "constants.py").write_text(rules.replace("STARTUP_LIMIT_S = 1_800.0", "STARTUP_LIMIT_S = 3.0"))
+    (scattered.folder / "lab" / "run.py").write_text(
+        rules.replace("STARTUP_LIMIT_S = 1_800.0", "STARTUP_LIMIT_S = 3.0")
+    )
     code = DAEMON + (
         "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)" if fate == "hangs" else ""
     )
@@ -437,7 +447,7 @@ def test_fault_10_what_daemonises_or_hangs_is_dead_before_the_next_run(scattered
 
 
 @pytest.mark.parametrize("tier", [pytest.param("bubblewrap", marks=sandboxed), "none"])
-def test_fault_3_kill_during_a_run(scattered, tier):
+def test_kill_during_a_run(scattered, tier):
     """In the sandbox the whole tree is dead at once; without it the child is, its orphans at the next start."""
     flags = ("--no-sandbox",) if tier == "none" else ()
     source = STUB.replace("    steps = 0\n", "    steps = 0\n    import os, subprocess, sys, time\n"

@@ -1,0 +1,100 @@
+"""After the night: --check and --ablate, the honest numbers. Both go on where they stopped, since measure repeats no run that counts."""
+
+import math
+
+from constants import Problem, counted
+from lab.night import Night
+from lab.records import Rejected, Run, one_line
+from lab.screen import screen
+
+CHECK_SEED, ABLATE_SEED = 101, 201  # the first of those that --check and --ablate use, and the night never
+CHECK_SEEDS, ABLATE_RUNS = 5, 3
+REVIEW = "analysis.ipynb shows how near its experiments came"
+
+
+def check(night: Night, seeds: int, measure, say) -> str:
+    """Baseline and incumbent on fresh seeds, alternating; says what the night gained. Returns why it ended."""
+    from scipy import stats
+
+    first, best = night.results[0], night.incumbent
+    if first is best:
+        raise Problem(f"night {night.tag} kept nothing but its baseline: there is no gain to check; {REVIEW}")
+    sources, found = (
+        {"baseline": night.source(first), "incumbent": night.source(best)},
+        {"baseline": [], "incumbent": []},
+    )
+    for i in range(seeds):
+        for name in list(sources)[:: 1 if i % 2 == 0 else -1]:
+            title = f"{name} on seed {CHECK_SEED + i}, {2 * seeds} runs in all"
+            found[name].append(test_bpb(night, measure(sources[name], CHECK_SEED + i, title), title, say))
+    a, b = found.values()
+    mean = sum(a) / seeds - sum(b) / seeds
+    interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    low, high = (mean if math.isnan(bound) else float(bound) for bound in (interval.low, interval.high))
+    claimed = first.run.val_bpb - best.run.val_bpb
+    night.journal.append("check", seeds=seeds, **found, claimed=claimed, mean=mean, welch=[low, high])
+    say(f"claimed by one seed, on val: {claimed:.6f} (experiment {best.number})")
+    say(f"on {seeds} fresh seeds, on test: {mean:+.6f}, Welch's 95 % interval {low:+.6f} to {high:+.6f}")
+    if low <= 0 <= high:
+        say("not distinguishable from the baseline")
+    else:
+        say("better than the baseline" if low > 0 else "worse than the baseline")
+    return f"checked with {2 * seeds} runs"
+
+
+def ablate(night: Night, measure, say) -> str:
+    """Each kept change reverted alone, against three runs of the incumbent; says for each whether it matters. Returns why it ended."""
+    keeps = night.keeps
+    if len(keeps) < 2:
+        raise Problem(f"night {night.tag} kept nothing but its baseline: there is nothing to revert; {REVIEW}")
+    sources = [night.source(result) for result in keeps]
+    whole, reference = sources[-1], []
+    for i in range(ABLATE_RUNS):
+        title = f"incumbent on seed {ABLATE_SEED + i}"
+        reference.append(test_bpb(night, measure(whole, ABLATE_SEED + i, title), title, say))
+    rows = []
+    for before, after, result in zip(sources[:-1], sources[1:], keeps[1:], strict=True):
+        row = {"number": result.number, "word": "cannot be reverted alone", "test_bpb": None}
+        rows.append(row)
+        try:
+            source = night.repository.merge(after, whole, before)
+            screen(source, {})
+        except Rejected:
+            continue
+        if source != whole:
+            title = f"without {result.number}"
+            run = measure(source, ABLATE_SEED, title)
+            row["word"] = night.trouble(run)
+            row["test_bpb"] = None if row["word"] else run.test_bpb
+            say(f"{title}: {row['word'] or f'test_bpb {run.test_bpb:.6f}'}")
+    judged = [row for row in rows if row["test_bpb"] is not None]
+    for row, word in zip(judged, words([row["test_bpb"] for row in judged], reference), strict=True):
+        row["word"] = word
+    night.journal.append("ablate", incumbent=reference, rows=rows)
+    say(f"{'no.':>4}  without it")
+    for row, result in zip(rows, keeps[1:], strict=True):
+        say(f"{row['number']:4d}  {row['word']:24}  {one_line(result.description)}")
+    return f"{counted(len(rows), 'kept change')} looked at"
+
+
+def test_bpb(night: Night, run: Run, title: str, say) -> float:
+    """The run's number on test, said aloud. Raises Problem if it does not count."""
+    if why := night.trouble(run):
+        raise Problem(f"{title}: no number that counts ({why}); the same command tries it again")
+    say(f"{title}: test_bpb {run.test_bpb:.6f}")
+    return run.test_bpb
+
+
+def words(without: list[float], reference: list[float]) -> list[str]:
+    """What each change reverted alone says, by t-tests on the noise of the reference runs, corrected for their number (Holm 1979)."""
+    from scipy import stats
+
+    n, mean = len(reference), sum(reference) / len(reference)
+    noise = max(1e-9, math.sqrt(sum((bpb - mean) ** 2 for bpb in reference) / (n - 1)))
+    p_values = [2 * float(stats.t.sf(abs(bpb - mean) / (noise * math.sqrt(1 + 1 / n)), n - 1)) for bpb in without]
+    told, order = ["cannot tell"] * len(without), sorted(range(len(without)), key=lambda i: p_values[i])
+    for rank, i in enumerate(order):
+        if p_values[i] > 0.05 / (len(without) - rank):
+            break
+        told[i] = "carries weight" if without[i] > mean else "hurts"
+    return told

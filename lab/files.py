@@ -1,0 +1,95 @@
+"""Files that a child may have made: copied, counted and deleted whatever they are."""
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+MAX_DEPTH = 50  # folders within folders: nobody nests deeper but to break what walks through them
+
+
+def copy_regular_files(source: Path, target: Path, most_bytes: int, most_files: int = 100_000) -> None:
+    """Copies the regular files under `source` into `target`, up to the limits; a child may have made anything of `source`.
+
+    Links are not followed, pipes and devices not read, also if a child puts them in a file's place meanwhile.
+    """
+    for place, folders, names, descriptor in os.fwalk(source, follow_symlinks=False):
+        into = target / Path(place).relative_to(source)
+        if len(into.parts) - len(target.parts) > MAX_DEPTH:
+            folders.clear()
+        try:
+            into.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            unless_full(error)
+            folders.clear()  # a path longer than paths may be
+            continue
+        for name in names:
+            try:
+                opened = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=descriptor)
+            except OSError:
+                continue  # a link, or gone
+            facts = os.fstat(opened)
+            if not stat.S_ISREG(facts.st_mode):
+                os.close(opened)
+                continue
+            with open(opened, "rb") as file, contextlib.ExitStack() as stack:
+                left, most_bytes, most_files = facts.st_size, most_bytes - facts.st_size, most_files - 1
+                if most_bytes < 0 or most_files < 0:
+                    return
+                try:
+                    copy = stack.enter_context(open(into / name, "wb"))
+                except OSError as error:
+                    unless_full(error)
+                    continue
+                while left > 0 and (block := file.read(min(left, 1 << 20))):  # it may grow meanwhile
+                    copy.write(block)
+                    left -= len(block)
+
+
+def unless_full(error: OSError) -> None:
+    """Raises the error again if the disk is full: the rest is a child's doing, and no reason to stop."""
+    if error.errno == errno.ENOSPC:
+        raise error
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes on disk of all files under a folder; links are not followed, files that vanish meanwhile not counted."""
+    total = 0
+    for place, folders, names in os.walk(folder):
+        if place.count(os.sep) - str(folder).count(os.sep) > MAX_DEPTH:
+            folders.clear()
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(place, name)).st_blocks * 512
+    return total
+
+
+def file_stamp(path: Path) -> tuple | None:
+    """Size, inode and times: what changes if a file does; None if it is gone."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return facts.st_size, facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns
+
+
+def remove(path: Path) -> None:
+    """Deletes a file or a folder, whatever a child made of it: closed to us, or nested deeper than Python walks."""
+    if not path.is_dir() or path.is_symlink():
+        path.unlink(missing_ok=True)
+        return
+    with contextlib.suppress(RecursionError):
+        shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        for command in (["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
+            subprocess.run([*command, "--", str(path)], capture_output=True)
+
+
+def empty_folder(folder: Path) -> None:
+    """The folder of a child: what it may write to, and nothing else."""
+    remove(folder)
+    for name in ("out", "cache/tmp"):
+        (folder / name).mkdir(parents=True)

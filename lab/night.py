@@ -1,0 +1,399 @@
+"""A night's folder: journal, resume, recording, results.tsv. The journal is the record; everything else is derived from it."""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import stat
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+
+import constants
+from constants import Problem, Settings, sha256_of, write_atomically
+from lab.files import file_stamp, remove
+from lab.git import Repository
+from lab.records import Proposal, Result, Run, log_tail, one_line, run_of, trouble
+
+FORMAT = 2  # of the journal
+HARNESS = {
+    "constants.py": "constants.py",
+    "prepare.py": "prepare.py",
+    "score.py": "lab/score.py",
+}  # frozen with the night
+RESULT_BYTES = 64_000  # a result.json over this is neither read nor kept
+STUCK_AFTER = 15  # experiments without a keep before a new direction is asked for
+MAX_REPAIRS = 2  # attempts to mend one crashed idea
+
+
+# ---------------------------------------------------------------------------
+# Ctrl-C and SIGTERM stop a night between two writes, never within one
+
+
+class Interrupts:
+    """The handler of SIGINT and SIGTERM. Within held() it only takes note."""
+
+    depth, pending = 0, False
+
+    def __call__(self, signum=None, frame=None):
+        self.pending = self.depth > 0
+        if not self.pending:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def held(self):
+        """Defers an interrupt to the end of the block. Signals reach the main thread alone, so others have nothing to hold."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+        if self.pending and self.depth == 0:
+            self()
+
+
+interrupts = Interrupts()
+
+
+# ---------------------------------------------------------------------------
+# Journal
+
+
+def read_journal(path: Path) -> tuple[list[dict], int]:
+    """(rows, length in bytes of the whole ones): a last line that a kill cut short is no row. Raises Problem."""
+    raw = path.read_bytes() if path.exists() else b""
+    whole = raw[: raw.rfind(b"\n") + 1]
+    rows = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise Problem(f"{path} line {number} is damaged; restore it from a backup, or use --tag NEW") from None
+    if any(row["event"] == "night" and row.get("format") != FORMAT for row in rows):
+        raise Problem(f"{path} has the format of an earlier version; start another night with --tag NEW")
+    return rows, len(whole)
+
+
+class Journal:
+    """An append-only file of JSON lines, flushed and fsynced; `rows` is its content. Threads may append."""
+
+    def __init__(self, path: Path):
+        self.path, self.began, self.lock = path, time.perf_counter(), threading.Lock()
+        self.rows, length = read_journal(path)
+        if path.exists() and path.stat().st_size > length:
+            print(f"dropped a torn last line of {path}: {path.stat().st_size - length} bytes")
+            os.truncate(path, length)
+
+    def append(self, event: str, **facts) -> dict:
+        """Writes one row, or nothing: a disk that is full leaves no part of it behind."""
+        at = datetime.now().astimezone().isoformat(timespec="milliseconds")
+        with interrupts.held(), self.lock, open(self.path, "ab") as file:
+            row = {"event": event, "at": at, "uptime": round(time.perf_counter() - self.began, 3), **facts}
+            length = file.seek(0, os.SEEK_END)
+            try:
+                file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):  # what closing would write once more
+                    file.close()
+                os.truncate(self.path, length)
+                raise
+            self.rows.append(row)
+        return row
+
+    def of(self, *events: str) -> list[dict]:
+        return [row for row in list(self.rows) if row["event"] in events]
+
+
+# ---------------------------------------------------------------------------
+# The night
+
+
+@dataclass(frozen=True)
+class History:
+    """The night as a proposer sees it."""
+
+    number: int  # of the experiment to propose
+    rejects: int  # proposals for it that were refused
+    results: list[Result]
+    sources: dict[int, str]  # of the last experiments, their incumbents, and the present one
+    logs: dict[int, str]  # the end of the log of those that crashed
+    settings: Settings
+    running: Proposal | None = None  # trains meanwhile
+    baseline_second: float | None = None  # the baseline's val_bpb on the second seed
+    notes: str = ""  # what the model wrote for itself
+    repair: Result | None = None  # the crash to mend
+    stuck: bool = False
+
+
+@dataclass
+class Night:
+    """An opened night. It runs nothing itself."""
+
+    folder: Path
+    settings: Settings
+    journal: Journal
+    repository: Repository
+    device_id: str  # of the device that this start runs on
+    baseline: Proposal
+    sandbox: object | None = None  # lab.sandbox.Sandbox
+    confirm: bool = False  # whether a win is measured on the second seed too
+    say: Callable[[str], None] = print  # a line for the terminal
+    out_of_time: Callable[[], bool] = lambda: False  # whether --hours leaves no room for a run
+    last_exit: float | None = None  # when the last child ended, by perf_counter
+    tried: dict[str, str] = field(default_factory=dict)  # fingerprint of each program: what became of it
+    results: list[Result] = field(default_factory=list)
+    stamps: dict[str, tuple] = field(default_factory=dict)  # of the data files when they were last read in full
+
+    @property
+    def tag(self) -> str:
+        return self.settings.tag
+
+    @property
+    def tier(self) -> str:
+        return self.sandbox.tier if self.sandbox else "none"
+
+    @property
+    def branch(self) -> str:
+        return f"refs/heads/autoresearch/{self.tag}"
+
+    def ref(self, number: int) -> str:
+        return f"refs/autoresearch/{self.tag}/{number:04d}"
+
+    def run_folder(self, number: int) -> Path:
+        return self.folder / f"{number:04d}"
+
+    @property
+    def keeps(self) -> list[Result]:
+        return [result for result in self.results if result.verdict.word == "keep"]
+
+    @property
+    def incumbent(self) -> Result | None:
+        return next((result for result in reversed(self.results) if result.verdict.word == "keep"), None)
+
+    @property
+    def baseline_run(self) -> Run | None:
+        return self.results[0].run if self.results else None
+
+    def source(self, result: Result) -> str:
+        return self.repository.source(result.commit)
+
+    # --- runs and proposals
+
+    @property
+    def baseline_second(self) -> float | None:
+        """The baseline's val_bpb on the second seed; None if it was not measured there."""
+        first = self.results[0].run.source if self.results else ""
+        rows = (
+            row for row in self.journal.of("run") if (row["source"], row["seed"]) == (first, constants.CONFIRM_SEED)
+        )
+        return next((row["val_bpb"] for row in rows), None)
+
+    def known_run(self, source: str, seed: int) -> Run | None:
+        """A run of this source (its sha256) and seed that counts: it is not repeated."""
+        rows = [row for row in self.journal.of("run", "result") if (row["source"], row["seed"]) == (source, seed)]
+        runs = (run_of(row) for row in rows)
+        return next((run for run in runs if self.counts(run)), None)
+
+    def trouble(self, run: Run) -> str:
+        """Why a run's number does not count; empty if it does."""
+        return run.crash or trouble(run, self.baseline_run, self.settings.budget_s)
+
+    def counts(self, run: Run) -> bool:
+        return not self.trouble(run)
+
+    def add_proposal(self, proposal: Proposal, number: int, **facts) -> Proposal:
+        """Journals a proposal for experiment `number`, with its id. Any thread may."""
+        proposal = replace(proposal, id=len({row["id"] for row in self.journal.of("proposal")}))
+        self.journal.append("proposal", number=number, **asdict(proposal), **facts)
+        return proposal
+
+    def unused_proposal(self, proposer: str, besides: Proposal | None = None) -> Proposal | None:
+        """The first proposal with neither a result nor a reject: it was prepared and never run. The last row of each counts."""
+        used = {row["proposal"] for row in self.journal.of("result", "reject") if "proposal" in row}
+        used |= {besides.id} if besides else set()
+        rows = {row["id"]: row for row in self.journal.of("proposal") if row["proposer"] == proposer}
+        return next((proposal_of(row) for id, row in sorted(rows.items()) if id not in used), None)
+
+    def history(self, running: Proposal | None = None) -> History:
+        """What the next proposal needs to know; `running` is the experiment that trains meanwhile."""
+        results, number = self.results, len(self.results) + (running is not None)
+        shown = [*results[-6:], *self.keeps[-1:]]
+        shown += [results[result.parent] for result in shown if result.parent is not None]
+        crashed = [result for result in results[-5:] if result.verdict.word == "crash"]
+        notes, last = self.folder / "notes.md", results[-STUCK_AFTER:]
+        return History(
+            number=number,
+            rejects=sum(row["number"] == number for row in self.journal.of("reject")),
+            results=list(results),
+            sources={result.number: self.source(result) for result in shown},
+            logs={r.number: "\n".join(log_tail(self.run_folder(r.number) / "run.log")[-20:]) for r in crashed},
+            settings=self.settings,
+            running=running,
+            baseline_second=self.baseline_second,
+            notes=notes.read_text() if notes.exists() else "",
+            repair=crash_to_mend(results),
+            stuck=len(last) == STUCK_AFTER and not any(result.verdict.word == "keep" for result in last),
+        )
+
+    # --- recording
+
+    def record(self, result: Result, source: str) -> Result:
+        """Commit the experiment, append its row, move the refs, write results.tsv: in this order a stop loses nothing.
+
+        Returns the result with its commit.
+        """
+        best, word = self.incumbent, result.verdict.word
+        number = "no number" if result.run.val_bpb is None else f"{result.run.val_bpb:.6f}"
+        message = f"{result.description} ({word}, {number})\n\n{result.hypothesis}\n{result.verdict.reason}".strip()
+        files = {"train.py": source}
+        if best is None:  # the branch reproduces: it holds the rules that the night runs under
+            files |= {place: (self.folder / "harness" / name).read_text() for name, place in HARNESS.items()}
+        with interrupts.held():
+            commit = self.repository.commit(best.commit if best else self.settings.head, files, message)
+            result = replace(result, commit=commit)
+            self.journal.append("result", **result.row(), sandbox=self.tier)
+            if word == "keep":
+                self.repository.move(self.branch, commit, best.commit if best else None)
+            self.repository.git("update-ref", self.ref(result.number), commit)
+            self.remember(result)
+            self.write_results_tsv()
+            self.tidy()
+        return result
+
+    def remember(self, result: Result) -> None:
+        number = "missing" if result.run.val_bpb is None else f"{result.run.val_bpb:.6f}"
+        outcome = f"experiment {result.number}, {result.verdict.word}, val_bpb {number}: {result.description}"
+        self.tried[result.fingerprint] = outcome
+        self.results.append(result)
+
+    def write_results_tsv(self) -> None:
+        """results.tsv: five columns for people and plotting scripts; a number that does not exist is empty."""
+        lines = ["commit\tval_bpb\tmemory_gb\tstatus\tdescription"]
+        for result in self.results:
+            bpb = "" if result.run.val_bpb is None else f"{result.run.val_bpb:.6f}"
+            megabytes = result.run.metrics.get("peak_vram_mb")
+            memory = "" if megabytes is None else f"{megabytes / 1024:.1f}"
+            lines.append("\t".join((result.commit[:7], bpb, memory, result.verdict.word, one_line(result.description))))
+        write_atomically(self.folder / "results.tsv", "\n".join(lines) + "\n")
+
+    def tidy(self) -> None:
+        """Keeps of the last run's output its result.json, and the weights of the incumbent only."""
+        last, best = self.results[-1], self.incumbent
+        remove(self.run_folder(last.number) / "cache")
+        for path in (self.run_folder(last.number) / "out").glob("*"):
+            facts = path.lstat()
+            small = stat.S_ISREG(facts.st_mode) and facts.st_size <= RESULT_BYTES
+            if not (path.name == "result.json" and small) and not (last is best and path.name == "model.pt"):
+                remove(path)
+        for earlier in self.keeps[:-1]:
+            (self.run_folder(earlier.number) / "out" / "model.pt").unlink(missing_ok=True)
+
+    def recover(self) -> None:
+        """Makes refs, view and folders agree with the journal after a stop at any instant. Raises Problem."""
+        self.repository.refuse_checked_out(self.branch)
+        for row in self.journal.of("result"):
+            self.remember(Result.of(row))
+        refs, keeps = self.repository.refs(self.tag), self.keeps
+        for result in self.results:
+            if refs.get(self.ref(result.number)) != result.commit:
+                self.repository.git("update-ref", self.ref(result.number), result.commit)
+        at = refs.get(self.branch)
+        if keeps and at != keeps[-1].commit:
+            before = keeps[-2].commit if len(keeps) > 1 else None
+            if at != before:
+                how = f"git update-ref {self.branch} {keeps[-1].commit}"
+                where = f"autoresearch/{self.tag} is at {str(at)[:9]}, not at the last keep {keeps[-1].commit[:9]}"
+                raise Problem(f"{where}; run: {how}, or start another night with --tag NEW")
+            self.repository.move(self.branch, keeps[-1].commit, before)
+        if self.results:
+            self.tidy()
+        self.write_results_tsv()
+
+    def check_unchanged(self) -> None:
+        """Raises Problem if harness or data are no longer what the night began with.
+
+        Data are read in full once in each start, later if size, inode or times differ.
+        """
+        harness, another = self.folder / "harness", "changed during the night; start another night with --tag NEW"
+        for name, expected in self.settings.harness_sha256.items():
+            if sha256_of(harness / name) != expected:
+                raise Problem(f"{harness / name} {another}")
+        if Settings.of((harness / "night.json").read_text()) != self.settings:
+            raise Problem(f"{harness / 'night.json'} {another}")
+        for name, expected in self.settings.data_sha256.items():
+            path = Path(self.settings.data) / name
+            stamp = file_stamp(path)
+            if stamp is None or (stamp != self.stamps.get(name) and sha256_of(path) != expected):
+                raise Problem(f"{path} {another}")
+            self.stamps[name] = stamp
+
+
+def proposal_of(row: dict) -> Proposal:
+    return Proposal(**{name: row[name] for name in Proposal.__dataclass_fields__})
+
+
+def crash_to_mend(results: list[Result]) -> Result | None:
+    """The last experiment, if it is a crash of a model's idea that was not mended twice already."""
+    last = results[-1] if results else None
+    if last is None or last.verdict.word != "crash" or not last.operator:
+        return None
+    attempts, result = 0, last
+    while result.repairs is not None:
+        attempts, result = attempts + 1, results[result.repairs]
+    return last if attempts < MAX_REPAIRS else None
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_checkout(here: Path, name: str) -> str:
+    """A file of the checkout. Raises Problem."""
+    try:
+        return (here / name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Problem(f"{name} cannot be read ({error}); run: git checkout -- {name}") from None
+
+
+# ---------------------------------------------------------------------------
+# What a journal says about time and money
+
+
+def night_runs(rows: list[dict]) -> list[Run]:
+    """All that was trained for the night itself: experiments, and the runs on the second seed."""
+    second = constants.CONFIRM_SEED
+    return [
+        run_of(row) for row in rows if row["event"] == "result" or (row["event"] == "run" and row["seed"] == second)
+    ]
+
+
+def seconds_of(runs: list[Run]) -> float:
+    return sum(run.run_seconds + (run.scoring_seconds or 0.0) for run in runs)
+
+
+def seconds_of_earlier_starts(rows: list[dict]) -> float:
+    """Seconds that earlier starts of this night were at work, by the monotonic clock of each. --check and --ablate do not count."""
+    starts = [i for i, row in enumerate(rows) if row["event"] == "night"]
+    return sum(
+        rows[following - 1]["uptime"]
+        for start, following in itertools.pairwise(starts)
+        if not {"check", "ablate"} & set(rows[start]["arguments"])
+    )
+
+
+def spent_usd(rows: list[dict], bound: bool = False) -> float:
+    """Dollars of all calls, as reported; with `bound` what they may have cost at most, cut ones at their worst case.
+
+    The last row of each call's id counts.
+    """
+    calls = {row["id"]: row for row in rows if row["event"] == "call"}
+    return sum((row.get("bound_usd") if bound else None) or row["usd"] or 0.0 for row in calls.values())

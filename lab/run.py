@@ -1,0 +1,377 @@
+"""One child process, and measure(): train and score one (source, seed)."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import constants
+from constants import Problem, write_atomically
+from lab import git
+from lab.card import CARD_CONTEXT_MB, free_card_mb, wait_for_card
+from lab.files import copy_regular_files, empty_folder, folder_bytes, remove
+from lab.night import RESULT_BYTES, Night, interrupts, sha256
+from lab.records import Run, clean, log_tail, overrun_s, overtime_s
+from lab.sandbox import Sandbox, child_command
+
+STARTUP_LIMIT_S = 1_800.0  # start to clock and clock to exit together: several cold compiles on a slow machine
+SCORE_LIMIT_S = 900.0  # one scoring; 20.97M tokens take under a minute on an H100
+KILL_PATIENCE_S = 20.0  # how long a process may take to go after kill -9: a driver that writes out, a full disk
+LOG_LIMIT_BYTES = 16 * 2**20  # a run that prints more is ended
+LOG_HEAD_BYTES, LOG_TAIL_BYTES = 64_000, 192_000  # what is kept of it
+OUT_BYTES = 8 * 2**30  # all that a child may leave in its folder
+DISK_FLOOR_BYTES = 2**30  # no run starts with less free space: its weights and compile cache have to fit
+RUN_AGAIN = "then run the same command: it goes on where it stopped"
+
+
+# ---------------------------------------------------------------------------
+# One child
+
+
+@dataclass(frozen=True)
+class Exit:
+    status: int | None  # None: ended by us
+    why: str  # why we ended it; else empty
+    seconds: float  # start to exit
+    clock_seconds: float | None  # of them those since it said that its clock started; None if it did not
+
+
+def run_child(
+    action: str, folder: Path, sandbox: Sandbox | None, log: Path, limit_s: float, more=(), on_clock=lambda: None
+) -> Exit:
+    """Runs a child to its end or its limit. None of its processes is left; `log` has its output, cut to head and tail.
+
+    A child that prints over LOG_LIMIT_BYTES, or fills its folder with over OUT_BYTES, is ended too.
+    """
+    command, environment, cwd = child_command(action, folder, sandbox, more)
+    mark, process, clock_at, looked, read, why = constants.CLOCK_MARK.encode(), None, None, 0.0, 0, ""
+    with open(log, "w+b") as output:
+        start = end = time.perf_counter()
+        try:
+            with interrupts.held():
+                process = subprocess.Popen(
+                    command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )  # fmt: skip
+            while not why:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.05)
+                end, size = time.perf_counter(), os.fstat(output.fileno()).st_size
+                if clock_at is None and size > read:
+                    said = os.pread(output.fileno(), size - max(0, read - len(mark)), max(0, read - len(mark)))
+                    read = size
+                    if mark in said:
+                        clock_at = end
+                        on_clock()
+                if process.returncode is not None:
+                    break
+                if end - start > limit_s:
+                    why = f"time-out after {limit_s:.0f} s{', before its clock started' if clock_at is None else ''}"
+                elif size > LOG_LIMIT_BYTES:
+                    why = f"printed over {LOG_LIMIT_BYTES / 2**20:.0f} MB"
+                elif end - looked > 2.0:
+                    looked = end
+                    if folder_bytes(folder) > OUT_BYTES:
+                        why = f"its folder grew over {OUT_BYTES / 2**30:g} GiB"
+        finally:
+            if process is not None:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                end_processes(str(folder))
+        trim(output)
+    return Exit(None if why else process.returncode, why, end - start, None if clock_at is None else end - clock_at)
+
+
+def end_processes(place: str) -> list[int]:
+    """Ends what was started for a folder, or folders in it, by its environment, and what has become our child; returns the pids.
+
+    On Linux whatever a run has started becomes our child if its parents end: see guard_this_process(). Raises Problem if one survives.
+    """
+    import psutil
+
+    ended, deadline = set(), time.perf_counter() + KILL_PATIENCE_S
+    while True:
+        with git.spawning:
+            left = [child for child in psutil.Process().children(recursive=True) if child.pid not in git.running]
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                own = process.environ().get("AUTORESEARCH_RUN", "")
+                left += (
+                    [process] if (own == place or own.startswith(f"{place}/")) and process.pid != os.getpid() else []
+                )
+        if not left:
+            return sorted(ended)
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+                ended.add(process.pid)
+        psutil.wait_procs(left, timeout=1.0)
+        if time.perf_counter() > deadline:
+            pids = sorted({process.pid for process in left})
+            raise Problem(f"processes {pids} of a run do not end, not even by kill -9; the machine may need a reboot")
+
+
+def trim(file) -> None:
+    """Leaves of a log its head and its tail, as plain text."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if size > LOG_HEAD_BYTES + LOG_TAIL_BYTES:
+        head = file.read(LOG_HEAD_BYTES)
+        file.seek(-LOG_TAIL_BYTES, os.SEEK_END)
+        dropped = size - LOG_HEAD_BYTES - LOG_TAIL_BYTES
+        text = head + f"\n[{dropped:,} bytes are left out here]\n".encode() + file.read()
+    else:
+        text = file.read()
+    file.seek(0)
+    file.write(clean(text).encode())
+    file.truncate()
+
+
+def guard_this_process() -> None:
+    """Linux: orphans of our children become ours, and no process of the same user can read our memory or environment."""
+    if sys.platform == "linux":
+        import ctypes
+
+        prctl = ctypes.CDLL(None).prctl
+        prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+        prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
+
+
+# ---------------------------------------------------------------------------
+# What a child leaves
+
+
+def check_disk(folder: Path) -> None:
+    """Raises Problem where a run's files might not fit."""
+    free = shutil.disk_usage(folder).free
+    if free < DISK_FLOOR_BYTES:
+        raise Problem(
+            f"{free / 2**20:,.0f} MB are free in {folder} and a run needs {DISK_FLOOR_BYTES / 2**20:,.0f}; free "
+            f"space, {RUN_AGAIN}"
+        )
+
+
+SHOWN = (  # of result.json
+    "training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps num_params_M startup_seconds epoch seed "
+    "loader_wait_seconds"
+).split()
+
+
+def read_result(path: Path) -> dict:
+    """The known numbers of a result.json, which an experiment may have written: for display, no verdict rests on them alone.
+
+    Raises OSError or ValueError if there is no such file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError("not a regular file")
+        raw = file.read(RESULT_BYTES + 1)
+    if len(raw) > RESULT_BYTES:
+        raise ValueError(f"over {RESULT_BYTES:,} bytes")
+    try:
+        result = json.loads(raw)
+    except (ValueError, RecursionError):
+        result = None
+    if not isinstance(result, dict):
+        raise ValueError("not a JSON object")
+
+    def is_number(value) -> bool:
+        return type(value) in (int, float) and -1e15 < value < 1e15
+
+    shown = {name: result[name] if is_number(result.get(name)) else None for name in SHOWN}
+    rows, backend, losses = result.get("micro_rows"), result.get("backend"), result.get("losses")
+    shown["micro_rows"] = rows if type(rows) is int and 0 < rows < 2**20 else None
+    shown["backend"] = backend if backend in ("FA2", "FA3", "FA4", "sdpa") else None
+    points = losses if isinstance(losses, list) and len(losses) <= 100 else []
+    good = [point for point in points if isinstance(point, list) and len(point) == 3 and all(map(is_number, point))]
+    return shown | {"losses": good}
+
+
+OUTSIDE = re.compile(  # crashes that need not be the program's fault: the system ended it, or the driver lost the card
+    r"killed by SIG(KILL|TERM|HUP|INT|QUIT|PWR)\b|(CUDA|HIP) error: .*(unknown error|busy or unavailable|is lost|ECC error|"
+    r"no \S+ device is detected|not yet initialized|shutting down|launch failure|launch timed out)|No (CUDA|HIP) GPUs are available"
+)
+
+
+def crash_reason(status: int, log: Path) -> str:
+    """Why a child failed, as one line: the signal, else the last line that names an exception, else its last; empty if it did not."""
+    if status == 0:
+        return ""
+    number = -status if status < 0 else status - 128  # bubblewrap passes a signal on as 128 + its number
+    if number in set(signal.Signals):
+        return f"killed by {signal.Signals(number).name}"
+    lines = log_tail(log)
+    raised = [
+        line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception|Problem|Interrupt|Exit)\b|error: ", line)
+    ]
+    if raised and raised[-1].startswith("torch._dynamo"):  # it quotes what the program raised
+        raised += re.findall(r"\bgot (\w+Error\(.*\))", "\n".join(lines))
+    return ((raised or lines)[-1].strip() if lines else f"exit status {status}, nothing printed")[:200]
+
+
+# ---------------------------------------------------------------------------
+# measure
+
+
+def measure(night: Night, view, source: str, seed: int, title: str, fresh: bool = False) -> Run:
+    """Trains and scores a program on a seed: the one way to do so. Raises Problem, OutOfTime if --hours ends first.
+
+    A (source, seed) whose run counts stands in the journal and is not repeated, unless `fresh`. What crashed from outside, or on
+    another seed than the night's, is tried once more.
+    """
+    known = None if fresh else night.known_run(sha256(source), seed)
+    if known:
+        return known
+    run = measure_once(night, view, source, seed, title)
+    if OUTSIDE.search(run.crash) or (run.crash and seed != constants.SEED):
+        view.say(f"{title}: {run.crash}; this may have come from outside, so it is run once more")
+        run = measure_once(night, view, source, seed, title)
+    if night.counts(run):
+        night.journal.append("run", number=len(night.results), **vars(run))
+    return run
+
+
+def measure_once(night: Night, view, source: str, seed: int, title: str) -> Run:
+    """One training and one scoring, within the bounds that the baseline sets."""
+    settings, baseline, on_night_seed = night.settings, night.baseline_run, seed == constants.SEED
+    wait_until_ready(night)
+    cold_s = 0.0
+    if (
+        settings.compile and not (night.folder / "cache").exists()
+    ):  # so that the baseline's own start-up is as warm as all others
+        best = night.incumbent
+        cold_s = fill_cache(night, view, night.source(best) if best else source)
+    folder = night.run_folder(len(night.results)) if on_night_seed else night.folder / "trial"
+    make_folder(night, folder, source, seed)
+    idle_s = None if night.last_exit is None else time.perf_counter() - night.last_exit
+    limit_s, score_limit_s = settings.budget_s + STARTUP_LIMIT_S, SCORE_LIMIT_S
+    if baseline:  # what outlasts these is invalid anyway
+        allowed_s = overtime_s(baseline, settings.budget_s) + overrun_s(settings.budget_s)
+        limit_s = min(limit_s, baseline.run_seconds + allowed_s + 5)
+        score_limit_s = min(score_limit_s, 2 * baseline.scoring_seconds + 15)
+    free_mb = free_card_mb() if settings.device == "cuda" else None
+    view.begin(title, folder)
+    ended = run_child(
+        "train", folder, night.sandbox, folder / "run.log", limit_s, on_clock=lambda: view.enter("training")
+    )
+    crash, metrics = ended.why or crash_reason(ended.status, folder / "run.log"), {}
+    if not crash:
+        try:
+            metrics = read_result(folder / "out" / "result.json")
+        except (OSError, ValueError) as error:
+            crash = f"no valid result.json: {error}"
+    run = Run(
+        sha256(source), seed, None, None, crash, "", metrics, ended.seconds, ended.clock_seconds, None, idle_s,
+        compiled=settings.compile and compiled_anew(night, folder), cold_seconds=cold_s, free_mb=free_mb,
+    )  # fmt: skip
+    if not crash:
+        view.enter("scoring")
+        best = night.incumbent
+        below = best.run.val_bpb if best and on_night_seed else math.inf
+        run = score(night, run, folder, score_limit_s, below, test=seed != constants.CONFIRM_SEED)
+    night.last_exit = time.perf_counter()
+    view.end()
+    night.check_unchanged()
+    if run.crash:  # a full disk is no fault of the experiment: it is run again
+        try:
+            check_disk(night.folder)
+        except Problem:
+            remove(folder)
+            raise
+    if not on_night_seed:
+        remove(folder)
+    return run
+
+
+def wait_until_ready(night: Night) -> None:
+    """Waits for the card. Raises Problem if harness or data changed or the disk is full, OutOfTime if --hours ends first.
+
+    What a run needs is the incumbent's peak and what CUDA itself takes.
+    """
+    night.check_unchanged()
+    check_disk(night.folder)
+    peak_mb = night.incumbent.run.metrics.get("peak_vram_mb") if night.incumbent else None
+    if peak_mb is not None:
+        needed_mb = min(
+            peak_mb + CARD_CONTEXT_MB, 0.98 * (night.incumbent.run.free_mb or math.inf)
+        )  # it ran in that much
+        wait_for_card(needed_mb, night.say, night.out_of_time)
+
+
+def make_folder(night: Night, folder: Path, source: str, seed: int, until_clock: bool = False) -> None:
+    """An empty run folder with train.py, run.json and a copy of the night's compile cache.
+
+    Later runs take the attention backend and the micro-batch that the baseline chose.
+    """
+    empty_folder(folder)
+    (folder / "train.py").write_text(source)
+    chosen = night.baseline_run.metrics if night.baseline_run else {}
+    chosen = {"attention": chosen.get("backend"), "micro_rows": chosen.get("micro_rows")}
+    (folder / "run.json").write_text(json.dumps({"seed": seed, "until_clock": until_clock, "chosen": chosen}))
+    if (night.folder / "cache").exists():
+        copy_regular_files(night.folder / "cache", folder / "cache", OUT_BYTES)
+
+
+def compiled_anew(night: Night, folder: Path) -> bool:
+    """Whether a run left files in its compile cache that the night's does not have."""
+    made = (
+        Path(place, name).relative_to(folder / "cache")
+        for place, _, names in os.walk(folder / "cache")
+        for name in names
+    )
+    return any(not (night.folder / "cache" / path).exists() for path in made)
+
+
+def fill_cache(night: Night, view, source: str) -> float:
+    """Starts a program until its clock and takes what it compiled as the night's cache, of which every run gets a copy; returns seconds.
+
+    What other runs compile goes with them. These have no text in sight, so nothing that they might hide there was learnt.
+    """
+    folder, fresh = night.folder / "compile", night.folder / "cache.new"
+    make_folder(night, folder, source, constants.SEED, until_clock=True)
+    view.begin("compiling once, unrecorded", folder)
+    ended = run_child("compile", folder, night.sandbox, folder / "run.log", STARTUP_LIMIT_S)
+    if ended.status == 0:
+        remove(fresh)
+        copy_regular_files(folder / "cache", fresh, OUT_BYTES)
+        remove(night.folder / "cache")
+        os.replace(fresh, night.folder / "cache")
+    remove(folder)
+    night.last_exit = time.perf_counter()
+    view.end()
+    return ended.seconds
+
+
+def score(night: Night, run: Run, folder: Path, limit_s: float, below: float, test: bool) -> Run:
+    """The run with what the scorer measures of its weights; a val_bpb under `below` is probed, and with `test` measured on test."""
+    log = folder / "score.log"
+    children = {action: child_command(action, folder, night.sandbox)[0] for action in ("evaluate", "answer")}
+    more = ("--below", repr(below), "--children", json.dumps(children), *(() if test else ("--no-test",)))
+    ended = run_child("score", folder, None, log, limit_s, more)
+    crash = ended.why or crash_reason(ended.status, log)
+    if crash:
+        return replace(run, crash=f"scoring: {crash}")
+    try:
+        facts = json.loads(log.read_bytes().splitlines()[-1])
+        for name in ("val_bpb", "test_bpb"):
+            none = facts[name] is None and name == "test_bpb"
+            if not none and not (isinstance(facts[name], float) and 0 < facts[name] < 64):
+                raise ValueError(f"{name} is {facts[name]!r}")
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        return replace(run, crash=f"scoring gave no number: {error}")
+    write_atomically(folder / "score.json", json.dumps(facts))
+    return replace(
+        run, val_bpb=facts["val_bpb"], test_bpb=facts["test_bpb"], distrust=clean(str(facts["invalid"]))[:500],
+        scoring_seconds=ended.seconds,
+    )  # fmt: skip

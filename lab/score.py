@@ -1,0 +1,352 @@
+"""The scorer: measures the weights that a run saved. Frozen with the night, beside prepare.py and constants.py.
+
+    python -m lab.score FOLDER      measures the model of a run folder again (runs/by-hand, runs/nov23/0042), and prints some text
+                                    that it writes; for a night's folder run the night's own: python runs/nov23/harness/score.py FOLDER
+
+No line of train.py runs in the scorer's own process. A first child loads the weights, sees val and states how many nats each token
+costs. A number under --below is a win: the first child states test too, and a second child, which has neither val nor test within
+reach, answers a probe: rows up to a random cut, random tokens after it. Its predictions before the cut have to agree with what the
+first child stated. Measured (tests/bench_probe.py 10): a peek at the next token in 0.5 % of the positions and more was found 10 times of
+10, in 0.2 % 8 times, in 0.1 % 6 times; the honest baseline passed 20 of 20 in float32 and in bf16.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+import constants
+from constants import Problem, Settings
+from prepare import (
+    SPECIAL_TOKENS,
+    answered,
+    bits_per_byte,
+    evaluate_nats,
+    hold_device,
+    keep_freed_memory,
+    load_tokenizer,
+    perf_counter,
+    scored_rows,
+    settings_by_hand,
+    settings_of_night,
+    token_byte_lengths,
+)  # fmt: skip
+
+PROBE_ROWS = 1_024  # rows of val and test that the second child gets, each up to a random position
+PROBE_TAIL = 64  # positions before it whose predictions are compared
+PROBE_MEAN_NATS = 1e-4  # by which they may differ on average from what was stated
+PROBE_NATS = {"float32": 1e-3, "bfloat16": 0.05}  # and a single one, by dtype of the activations
+PROBE_LAST_NATS = {"float32": 1e-4, "bfloat16": 2e-3}  # and the mean of those whose target was out of sight
+ERROR_CHARS = 1_000  # of an exception that serve() passes on
+
+
+def score(settings: Settings, below: float, test: bool, launch) -> dict:
+    """Measure the weights that a run saved; returns what score.json holds. Runs no line of its train.py in this process.
+
+    `launch(kind)` is a context manager that yields the connection to a process that does, see serve(): "evaluate" has the rows and
+    states how well the model predicts each token, "answer" has none and is only asked. A val_bpb under `below` is probed, and with
+    `test` measured on test too. "invalid" says why the number cannot be trusted. Raises Problem, ValueError.
+    """
+    profile, began, seconds = settings.profile, perf_counter(), {}
+    token_bytes = token_byte_lengths(load_tokenizer(Path(settings.data, "tokenizer.txt")))
+    facts = {"val_bpb": None, "test_bpb": None, "val_tokens": None, "invalid": "", "seconds": seconds}
+    said, told = [], []  # rows of val and test, and the nats that the first process states for them
+    with launch("evaluate") as connection:
+        for split in ("val", "test") if test else ("val",):
+            rows = scored_rows(split, settings)
+            nats = ask(connection, (rows.shape[0], rows.shape[1] - 1), "evaluate", split)
+            if not (np.isfinite(nats).all() and nats.min() > -1e-6):
+                raise ValueError("the process that evaluates states losses that no model has")
+            nats = np.where(token_bytes[rows[:, 1:]] > 0, nats, 0)
+            facts[f"{split}_bpb"] = bits_per_byte(nats, rows, token_bytes)
+            said, told = [*said, rows], [*told, nats]
+            seconds[split] = perf_counter() - began - sum(seconds.values())
+            if not facts["val_bpb"] < below:
+                break
+    facts["val_tokens"] = told[0].size
+    if facts["val_bpb"] < below:
+        rows, nats, random = np.concatenate(said), np.concatenate(told), np.random.default_rng()
+        with launch("answer") as connection:
+            drawn, asks = draw_probe(nats, random), partial(ask, connection)
+            facts["probe"] = compare(asks, rows, nats, token_bytes, profile.eval_batch_rows, *drawn, random)
+        seconds["probe"] = perf_counter() - began - sum(seconds.values())
+        facts["invalid"] = found_out(facts["probe"], profile.dtype)
+    return facts
+
+
+def found_out(probe: dict, dtype: str) -> str:
+    """Why compare()'s differences mean that a score cannot be trusted; empty where they do not."""
+    mean, last, largest = probe["mean_nats"], probe["last_mean_nats"], probe["largest_nats"]
+    if abs(mean) < PROBE_MEAN_NATS and abs(last) < PROBE_LAST_NATS[dtype] and largest < PROBE_NATS[dtype]:
+        return ""
+    return (
+        "where the tokens to predict are out of its sight it predicts otherwise than it was scored for: it looks ahead, keeps "
+        f"state or forges its score ({mean:+.5f} nats a token on average, {last:+.5f} at the edge, {largest:.4f} at most)"
+    )
+
+
+def draw_probe(nats: np.ndarray, random) -> tuple[np.ndarray, np.ndarray]:
+    """(row numbers, cuts) of a probe of (N, T) nats: half the rows those with the least, half any; cuts in 1..T; 1, 2, T always."""
+    order, T = np.argsort(nats.sum(1)), nats.shape[1]
+    best = min(PROBE_ROWS, len(order)) // 2
+    others = random.permutation(order[best:])[: PROBE_ROWS - best]
+    chosen = random.permutation(np.concatenate([order[:best], others]))
+    cuts = random.integers(1, T + 1, len(chosen))
+    cuts[:3] = (1, 2, T)[: len(cuts)]
+    return chosen, cuts
+
+
+def compare(ask, rows, nats, token_bytes, batch_rows: int, chosen, cuts, random) -> dict:
+    """How far the nats of a fresh process that knows only what comes before are from the (N, T) stated for (N, T+1) rows.
+
+    Each of the `chosen` rows is sent with random tokens from its cut on, and the logits of up to PROBE_TAIL positions before the
+    cut come back, (B, PROBE_TAIL, vocab) float32 by `ask(shape, "answer", tokens, starts)`.
+    """
+    tail, T, moved, last = min(PROBE_TAIL, nats.shape[1]), nats.shape[1], [], []
+    for begin in range(0, len(chosen), batch_rows):
+        batch, cut = chosen[begin : begin + batch_rows], cuts[begin : begin + batch_rows, None]
+        noise = random.integers(0, len(token_bytes), (len(batch), T))
+        tokens = np.where(np.arange(T) < cut, rows[batch, :-1], noise)
+        at = np.maximum(0, cut - tail) + np.arange(tail)  # position t predicts token t + 1
+        logits = ask((len(batch), tail, len(token_bytes)), "answer", tokens, at[:, 0])
+        if not np.isfinite(logits).all():
+            raise ValueError("forward returned logits that are not finite")
+        targets = np.take_along_axis(rows[batch], at + 1, 1).astype(np.int64)
+        logits -= logits.max(-1, keepdims=True)
+        found = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], 2)[..., 0]
+        found[token_bytes[targets] == 0] = 0
+        change = found - np.take_along_axis(nats[batch], at, 1)
+        moved.append(change[at < cut])
+        last.append(change[at == cut - 1])  # its target is the first token out of sight
+    moved, last = np.concatenate(moved), np.concatenate(last)
+    return {
+        "rows": len(chosen),
+        "tokens": moved.size,
+        "mean_nats": float(moved.mean(dtype=np.float64)),
+        "last_mean_nats": float(last.mean(dtype=np.float64)),
+        "largest_nats": float(np.abs(moved).max()),
+    }
+
+
+def ask(connection, shape: tuple[int, ...], *request) -> np.ndarray:
+    """The float32 array that serve() replies. Raises ValueError with its words where it sends others, Problem where none."""
+    try:
+        connection.send(request)
+        reply = connection.recv_bytes(max(4 * math.prod(shape), 4 * ERROR_CHARS))
+    except (EOFError, OSError):
+        raise Problem(
+            "the process that runs the model ended, or sent what nobody asked for, before it answered"
+        ) from None
+    if len(reply) != 4 * math.prod(shape):
+        raise ValueError(reply[: 4 * ERROR_CHARS].decode(errors="replace"))
+    return np.frombuffer(reply, np.float32).reshape(shape).copy()
+
+
+def serve(connection) -> None:
+    """Answers what score() asks about a model over the connection, until it is closed. Runs that model's train.py.
+
+    Requests are pickled (score() is believed), replies are bytes (this process is not): of ("evaluate", split) the (N, T)
+    float32 nats of the split's rows; of ("answer", (B, T) tokens, (B,) starts) the (B, PROBE_TAIL, vocab) float32 logits from each start
+    on; of ("text",) some text that the model writes; of an exception its words.
+    """
+    import traceback
+
+    import torch
+
+    settings, folder = connection.recv()
+    try:
+        encoding = load_tokenizer(Path(settings.data, "tokenizer.txt"))
+        token_bytes = torch.from_numpy(token_byte_lengths(encoding)).to(settings.device)
+        model = load_model(settings, folder).eval()
+        while True:
+            what, *arguments = connection.recv()
+            if what == "evaluate":
+                rows = scored_rows(*arguments, settings)
+                reply = evaluate_nats(model, rows, token_bytes, settings.profile.eval_batch_rows).tobytes()
+            elif what == "answer":
+                tokens, starts = (torch.from_numpy(argument).to(settings.device) for argument in arguments)
+                at = starts[:, None] + torch.arange(min(PROBE_TAIL, tokens.size(1)), device=settings.device)
+                with torch.no_grad():
+                    logits = answered(model, tokens, len(token_bytes))
+                reply = logits[torch.arange(len(at))[:, None], at].float().cpu().numpy().tobytes()
+            else:
+                reply = f"it writes:\n{sample_text(model, encoding, min(120, settings.profile.max_seq_len))}".encode()
+            connection.send_bytes(reply)
+    except EOFError:
+        pass  # no more questions
+    except Exception as error:
+        traceback.print_exc()
+        said = str(error) if isinstance(error, (Problem, ValueError)) else f"{type(error).__name__}: {error}"
+        connection.send_bytes(said[:ERROR_CHARS].encode())
+
+
+def load_model(settings: Settings, folder: Path):
+    """The model of a run folder with its saved weights. Runs its train.py. Raises Problem."""
+    import importlib.util
+
+    import torch
+
+    torch.set_num_threads(settings.threads)
+    keep_freed_memory()
+    torch.set_float32_matmul_precision("high")
+    source, saved = folder / "train.py", folder / "out" / "model.pt"
+    opened = os.open(saved, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # no pipe: nobody writes
+    with open(opened, "rb") as file:
+        weights = torch.load(file, map_location=settings.device, weights_only=True)
+    spec = importlib.util.spec_from_file_location("train", source)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with torch.device(settings.device):
+        model = module.build_model(settings.profile)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        said = str(error).split("\n", 2)[1].strip() if "\n" in str(error) else str(error)
+        raise Problem(f"{saved} does not hold the weights of {source}: {said}") from None
+    return model
+
+
+def end_descendants() -> None:
+    """Ends all that a child has left running: nothing of what it saw may reach the next one. Raises Problem if one survives."""
+    import psutil
+
+    for _ in range(100):
+        left = psutil.Process().children(recursive=True)
+        if not left:
+            return
+        for process in left:
+            with suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(left, timeout=0.2)
+    raise Problem("what the model's process left running does not end; the machine may need a reboot")
+
+
+@contextmanager
+def serving(command: list[str], settings: Settings, folder: Path):
+    """The connection to a process of its own that serves the model of a run; its output is ours."""
+    import socket
+    import subprocess
+    from multiprocessing.connection import Connection
+
+    ours, theirs = socket.socketpair()
+    with Connection(ours.detach()) as connection, theirs:
+        process = subprocess.Popen(command, stdin=theirs)
+        theirs.close()
+        try:
+            with suppress(OSError):  # it ended at once: the first question finds that out
+                connection.send((settings, folder))
+            yield connection
+        finally:
+            process.kill()
+            process.wait()
+            end_descendants()
+
+
+def sample_text(model, encoding, max_tokens: int) -> str:
+    """What the model writes from the start of a document, drawn at temperature 0.8."""
+    import torch
+
+    bos_id = encoding.encode_single_token(SPECIAL_TOKENS[0])
+    device, tokens = next(model.parameters()).device, [bos_id]
+    with torch.no_grad():
+        while len(tokens) < max_tokens:
+            logits = model(torch.tensor([tokens], device=device))[0, -1].float()
+            token = int(torch.multinomial(torch.softmax(logits / 0.8, dim=-1), 1))
+            if token == bos_id:
+                break
+            tokens.append(token)
+    return encoding.decode(tokens[1:])
+
+
+# ---------------------------------------------------------------------------
+# The command
+
+
+def settings_of_folder(folder: Path) -> Settings:
+    """The settings of the run whose weights a folder holds: its night's, else those of a run by hand. Raises Problem."""
+    for needed in (folder / "train.py", folder / "out" / "model.pt"):
+        if not needed.exists():
+            where = "runs/by-hand after python train.py, or that of a night's winner, such as runs/nov23/0042"
+            raise Problem(
+                f"{needed} does not exist; the scorer takes the folder of a run that has its weights: {where}"
+            )
+    night = folder.parent / "harness" / "night.json"
+    return settings_of_night(night, folder)[0] if night.exists() else settings_by_hand()
+
+
+def score_by_hand(settings: Settings, folder: Path, below: float, test: bool) -> None:
+    """Prints what score() finds and some text that the model writes. Raises Problem if the number cannot be trusted."""
+    print(f"warning: this runs {folder / 'train.py'} as you, with your files and your network", flush=True)
+
+    os.environ["PYTHONPATH"] = str(Path(constants.__file__).parent)  # for the children
+
+    def launch(kind: str):
+        return serving([sys.executable, __file__, "--serve"], settings, folder)
+
+    facts = score(settings, below, test, launch)
+    for name in ("val_bpb", "test_bpb"):
+        print(f"{name + ':':18}{'not measured' if facts[name] is None else f'{facts[name]:.6f}'}")
+    if probe := facts.get("probe"):
+        print(
+            f"probe:            {probe['tokens']:,} tokens of {probe['rows']:,} rows, {probe['mean_nats']:+.1e} nats on average, "
+            f"{probe['last_mean_nats']:+.1e} at the edge, {probe['largest_nats']:.1e} at most"
+        )
+    print("seconds:          " + ", ".join(f"{name} {value:.1f}" for name, value in facts["seconds"].items()))
+    if facts["invalid"]:
+        raise Problem(f"this number cannot be trusted: {facts['invalid']}")
+    with launch("evaluate") as connection:
+        connection.send(("text",))
+        print("\n" + connection.recv_bytes().decode(errors="replace"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "folder", type=Path, nargs="?", metavar="FOLDER", help="of a run: its train.py and out/model.pt"
+    )
+    parser.add_argument(
+        "--below", type=float, default=math.inf, metavar="BPB", help="probe and test only a val_bpb under it"
+    )
+    parser.add_argument("--no-test", action="store_true", help="leave test out")
+    parser.add_argument(
+        "--children", metavar="JSON", help=argparse.SUPPRESS
+    )  # the agent: the commands of both children
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # such a child
+    args = parser.parse_args()
+    try:
+        if args.serve:
+            from multiprocessing.connection import Connection
+
+            connection = Connection(os.dup(0))
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            serve(connection)
+            return
+        if args.folder is None:
+            parser.error("it takes the folder of a run")
+        folder = args.folder.resolve()
+        settings = settings_of_folder(folder)
+        if sys.platform == "linux":
+            import ctypes
+
+            ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: what a child leaves becomes ours
+        if args.children:
+            commands = json.loads(args.children)
+            facts = score(
+                settings, args.below, not args.no_test, lambda kind: serving(commands[kind], settings, folder)
+            )
+            print("\n" + json.dumps(facts))  # the last line: both children have ended
+        else:
+            with hold_device(settings.device, "python -m lab.score"):  # beside a night it would slow its runs
+                score_by_hand(settings, folder, args.below, not args.no_test)
+    except (Problem, ValueError) as problem:
+        sys.exit(f"error: {problem}")
+
+
+if __name__ == "__main__":
+    main()

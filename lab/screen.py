@@ -1,0 +1,125 @@
+"""The screen: what is refused before any training time is spent. An alarm for lazy cases; the wall is the sandbox and the scorer."""
+
+import ast
+import hashlib
+
+from lab.records import Rejected
+
+SOURCE_BYTES = 64_000  # train.py stays under this
+LITERAL_CHARS = 1_000  # no literal is longer: weights and answers do not hide in the source
+IMPORTS = frozenset(
+    "__future__ torch numpy triton math time gc functools itertools dataclasses contextlib typing collections copy prepare constants".split()
+)
+REFUSED = {  # name or attribute: why
+    name: reason
+    for reason, names in {
+        "reaches outside the experiment": "os sys _os _sys subprocess socket ctypes cpp_extension pathlib Path shutil multiprocessing inspect",
+        "the environment decides nothing here; `run` has what a run may know": "environ getenv putenv",
+        "reaches into the harness": "builtins __builtins__ __dict__ __globals__ __closure__ __code__ __subclasses__ __loader__ __spec__ _C _rows "
+        "open_rows settings_here settings_by_hand",
+        "walks the frames of its caller": "_getframe f_back f_locals f_globals tb_frame gi_frame cr_frame",
+        "finds objects of the harness": "get_objects get_referrers get_referents",
+        "hides what runs; for evaluation mode use module.train(False)": "eval exec compile_command __import__ import_module",
+        "hides which name is meant; write the attribute out": "getattr setattr delattr __setattr__ __delattr__ globals locals vars",
+        "reads files; run.train_rows has the data": "open memmap open_memmap fromfile from_file loadtxt genfromtxt DataSource load hub package "
+        "PyTorchFileReader",
+        "writes files; run.finish saves the weights": "save savez savez_compressed savetxt tofile dump write_text write_bytes write_atomically "
+        "PyTorchFileWriter",
+        "the seed belongs to the harness, and its generators have it": "manual_seed manual_seed_all set_rng_state_all seed_all default_generator "
+        "default_rng RandomState SeedSequence PCG64 PCG64DXSM MT19937 Philox SFC64 seed",
+        "belongs to the harness; clock.progress and clock.seconds tell the time": "settings budget_s",
+    }.items()
+    for name in names.split()
+}
+HELD = frozenset(
+    "start last recent events stopped_s expired progress seconds seed clock".split()
+)  # no edit assigns them
+
+
+def fingerprint(source: str) -> str:
+    """What tells programs apart: the syntax tree, so that comments and layout make no new idea."""
+    return hashlib.sha256(ast.dump(ast.parse(source)).encode()).hexdigest()
+
+
+def screen(source: str, tried: dict[str, str]) -> None:
+    """Raises Rejected unless the source compiles, keeps rules and contract, and is new.
+
+    tried maps the fingerprint of each program of the night to what became of it.
+    """
+    if len(source.encode()) > SOURCE_BYTES:
+        raise Rejected(f"train.py has {len(source.encode()):,} bytes; {SOURCE_BYTES:,} are allowed")
+    try:
+        tree = ast.parse(source, "train.py")
+        compile(tree, "train.py", "exec")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise Rejected(f"train.py does not compile: {error}") from None
+    check_rules(tree)
+    check_contract(tree)
+    outcome = tried.get(fingerprint(source))
+    if outcome:
+        raise Rejected(f"the same program was tried already: {outcome}")
+
+
+def check_rules(tree: ast.Module) -> None:
+    """Raises Rejected for imports, names, literals and assignments that the rules refuse."""
+    kernels = triton_names(tree)
+    for node in ast.walk(tree):
+        at = f"line {getattr(node, 'lineno', '?')}"
+        for name in names_of(node, kernels):
+            if name in REFUSED:
+                raise Rejected(f"{at}: `{name}` is refused: {REFUSED[name]}")
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            for name in modules:
+                if name.split(".")[0] not in IMPORTS or getattr(node, "level", 0):
+                    allowed = ", ".join(sorted(IMPORTS))
+                    raise Rejected(f"{at}: import of {name or 'a relative module'} is refused; allowed: {allowed}")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes, int)):
+            size = node.value.bit_length() / 3.3 if isinstance(node.value, int) else len(node.value)
+            if size > LITERAL_CHARS:
+                raise Rejected(f"{at}: a literal of over {LITERAL_CHARS:,} characters is refused")
+        elif isinstance(node, ast.Attribute) and node.attr in HELD and not isinstance(node.ctx, ast.Load):
+            owner = ast.unparse(node.value)
+            if owner != "self":
+                raise Rejected(
+                    f"{at}: assignment to `{node.attr}` is refused: clock, time and seed belong to the harness"
+                )
+
+
+def names_of(node: ast.AST, kernels: set[str]) -> list[str]:
+    """The names in a node that the rules look at. `load` of triton reads memory of the card; a variable `seed` is nobody's."""
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return [part for alias in node.names for part in alias.name.split(".")] + (
+            getattr(node, "module", None) or ""
+        ).split(".")
+    if isinstance(node, ast.Name):
+        return [node.id] if node.id != "seed" else []
+    if isinstance(node, ast.Attribute):
+        owner = node.value.id if isinstance(node.value, ast.Name) else ""
+        allowed = (node.attr == "load" and owner in kernels) or (node.attr == "seed" and owner == "run")
+        return [] if allowed else [node.attr]
+    return node.kwd_attrs if isinstance(node, ast.MatchClass) else []
+
+
+def triton_names(tree: ast.Module) -> set[str]:
+    """What triton's modules are called here."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.asname for alias in node.names if alias.name.startswith("triton.") and alias.asname}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "triton":
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names
+
+
+def check_contract(tree: ast.Module) -> None:
+    """Raises Rejected if build_model, start, start_clock or finish is missing."""
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    if "build_model" not in functions or len(functions["build_model"].args.args) != 1:
+        raise Rejected("the contract asks for `def build_model(profile)` at the top level of train.py")
+    if not any(isinstance(node, ast.If) and "__main__" in ast.dump(node.test) for node in tree.body):
+        raise Rejected('the contract asks for `if __name__ == "__main__":` around the run')
+    calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+    missing = {"start", "start_clock", "finish"} - {call.attr for call in calls if isinstance(call, ast.Attribute)}
+    for name in sorted(missing):
+        raise Rejected(f"the contract asks for a call of `{name}`; program.md shows the shape")

@@ -1,0 +1,146 @@
+"""The start of a night: a new one, whose rules are frozen, or one that goes on where it stopped."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import constants
+from constants import Problem, Settings, sha256_of, write_atomically
+from lab.files import remove
+from lab.git import Repository
+from lab.night import FORMAT, HARNESS, Journal, Night, proposal_of, read_checkout
+from lab.records import Proposal
+from lab.screen import screen
+
+DATA_FILES = ("val.bin", "test.bin", "tokenizer.txt")  # and the training rows
+START_SHARDS = 10  # training shards that are enough to begin a night; the rest may follow
+
+
+def ask_prepare(here: Path, *args: str) -> dict:
+    """What the checkout's prepare.py says of machine and data. Raises Problem with its own error line."""
+    done = subprocess.run(
+        [sys.executable, str(here / "prepare.py"), "--machine", *args], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise Problem((done.stderr.strip().split("\n") or ["prepare.py failed"])[-1].removeprefix("error: "))
+    for line in done.stderr.splitlines():
+        if line.startswith("note: "):
+            print(line)
+    return json.loads(done.stdout)
+
+
+def create_night(here: Path, folder: Path, args, repository: Repository) -> tuple[Settings, str]:
+    """Decides everything once, freezes the harness and writes night.json; returns the settings and the device's id."""
+    tag = folder.name
+    if repository.refs(tag):
+        names = f"refs/heads/autoresearch/{tag} refs/autoresearch/{tag}"
+        how = f"git for-each-ref --format='delete %(refname)' {names} | git update-ref --stdin"
+        raise Problem(
+            f"there are refs of a night {tag} but no journal in {folder}; use --tag OTHER, or delete them: {how}"
+        )
+    repository.refuse_blocked(f"refs/heads/autoresearch/{tag}", f"refs/autoresearch/{tag}/0000")
+    flags = [word for name in ("profile", "dataset") if (value := getattr(args, name)) for word in (f"--{name}", value)]
+    facts = ask_prepare(here, *flags)  # first: it says if there is no GPU
+    if facts["train_file"] is None:
+        command = ["prepare.py", "--profile", facts["profile"], "--dataset", facts["dataset"]]
+        if facts["dataset"] == "climbmix" and facts["profile"] == "gpu":
+            command += ["--num-shards", str(START_SHARDS)]
+        if subprocess.run([sys.executable, *command], cwd=here).returncode:
+            raise Problem(f"the data could not be prepared; run: python {' '.join(command)}")
+        facts = ask_prepare(here, *flags)
+    budget_s, harness = args.budget or constants.TIME_BUDGET_S, folder / "harness"
+    remove(harness)  # of a start that ended before its baseline
+    harness.mkdir(parents=True)
+    for name, place in HARNESS.items():
+        shutil.copyfile(here / place, harness / name)
+        (harness / name).chmod(0o444)
+    device_id, profile, data = facts["device_id"], facts.pop("profile"), Path(facts["data"])
+    names = (facts["train_file"], *DATA_FILES)
+    settings = Settings.made(
+        facts, profile, budget_s, tag=tag, head=repository.resolve("HEAD"),
+        harness_sha256={name: sha256_of(harness / name) for name in HARNESS},
+        data_sha256={name: sha256_of(data / name) for name in names},
+    )  # fmt: skip
+    write_atomically(harness / "night.json", settings.json())
+    (harness / "night.json").chmod(0o444)
+    return settings, device_id
+
+
+def resume_night(here: Path, folder: Path, args, journal: Journal) -> tuple[Settings, str]:
+    """The settings of a night that goes on, and the device's id. Raises Problem if anything that it fixed is different now."""
+    rules, another = folder / "harness" / "night.json", "start another night with --tag NEW"
+    if sha256_of(rules) != journal.of("night")[-1]["harness"]["night.json"]:
+        raise Problem(f"{rules} changed since the night's last start; undo that, or {another}")
+    settings = Settings.of(rules.read_text())
+    fixed = {"profile": settings.profile.name, "dataset": settings.dataset, "budget": settings.budget_s}
+    for flag, value in fixed.items():
+        given = getattr(args, flag)
+        if given not in (None, value):
+            shown = [f"{v:g}" if flag == "budget" else v for v in (value, given)]
+            raise Problem(f"night {settings.tag} has --{flag} {shown[0]}, not {shown[1]}; {another}")
+    for name, place in HARNESS.items():
+        if sha256_of(here / place) != settings.harness_sha256[name]:
+            how = f"git checkout autoresearch/{settings.tag} -- {place}"
+            raise Problem(f"{place} differs from the one night {settings.tag} began with; run: {how}, or {another}")
+    facts = ask_prepare(here, "--profile", settings.profile.name, "--dataset", settings.dataset)
+    for name in ("device_name", "torch", "flash_attention", "capability"):
+        if facts[name] != getattr(settings, name):
+            raise Problem(
+                f"night {settings.tag} ran with {name} {getattr(settings, name)}, here it is {facts[name]}; {another}"
+            )
+    return settings, facts["device_id"]
+
+
+def open_night(here: Path, folder: Path, args, repository: Repository) -> Night:
+    """Creates the night or takes it up again. Raises Problem if it cannot.
+
+    Until the baseline has its result, another train.py, other rules or other flags begin the night anew.
+    """
+    journal, checkout = Journal(folder / "journal.jsonl"), read_checkout(here, "train.py")
+    if not journal.of("result"):
+        source = repository.source("HEAD") if args.describe else checkout
+        if args.describe and source == checkout:
+            raise Problem(
+                "train.py is as it was committed; edit it, then run the same command: the committed one is the baseline"
+            )
+        screen(source, {})
+        if not may_go_on(here, folder, args, journal, source):
+            journal.path.unlink(missing_ok=True)
+            journal = Journal(journal.path)
+            settings, device_id = create_night(here, folder, args, repository)
+            night = Night(folder, settings, journal, repository, device_id, baseline=Proposal("baseline", "", source))
+    if journal.rows:
+        settings, device_id = resume_night(here, folder, args, journal)
+        baseline = proposal_of(journal.of("proposal")[0])
+        night = Night(folder, settings, journal, repository, device_id, baseline=baseline)
+    night.check_unchanged()
+    night.recover()
+    night.confirm = args.confirm if args.confirm is not None else settings.profile.name == "cpu"
+    return night
+
+
+def may_go_on(here: Path, folder: Path, args, journal: Journal, source: str) -> bool:
+    """Whether a night without a result was begun with this baseline and these rules."""
+    if not journal.of("proposal") or proposal_of(journal.of("proposal")[0]).source != source:
+        return False
+    try:
+        resume_night(here, folder, args, journal)
+    except Problem:
+        return False
+    return True
+
+
+def journal_start(night: Night, args, environment: list[str]) -> None:
+    """The `night` row of this start, and at the first one the baseline's proposal."""
+    rules = night.folder / "harness" / "night.json"
+    night.journal.append(
+        "night", format=FORMAT, tag=night.tag, pid=os.getpid(), device=night.settings.device_name, sandbox=night.tier,
+        versions={"python": sys.version.split()[0], "torch": night.settings.torch},
+        harness=night.settings.harness_sha256 | {"night.json": sha256_of(rules)}, environment=environment,
+        arguments={name: value for name, value in vars(args).items() if value is not None},
+    )  # fmt: skip
+    if not night.journal.of("proposal"):
+        night.baseline = night.add_proposal(night.baseline, 0)

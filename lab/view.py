@@ -1,0 +1,148 @@
+"""The terminal: a header, a line for each experiment, a live line for the running one, the closing summary."""
+
+import os
+import re
+import time
+from pathlib import Path
+
+import constants
+from constants import counted
+from lab.files import folder_bytes
+from lab.night import Night, night_runs, seconds_of
+from lab.prompt import OPERATORS, verdict_counts
+from lab.records import Result, log_tail, one_line
+
+STYLES = {"keep": "green", "discard": "", "crash": "red", "invalid": "magenta"}
+
+
+class View:
+    """On a terminal one live line; with redirected output a plain line for each phase of a run."""
+
+    def __init__(self, night: Night, proposer, shown: list[Result]):
+        """shown: the finished experiments whose lines are printed at the start."""
+        from rich.console import Console
+        from rich.live import Live
+
+        self.night, self.proposer, self.shown, self.console = night, proposer, shown, Console(highlight=False)
+        if not self.console.is_terminal:
+            self.console.width = 140
+        self.title, self.folder, self.phase, self.since = "", None, "", 0.0
+        self.live = Live(get_renderable=self.render, console=self.console, refresh_per_second=2, transient=True)
+        self.live = self.live if self.console.is_terminal else None
+
+    def __enter__(self):
+        self.say(f"night {self.night.tag}: {self.night.settings.text}")
+        self.say(f"sandbox: {self.night.tier}, branch autoresearch/{self.night.tag}")
+        if self.proposer:
+            memory = "  memory" if self.night.settings.device == "cuda" else ""
+            self.say(f"{'no.':>4}  {'val_bpb':>9}  {'change':>9}  {'verdict':8}{memory}  description")
+        for result in self.shown:
+            self.finished(result)
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *exc):
+        if self.live:
+            self.live.stop()
+
+    def say(self, line: str, style: str = "") -> None:
+        from rich.text import Text
+
+        self.console.print(Text(line, style=style), no_wrap=True, overflow="ellipsis", crop=True)
+
+    def begin(self, title: str, folder: Path) -> None:
+        self.title, self.folder, self.since = one_line(title), folder, time.perf_counter()
+        self.enter("starting")
+
+    def enter(self, phase: str) -> None:
+        self.phase = phase
+        if not self.live:
+            self.say(f"{'':6}{phase}: {self.title}")
+
+    def end(self) -> None:
+        self.folder = None
+
+    def finished(self, result: Result) -> None:
+        """The line of a finished experiment, and the reason of its verdict; after the baseline, what the night runs on."""
+        word, bpb = result.verdict.word, result.run.val_bpb
+        rival = None if result.parent is None else self.night.results[result.parent].run.val_bpb
+        number = "-" if bpb is None else f"{bpb:.6f}"
+        change = "-" if bpb is None or rival is None else f"{bpb - rival:+.6f}"
+        memory, megabytes = "", result.run.metrics.get("peak_vram_mb")
+        if self.night.settings.device == "cuda":
+            memory = f"{'-' if megabytes is None else f'{megabytes / 1024:.1f} GB':>8}"
+        text = one_line(result.description)
+        self.say(f"{result.number:4d}  {number:>9}  {change:>9}  {word:8}{memory}  {text}", STYLES[word])
+        if result.verdict.reason and result.number:
+            self.say(f"{'':6}{one_line(result.verdict.reason)}", STYLES[word])
+        if result.number == 0 and word == "keep":
+            metrics = result.run.metrics
+            self.say(f"{'':6}{constants.speed_text(self.night.settings, metrics)}")
+            if advice := constants.speed_advice(self.night.settings, metrics.get("backend")):
+                self.say(f"warning: {advice}", "yellow")
+
+    def render(self):
+        """The live line: number, elapsed bar, loss, tokens a second, description."""
+        from rich.text import Text
+
+        if self.folder is None:
+            return Text("")
+        line = next((line for line in reversed(log_tail(self.folder / "run.log")) if "tok/s" in line), "")
+        facts = re.search(r"step +(\d+) +([\d.]+)% +loss ([\d.naif]+) +([\d,]+) tok/s", line)
+        phase = self.phase
+        if facts and self.phase == "training":
+            done = float(facts[2]) / 100
+            phase = f"{'━' * round(20 * done):─<20} {done:4.0%}  loss {facts[3]}  {facts[4]} tok/s"
+        if self.proposer and not self.proposer.inline:
+            phase += f"  {self.proposer.status or 'next proposal ready'}, ${self.proposer.spent_usd:.2f}"
+        text = f"{len(self.night.results):4d}  {phase}  {time.perf_counter() - self.since:.0f} s  {self.title}"
+        return Text(text[: self.console.width - 1], style="cyan")
+
+
+def print_summary(night: Night, why: str, proposer) -> None:
+    """Best, gain, verdicts, where things are, and the next commands."""
+    results, best, tag, rows = night.results, night.incumbent, night.tag, night.journal.rows
+    print(f"\n{why}.")
+    if not best:
+        print("no baseline yet")
+        return
+    first, last = results[0].run.val_bpb, best.run.val_bpb
+    claim = f"best {last:.6f} (experiment {best.number}), gain {first - last:.6f} as claimed"
+    print(f"baseline {first:.6f}, {claim if best.number else 'nothing better was kept'}")
+    if (second := night.baseline_second) is not None:
+        print(f"the baseline on two seeds: {first:.6f} and {second:.6f}, {abs(first - second):.6f} apart")
+    counts = verdict_counts(results[1:])
+    print(f"{counted(len(results) - 1, 'experiment')}: " + ", ".join(f"{n} {word}" for word, n in counts.items()))
+    runs = night_runs(rows)
+    training, idle = (
+        sum(values)
+        for values in zip(
+            *((r.metrics.get("training_seconds") or 0.0, r.idle_seconds or 0.0) for r in runs), strict=True
+        )
+    )
+    total = seconds_of(runs) + idle
+    print(f"training {training:.0f} s of {total:.0f} s ({training / total:.0%}); idle between runs {idle:.1f} s")
+    for operator in OPERATORS:
+        own = [result for result in results if result.operator == operator]
+        kept = [result for result in own if result.verdict.word == "keep"]
+        if own:
+            gain = sum(results[result.parent].run.val_bpb - result.run.val_bpb for result in kept)
+            print(f"{operator}: {counted(len(own), 'experiment')}, {len(kept)} kept, together {gain:.6f}")
+    if not proposer.inline:
+        print(f"the API has cost ${proposer.spent_usd:.2f}; tokens and prices stand in the journal")
+    if night.settings.budget_s < constants.COMPILE_FROM_S:
+        print(f"runs of {night.settings.budget_s:g} s show the loop, not a result: early differences are mostly noise")
+    place = os.path.relpath(night.folder)
+    print(f"this night takes {folder_bytes(night.folder) / 1e6:,.1f} MB in {place}\n")
+    print(f"log        {place}/results.tsv")
+    print("review     analysis.ipynb, in any notebook program")
+    print(f"history    git log --oneline HEAD..autoresearch/{tag}")
+    if proposer.name == "try":
+        print(f"compare    git diff autoresearch/{tag} -- train.py")
+        if why == proposer.exhausted and results[-1].verdict.word != "keep":  # one that was cut short must not be lost
+            print(f"put back   git checkout autoresearch/{tag} -- train.py")
+    elif best.number:
+        print(f"take home  git checkout autoresearch/{tag} -- train.py")
+    if best.number:
+        print(f"is it so?  python agent.py --check {tag}")

@@ -1,0 +1,104 @@
+"""Git by plumbing: merges, refs, and a checkout that is left alone."""
+
+import random
+
+import pytest
+from conftest import NIGHT, check_agreement, open_here, run_here
+
+from constants import Problem
+from lab.git import Repository
+from lab.records import Rejected
+
+KNOBS = [f"    knob_{i}={i}," for i in range(35)]
+
+
+@pytest.fixture
+def repository(checkout):
+    return Repository(checkout.folder)
+
+
+def test_changes_of_neighbouring_lines_merge(repository):
+    """A hundred pairs of changes to the lines of a list, each of one to three lines: what does not overlap merges as by hand."""
+    draw = random.Random(1)
+    base = "\n".join(["x = dict(", *KNOBS, ")", ""])
+    for _ in range(20):
+        lines = draw.sample(range(35), 4)
+        ours, theirs, both = (list(KNOBS) for _ in range(3))
+        for line in lines[:2]:
+            ours[line] = both[line] = f"    ours={line},"
+        for line in lines[2:]:
+            theirs[line] = both[line] = f"    theirs={line},"
+        texts = ("\n".join(["x = dict(", *knobs, ")", ""]) for knobs in (ours, theirs, both))
+        ours, theirs, both = texts
+        assert repository.merge(base, ours, theirs) == both
+
+
+def test_what_one_side_leaves_alone_is_the_others(repository):
+    a, b = "a\nb\n\nc\n", "a\nB\n\nc\nd\n"
+    assert repository.merge(a, a, b) == b and repository.merge(a, b, a) == b and repository.merge(a, b, b) == b
+    assert repository.merge("a\n", "a\n", "") == ""
+
+
+def test_changes_of_the_same_line_are_rejected(repository):
+    with pytest.raises(Rejected, match="in the same lines"):
+        repository.merge("a\nb\nc\n", "a\nB\nc\n", "a\nX\nc\n")
+
+
+def test_a_night_leaves_the_checkout_alone(checkout):
+    """Dirty, staged and untracked work, a lock left over by something that was killed, a detached head: as they were."""
+    checkout.git("checkout", "-q", "--detach")
+    head = checkout.git("rev-parse", "HEAD")
+    (checkout.folder / "train.py").write_text(
+        (checkout.folder / "train.py").read_text().replace("width=64", "width=100")
+    )
+    (checkout.folder / "staged.txt").write_text("staged")
+    checkout.git("add", "staged.txt")
+    (checkout.folder / "untracked.txt").write_text("untracked")
+    (checkout.folder / ".git" / "index.lock").write_text("")
+    (checkout.folder / ".git" / "hooks").mkdir(exist_ok=True)
+    hook = checkout.folder / ".git" / "hooks" / "reference-transaction"
+    hook.write_text("#!/bin/sh\nexit 1\n")
+    hook.chmod(0o755)
+    index = (checkout.folder / ".git" / "index").read_bytes()
+    run_here(open_here(checkout), 3)
+    assert (checkout.folder / ".git" / "index").read_bytes() == index
+    (checkout.folder / ".git" / "index.lock").unlink()
+    hook.unlink()
+    assert checkout.git("status", "--short").split("\n") == ["A  staged.txt", " M train.py", "?? untracked.txt"]
+    assert checkout.git("rev-parse", "HEAD") == head
+    results = check_agreement(checkout)
+    assert "width=100" in checkout.git("show", f"{results[0]['commit']}:train.py")
+    assert checkout.git("log", "-1", "--format=%an <%ae>", "autoresearch/t") == "autoresearch <autoresearch@localhost>"
+    checkout.git("checkout", "autoresearch/t", "--", "train.py")  # the command that the summary prints
+
+
+def test_a_ref_that_another_moved_stops_the_night_and_is_left_to_the_user(checkout):
+    night = open_here(checkout)
+    run_here(night, 1)
+    checkout.git("update-ref", "refs/heads/autoresearch/t", "main")
+    with pytest.raises(Problem, match="not where this night left it"):
+        run_here(night, 40)
+    assert checkout.git("rev-parse", "autoresearch/t") == checkout.git("rev-parse", "main")
+
+
+def test_a_repository_of_another_user_is_named_as_one(checkout):
+    output = checkout.agent(*NIGHT, expect=1, GIT_TEST_ASSUME_DIFFERENT_OWNER="1")
+    assert f"git config --global --add safe.directory {checkout.folder}" in output and "git init" not in output
+
+
+@pytest.mark.parametrize("branch", ["autoresearch", "autoresearch/t/mine"])
+def test_a_branch_in_the_way_is_named_before_the_baseline(checkout, branch):
+    checkout.git("branch", branch)
+    output = checkout.agent(*NIGHT, expect=1)
+    assert "git branch -m" in output and f"refs/heads/{branch}" in output and "Traceback" not in output
+    assert not (checkout.folder / "runs" / "t").exists()
+    checkout.git("branch", "-m", branch, "other")
+    Repository(checkout.folder).refuse_blocked("refs/heads/autoresearch/t")
+
+
+def test_outside_a_repository_the_next_command_is_named(checkout, tmp_path):
+    with pytest.raises(Problem, match="git init && git add -A"):
+        Repository(tmp_path)
+    checkout.git("init", "-q", str(tmp_path))
+    with pytest.raises(Problem, match="no commit yet"):
+        Repository(tmp_path)

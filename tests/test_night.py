@@ -1,0 +1,346 @@
+"""Journal, resume and recording: what survives a kill, a full disk, and a user who changes things meanwhile."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+
+import pytest
+from conftest import (
+    NIGHT,
+    STUB,
+    Script,
+    better,
+    check_agreement,
+    fake_measure,
+    make_checkout,
+    open_here,
+    rows_of,
+    run_here,
+    story,
+)  # fmt: skip
+
+from constants import Problem
+from lab.files import folder_bytes
+from lab.night import Journal, night_runs, read_journal, seconds_of_earlier_starts
+
+# --- the journal
+
+
+@pytest.mark.parametrize("event", ["night", "proposal", "run", "result"])
+def test_the_journal_cut_at_any_byte_of_its_last_line_loses_that_line_alone(tmp_path, event, checkout):
+    run_here(open_here(checkout), 2)
+    lines = (checkout.folder / "runs" / "t" / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    last = max(i for i, line in enumerate(lines) if json.loads(line)["event"] == event)
+    before, path = b"".join(lines[:last]), tmp_path / "journal.jsonl"
+    for cut in range(len(lines[last])):
+        path.write_bytes(before + lines[last][:cut])
+        journal = Journal(path)
+        assert journal.rows == [json.loads(line) for line in lines[:last]] and path.read_bytes() == before
+        if cut % 97 == 0:
+            journal.append("note")
+            assert len(Journal(path).rows) == last + 1
+
+
+def test_a_damaged_line_and_an_older_format_are_named(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    path.write_text('{"event": "night", "format": 2}\n{"event"\n{"event": "end"}\n')
+    with pytest.raises(Problem, match="line 2 is damaged"):
+        read_journal(path)
+    path.write_text('{"event": "night"}\n')
+    with pytest.raises(Problem, match="format of an earlier version; start another night with --tag NEW"):
+        read_journal(path)
+
+
+def mount_small(folder, size: str):
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A checkout on a real file system of 4 MB."""
+    folder = tmp_path / "disk"
+    mount_small(folder, "4m")
+    try:
+        checkout = make_checkout(folder / "checkout", tmp_path / "cache", stub=True)
+        module = checkout.folder / "lab" / "run.py"
+        module.write_text(module.read_text().replace("DISK_FLOOR_BYTES = 2**30", "DISK_FLOOR_BYTES = 2**12"))
+        yield checkout
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(checkout, free_kb: int):
+    filler = checkout.folder.parent / "filler"
+    filler.write_bytes(bytes(max(0, shutil.disk_usage(checkout.folder).free - 1024 * free_kb)))
+    return filler
+
+
+def test_an_append_that_finds_the_disk_full_leaves_nothing_behind(small_disk):
+    """More rows follow once there is space: none of them is damaged."""
+    journal = Journal(small_disk.folder / "journal.jsonl")
+    journal.append("note", text="first")
+    filler = fill(small_disk, 4)
+    with pytest.raises(OSError, match="No space left"):
+        journal.append("note", text="x" * 100_000)
+    filler.unlink()
+    journal.append("note", text="last")
+    assert (
+        [row["text"] for row in Journal(journal.path).rows]
+        == ["first", "last"]
+        == [row["text"] for row in journal.rows]
+    )
+
+
+@pytest.mark.parametrize("free_kb", [8, 48])
+def test_a_disk_that_fills_up_stops_the_night_and_loses_nothing(small_disk, free_kb, undisturbed):
+    """At whichever write it happens: one clear line, exit 1, and with space again the night goes on as if nothing had been."""
+    small_disk.agent(*NIGHT, "--experiments", "2")
+    filler = fill(small_disk, free_kb)
+    output = small_disk.agent("--tag", "t", "--experiments", "40", expect=1)
+    assert "Traceback" not in output and "goes on where it stopped" in output
+    assert any(word in output for word in ("is full", "No space left", "unable to write", "are free in"))
+    filler.unlink()
+    small_disk.agent("--tag", "t", "--experiments", "4")
+    assert [row[:-1] for row in story(small_disk)] == [
+        row[:-1] for row in undisturbed[:5]
+    ]  # the trees differ: lab/run.py does
+
+
+def test_a_run_that_filled_the_disk_is_no_crash(small_disk):
+    """It is not its fault, and it is run again."""
+    small_disk.drop_screen()
+    small_disk.agent(*NIGHT, "--experiments", "1")
+    source = STUB.replace("    steps = 0\n", "    steps = 0\n    prepare.Path('big').write_bytes(bytes(2**23))\n")
+    (small_disk.folder / "train.py").write_text(source.replace("lr=0.4", "lr=0.1"))
+    output = small_disk.agent("--tag", "t", "--try", "fills the disk", expect=1)
+    assert "are free in" in output and len(rows_of(small_disk, "result")) == 2
+    small_disk.agent("--tag", "t", "--proposer", "random", "--experiments", "2")
+    assert len(check_agreement(small_disk)) == 3
+
+
+# --- kill and resume
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A checkout with an undisturbed night of six experiments, run in this process."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    checkout = make_checkout(folder / "checkout", folder / "cache", stub=True)
+    run_here(open_here(checkout))
+    return checkout
+
+
+@pytest.fixture(scope="module")
+def undisturbed(finished):
+    return story(finished)
+
+
+def cut_copy(finished, tmp_path, count: int, torn: bytes = b"", moved: bool = False):
+    """A copy of the finished night whose journal ends after `count` rows; its refs are as a kill at that instant leaves them."""
+    folder = tmp_path / f"cut-{count}-{len(torn)}-{moved}"
+    shutil.copytree(finished.folder, folder)
+    checkout = type(finished)(folder, finished.cache)
+    journal = folder / "runs" / "t" / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines]
+    journal.write_bytes(b"".join(lines[:count]) + torn)
+    results = [row for row in rows[:count] if row["event"] == "result"]
+    done = results if moved or rows[count - 1]["event"] != "result" else results[:-1]
+    for row in rows:
+        if row["event"] == "result" and row not in done:
+            checkout.git("update-ref", "-d", f"refs/autoresearch/t/{row['number']:04d}")
+    keeps = [row["commit"] for row in done if row["verdict"] == "keep"]
+    checkout.git(
+        "update-ref", *(["refs/heads/autoresearch/t", keeps[-1]] if keeps else ["-d", "refs/heads/autoresearch/t"])
+    )
+    return checkout
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_killed_after_any_row_the_night_ends_as_an_undisturbed_one(finished, undisturbed, tmp_path, part):
+    """The journal cut after every row, and inside every line that follows it; the refs as they were then. Nothing counted is run again."""
+    lines = (finished.folder / "runs" / "t" / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    for count in range(2 + part, len(lines), 4):
+        checkout = cut_copy(finished, tmp_path, count, lines[count][: len(lines[count]) // 2])
+        counted = {(row["source"], row["seed"]) for row in rows_of(checkout) if row["event"] in ("run", "result")}
+        night, again = open_here(checkout), []
+        run_here(night, measure=fake_measure(night, lambda source, seed: again.append((source, seed))))  # noqa: B023
+        assert story(checkout) == undisturbed
+        assert not counted & {(night_sha(source), seed) for source, seed in again}
+        shutil.rmtree(checkout.folder)
+
+
+def night_sha(source: str) -> str:
+    from lab.night import sha256
+
+    return sha256(source)
+
+
+def test_killed_between_the_moves_of_refs_they_are_made_on_resume(finished, tmp_path):
+    """After `result` neither ref is moved, or the branch alone."""
+    lines = (finished.folder / "runs" / "t" / "journal.jsonl").read_text().splitlines()
+    keeps = [i for i, line in enumerate(lines) if '"event": "result"' in line and '"verdict": "keep"' in line]
+    for moved in (False, True):
+        checkout = cut_copy(finished, tmp_path, keeps[-1] + 1, moved=moved)
+        last = json.loads(lines[keeps[-1]])
+        checkout.git("update-ref", "-d", f"refs/autoresearch/t/{last['number']:04d}")
+        open_here(checkout)
+        assert check_agreement(checkout)[-1]["commit"] == last["commit"]
+
+
+@pytest.mark.parametrize("moment", ["baseline", "training", "run", "result", "second"])
+def test_killed_at_a_real_instant_the_night_goes_on(checkout, moment, undisturbed):
+    """kill -9 of the program; the next start ends as an undisturbed night does. `second`: a little after a row."""
+    journal = checkout.folder / "runs" / "t" / "journal.jsonl"
+    wanted = {
+        "baseline": lambda text: (checkout.folder / "runs" / "t" / "0000" / "run.log").exists(),
+        "training": lambda text: (checkout.folder / "runs" / "t" / "0003" / "run.log").exists(),
+        "run": lambda text: text.count('"event": "run"') == 3,
+        "result": lambda text: text.count('"event": "result"') == 4,
+        "second": lambda text: text.count('"event": "result"') == 2 and (time.sleep(0.02) or True),
+    }[moment]
+    checkout.slow(0.01)
+    process = checkout.start(*NIGHT, "--experiments", "6")
+    deadline = time.monotonic() + 60
+    while not (journal.exists() and wanted(journal.read_text())):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    acknowledged = [row for row in rows_of(checkout) if row["event"] == "result"]
+    checkout.agent("--tag", "t", *(NIGHT[2:] if moment == "baseline" else ()), "--experiments", "6")
+    assert [row[:-1] for row in story(checkout)] == [row[:-1] for row in undisturbed]
+    assert rows_of(checkout, "result")[: len(acknowledged)] == acknowledged
+
+
+def test_a_night_in_two_sittings_repeats_one_in_a_single(checkout, undisturbed):
+    run_here(open_here(checkout), 3)
+    run_here(open_here(checkout), 6)
+    assert story(checkout) == undisturbed
+
+
+def test_two_proposals_that_wait_after_a_kill_are_both_run_and_no_third_is_asked_for(checkout):
+    night = open_here(checkout)
+    run_here(night, 1, Script(better(0.39)))
+    for i in (1, 2):
+        night.add_proposal(
+            type(night.baseline)(
+                f"waiting {i}", "", STUB.replace("beta=0.8", f"beta=0.{i}"), proposer="script", parent=1
+            ),
+            2,
+        )
+    script = Script()
+    script.propose = lambda *_: pytest.fail("asked for a third")
+    run_here(open_here(checkout), 3, script)
+    assert [row["description"] for row in check_agreement(checkout)][2:] == ["waiting 1", "waiting 2"]
+
+
+def test_until_the_baseline_is_done_another_train_py_begins_the_night_anew(checkout):
+    checkout.slow(0.3)
+    process = checkout.start(*NIGHT, "--experiments", "1")
+    while not (checkout.folder / "runs" / "t" / "0000" / "run.log").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    (checkout.folder / "train.py").write_text(STUB.replace("width=64", "width=90"))
+    checkout.slow(0.001)
+    checkout.agent(*NIGHT, "--experiments", "1")
+    assert "width=90" in checkout.git("show", f"{check_agreement(checkout)[0]['commit']}:train.py")
+
+
+# --- what stops a night, and what does not
+
+
+def test_a_branch_that_was_moved_stops_the_night(checkout):
+    run_here(open_here(checkout), 2)
+    checkout.git("update-ref", "refs/heads/autoresearch/t", "main")
+    with pytest.raises(Problem, match="not at the last keep"):
+        open_here(checkout)
+
+
+def test_a_night_whose_branch_is_checked_out_is_refused(checkout):
+    run_here(open_here(checkout), 1)
+    checkout.git("switch", "-q", "autoresearch/t")
+    with pytest.raises(Problem, match="is checked out"):
+        open_here(checkout)
+
+
+def test_refs_without_a_journal_stop_the_night_with_the_command_that_deletes_them(checkout):
+    run_here(open_here(checkout), 1)
+    (checkout.folder / "runs" / "t").rename(checkout.folder / "gone")
+    output = checkout.agent(*NIGHT, expect=1)
+    command = re.search(r"(git for-each-ref --format=.*--stdin)", output)[1]
+    subprocess.run(command, shell=True, cwd=checkout.folder, check=True)
+    assert "autoresearch" not in checkout.git("for-each-ref")
+
+
+def test_what_changed_since_the_night_began_refuses_to_resume(checkout):
+    """Rules of the checkout, the frozen rules, data, device, torch, a flag: each is named, with the way on. Touching is no change."""
+    checkout.agent(*NIGHT, "--experiments", "1")
+    data, harness = checkout.cache / "cpu-sotu", checkout.folder / "runs" / "t" / "harness"
+    os.utime(data / "train.bin", (1, 1))
+    checkout.agent("--tag", "t", "--experiments", "1")
+    for path in (
+        harness / "prepare.py",
+        harness / "score.py",
+        harness / "night.json",
+        data / "val.bin",
+        data / "tokenizer.txt",
+    ):
+        before, mode = path.read_bytes(), path.stat().st_mode
+        path.chmod(0o644)
+        path.write_bytes(before.replace(b"stub", b"bust") if path.suffix == ".json" else before + b"#")
+        output = checkout.agent("--tag", "t", "--experiments", "2", expect=1)
+        assert f"{path.name} changed" in output and "--tag NEW" in output
+        path.write_bytes(before)
+        path.chmod(mode)
+    for name in ("constants.py", "lab/score.py"):
+        with open(checkout.folder / name, "a") as file:
+            file.write("\n# changed\n")
+        output = checkout.agent("--tag", "t", "--experiments", "2", expect=1)
+        assert f"git checkout autoresearch/t -- {name}" in output and "--tag NEW" in output
+        checkout.git("checkout", "autoresearch/t", "--", name)
+    for fact in ("device_name", "torch"):
+        output = checkout.agent("--tag", "t", "--experiments", "2", expect=1, **{f"STUB_{fact.upper()}": "another"})
+        assert f"ran with {fact} stub, here it is another" in output and "--tag NEW" in output
+    output = checkout.agent("--tag", "t", "--budget", "20", expect=1)
+    assert "--budget 300, not 20" in output and "--tag NEW" in output
+    checkout.agent("--tag", "t", "--experiments", "2")
+
+
+def test_the_clock_of_the_machine_may_jump():
+    """The hours of a night are monotonic; those of --check and --ablate do not count."""
+    rows = [
+        {"event": "night", "at": "2026-11-23T23:00:00+01:00", "uptime": 1.0, "arguments": {}},
+        {"event": "result", "at": "2020-01-01T00:00:00+01:00", "uptime": 100.0},
+        {"event": "night", "at": "2031-01-01T00:00:00+01:00", "uptime": 1.0, "arguments": {"check": "t"}},
+        {"event": "run", "at": "2031-01-01T00:00:00+01:00", "uptime": 900.0},
+        {"event": "night", "at": "2031-01-01T00:00:00+01:00", "uptime": 1.0, "arguments": {}},
+    ]
+    assert seconds_of_earlier_starts(rows) == 100.0
+
+
+def test_a_night_grows_by_little_and_keeps_the_weights_of_its_best(checkout):
+    output = checkout.agent(*NIGHT, "--experiments", "6")
+    assert "MB in runs/t" in output
+    assert folder_bytes(checkout.folder / "runs" / "t") < 7 * 100_000
+    assert len(list((checkout.folder / "runs" / "t").glob("*/out/model.pt"))) == 1
+
+
+def test_results_tsv_is_a_view_of_the_journal(checkout):
+    night = open_here(checkout)
+    run_here(night, 3, Script(better(0.39), ("beta=0.8", "beta=1 // 0"), ("width=64", "width=99")))
+    lines = (night.folder / "results.tsv").read_text().splitlines()
+    assert [line.split("\t")[3] for line in lines[1:]] == ["keep", "keep", "crash", "discard"]
+    assert lines[3].split("\t")[1] == "" and len(night_runs(night.journal.rows)) == 4
+    (night.folder / "results.tsv").unlink()
+    open_here(checkout)
+    assert (night.folder / "results.tsv").read_text().splitlines() == lines

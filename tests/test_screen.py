@@ -1,0 +1,85 @@
+"""The screen: what is refused at once, and what an honest edit may write."""
+
+import pytest
+from conftest import ROOT, STUB
+
+from lab.records import Rejected
+from lab.screen import fingerprint, screen
+
+REAL = (ROOT / "train.py").read_text()
+
+
+def test_the_real_train_py_passes_the_screen():
+    screen(REAL, {})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("import os", "import of os|`os`"),
+        ("import torch.utils.cpp_extension", "cpp_extension"),
+        ("from torch import hub", "hub"),
+        ("torch.os.environ['X'] = '1'", "environ|`os`"),
+        ("x = open('f')", "`open`"),
+        ("torch.manual_seed(3)", "seed belongs"),
+        ("x = eval('1')", "`eval`"),
+        ("x = ().__class__.__dict__", "__dict__"),
+        ("object.__setattr__(torch, 'x', 1)", "__setattr__"),
+        ("def f(clock): clock.start += 9", "assignment to `start` is refused"),
+        ("def f(clock): type(clock).expired = False", "assignment to `expired` is refused"),
+        ("def f(run): run.seed = 7", "assignment to `seed`"),
+        ("torch.random.seed()", "`seed` is refused: the seed belongs"),
+        ("import numpy as np; x = np.random.default_rng(3)", "seed belongs"),
+        ("import numpy as np; x = np.lib.format.open_memmap('w.npy')", "open_memmap"),
+        ("def f(x): x.dump('w')", "`dump`"),
+        ("prepare.Path('w').write_text('')", "`Path`|`write_text`"),
+        ("import collections; collections._sys", "_sys"),
+        ("match prepare:\n    case object(os=z): pass", "`os`"),
+        ("def f(run): return run._rows", "_rows"),
+        ("prepare.open_rows", "open_rows"),
+        ("from torch.random import seed", "`seed` is refused"),
+        ("torch.cuda.manual_seed_all(7)", "manual_seed_all"),
+        ("import numpy as np; x = np.fromfile('f')", "fromfile"),
+        (f"x = '{'a' * 1001}'", "literal"),
+        (f"x = {10**1001}", "literal"),
+        ("x = (", "does not compile"),
+        ("from .prepare import x", "import of prepare is refused|relative"),
+        ("#" * 64_000, "bytes"),
+    ],
+)
+def test_the_screen_refuses(line, message):
+    with pytest.raises(Rejected, match=message):
+        screen(f"{REAL}{line}\n", {})
+
+
+@pytest.mark.parametrize(
+    ("part", "other"),
+    [
+        ("def build_model(profile)", "def make(profile)"), ('__name__ == "__main__"', '__name__ == "x"'), (".start_clock(", ".go("),
+        (".finish(", ".end("), ("prepare.start(", "prepare.go("),
+    ],
+)  # fmt: skip
+def test_the_screen_asks_for_the_contract(part, other):
+    assert part in REAL
+    with pytest.raises(Rejected, match="contract"):
+        screen(REAL.replace(part, other), {})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.backends.cuda.matmul.allow_tf32 = True",
+        "torch._inductor.config.coordinate_descent_tuning = True",
+        "def f(run): return torch.randperm(run.seed)",
+        "class A:\n    def f(self): self.start = 1",
+        "import triton\nimport triton.language as tl\n@triton.jit\ndef kernel(x): tl.store(x, tl.load(x) + 1)",
+    ],
+)
+def test_what_an_honest_edit_writes_passes_the_screen(line):
+    screen(f"{REAL}{line}\n", {})
+
+
+def test_a_program_that_differs_in_comments_only_is_no_new_idea():
+    tried = {fingerprint(STUB): "experiment 3, discard"}
+    with pytest.raises(Rejected, match="experiment 3, discard"):
+        screen(STUB.replace("# best at 0.1", "# hm"), tried)
