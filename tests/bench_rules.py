@@ -12,8 +12,11 @@ both, fresh     likewise, challenger and incumbent run one after the other
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from test_records import RUN
 
 import agent

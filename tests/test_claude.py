@@ -161,7 +161,7 @@ def test_a_night_with_replies_of_every_kind(checkout, night):
 
 
 def test_a_proposal_that_was_paid_for_is_used_after_a_kill(checkout):
-    checkout.slow(0.15)
+    checkout.slow(0.08)
     with MessagesServer([numbered()]) as server:
         keys = {"ANTHROPIC_API_KEY": "k", "ANTHROPIC_BASE_URL": server.url}
         process = checkout.start(*NIGHT, "--experiments", "3", **keys)

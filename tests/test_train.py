@@ -570,8 +570,9 @@ def by_hand(real_checkout, seconds, **environment):
     return process.returncode, output
 
 
-def test_a_run_by_hand_learns_and_its_score_agrees(real_checkout):
-    status, output = by_hand(real_checkout, 4)
+def test_a_run_by_hand_learns_and_its_score_agrees(real_checkout, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(real_checkout.cache))
+    status, output = by_hand(real_checkout, 3)
     assert status == 0, output
     closing = output[output.rindex("---\n") :].splitlines()
     assert [line.split(":")[0] for line in closing[1:]] == list(prepare.SUMMARY_DIGITS)
@@ -583,8 +584,8 @@ def test_a_run_by_hand_learns_and_its_score_agrees(real_checkout):
     place = dict(cwd=real_checkout.folder, env=real_checkout.environment, capture_output=True, text=True, timeout=120)
     done = subprocess.run(command, **place)
     assert done.returncode == 0, done.stderr
-    with constants.lock(real_checkout.cache / "device-cpu.lock", "a night"):
-        assert "in use by" in subprocess.run(command, **place).stderr
+    with constants.lock(constants.device_lock("cpu"), "a night"), pytest.raises(constants.Problem, match="in use by"):
+        prepare.hold_device("cpu", "python -m lab.score")
     said = dict(line.split(":", 1) for line in done.stdout.splitlines() if "_bpb:" in line)
     assert float(said["val_bpb"]) == pytest.approx(result["val_bpb"], rel=1e-4) and 1 < float(said["test_bpb"]) < 4
     assert "as you" in done.stdout and len(done.stdout.split("it writes:\n")[1]) > 20
