@@ -873,7 +873,7 @@ class Clock:
     def expired(self) -> bool:
         """True when the steps in flight and one more would pass the budget.
 
-        On CUDA it also paces the host: it waits for the step before the last (before this one where a step takes over
+        On CUDA it also paces the host: it waits for the step before the last (before this one if a step takes over
         half a second), so the queue stays short and nothing else has to synchronise.
         """
         in_flight = 0
@@ -1008,7 +1008,7 @@ class Run:
         return self.clock
 
     def mfu_percent(self, flops_per_token: float | None, tokens: int, seconds: float) -> float | None:
-        """Model FLOPs utilisation; None where the card's peak is not known."""
+        """Model FLOPs utilisation; None if the card's peak is not known."""
         peak = self.profile.peak_tflops
         return 100 * flops_per_token * tokens / seconds / (peak * 1e12) if peak and flops_per_token else None
 
@@ -1101,7 +1101,7 @@ SUMMARY_DIGITS = {
 
 
 def summary(result: dict) -> str:
-    """The closing lines that people grep for: `val_bpb:          0.997900` and so on; null where nothing applies."""
+    """The closing lines that people grep for: `val_bpb:          0.997900` and so on; null for what does not apply."""
     lines = ["---"]
     for key, digits in SUMMARY_DIGITS.items():
         if key in result:
@@ -1196,7 +1196,7 @@ def start() -> Run:
 
 
 def evaluate_nats(model, rows: np.ndarray, token_bytes, batch_rows: int) -> np.ndarray:
-    """(N, T) float32: the nats of each target of (N, T+1) rows, 0 where it is a special token.
+    """(N, T) float32: the nats of each target of (N, T+1) rows, 0 for special tokens.
 
     The model gets tokens and returns (B, T, vocab) logits; the log-softmax is taken here, in float32. Raises ValueError on a
     wrong shape or on logits that are not finite.
@@ -1331,9 +1331,9 @@ def main() -> None:
     except Problem as problem:
         sys.exit(f"error: {problem}")
     except OSError as error:
-        where = "AUTORESEARCH_CACHE takes a folder that you may write to"
+        hint = "AUTORESEARCH_CACHE takes a folder that you may write to"
         if error.errno in (errno.ENOTDIR, errno.ENOENT, errno.EACCES, errno.EROFS):
-            sys.exit(f"error: {error.filename}: {error.strerror}; {where}")
+            sys.exit(f"error: {error.filename}: {error.strerror}; {hint}")
         if error.errno != errno.ENOSPC:
             raise
         sys.exit(

@@ -435,7 +435,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024), with NorMuon's variance by neuron (Li et al. 2025).
 
     One parameter group for each matrix shape; its matrices are stacked and stepped together. Weight decay is cautious:
-    only where it agrees with the step (Chen et al. 2025). All state is made at once, so that a warm-up can reset it.
+    only for weights on which it agrees with the step (Chen et al. 2025). All state is made at once, so that a warm-up can reset it.
     """
 
     def __init__(self, matrices, lr: float, weight_decay: float, dtype: torch.dtype, compiled: bool = False):
@@ -573,7 +573,7 @@ def warm_up(run, model, optimizers, loss_fn, config: Config, steps: int = 3) -> 
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            failed = True  # handled outside, where the exception no longer holds the tensors
+            failed = True  # handled outside, once the exception no longer holds the tensors
         batches.close()
         if not failed:
             break

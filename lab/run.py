@@ -152,7 +152,7 @@ def guard_this_process() -> None:
 
 
 def check_disk(folder: Path) -> None:
-    """Raises Problem where a run's files might not fit."""
+    """Raises Problem if less than DISK_FLOOR_BYTES are free."""
     free = shutil.disk_usage(folder).free
     if free < DISK_FLOOR_BYTES:
         raise Problem(
@@ -334,9 +334,10 @@ def compiled_anew(night: Night, folder: Path) -> bool:
 
 
 def fill_cache(night: Night, view, source: str) -> float:
-    """Starts a program until its clock and takes what it compiled as the night's cache, of which every run gets a copy; returns seconds.
+    """Run a train.py until its clock would start, and make its compile cache the night's; returns seconds.
 
-    What other runs compile goes with them. These have no text in sight, so nothing that they might hide there was learnt.
+    Every run gets a copy. This child sees no text, so nothing that it might hide in the cache was learnt; what other runs compile
+    is dropped.
     """
     folder, fresh = night.folder / "compile", night.folder / "cache.new"
     make_folder(night, folder, source, constants.SEED, until_clock=True)

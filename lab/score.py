@@ -81,12 +81,12 @@ def score(settings: Settings, below: float, test: bool, launch) -> dict:
 
 
 def found_out(probe: dict, dtype: str) -> str:
-    """Why compare()'s differences mean that a score cannot be trusted; empty where they do not."""
+    """Why compare()'s differences mean that a score cannot be trusted; empty if they do not."""
     mean, last, largest = probe["mean_nats"], probe["last_mean_nats"], probe["largest_nats"]
     if abs(mean) < PROBE_MEAN_NATS and abs(last) < PROBE_LAST_NATS[dtype] and largest < PROBE_NATS[dtype]:
         return ""
     return (
-        "where the tokens to predict are out of its sight it predicts otherwise than it was scored for: it looks ahead, keeps "
+        "its predictions change when the target tokens are hidden: it looks ahead, keeps "
         f"state or forges its score ({mean:+.5f} nats a token on average, {last:+.5f} at the edge, {largest:.4f} at most)"
     )
 
@@ -135,7 +135,7 @@ def compare(ask, rows, nats, token_bytes, batch_rows: int, chosen, cuts, random)
 
 
 def ask(connection, shape: tuple[int, ...], *request) -> np.ndarray:
-    """The float32 array that serve() replies. Raises ValueError with its words where it sends others, Problem where none."""
+    """The float32 array that serve() replies. Raises ValueError with the child's message if it sends one, Problem if it sends nothing."""
     try:
         connection.send(request)
         reply = connection.recv_bytes(max(4 * math.prod(shape), 4 * ERROR_CHARS))
