@@ -15,6 +15,7 @@ the data. program.md holds the instructions that Claude gets.
 import argparse
 import contextlib
 import errno
+import json
 import math
 import os
 import re
@@ -348,6 +349,12 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.dataset and args.dataset not in constants.DATASETS:
         args.dataset = str(Path(args.dataset).expanduser().resolve())
+    pairs = {"kept": "replay", "seeds": "check"}
+    for flag, other in pairs.items():
+        if getattr(args, flag) and not getattr(args, other):
+            parser.error(f"--{flag} goes with --{other}")
+    if args.demo and (args.tag or args.profile or args.dataset):
+        parser.error("--demo has its own tag, profile and dataset")
     if args.seeds == 1:
         parser.error("--seeds takes 2 and more")
     if args.demo:
@@ -373,7 +380,7 @@ def has_ended(rows: list[dict]) -> bool:
     return words[-1:] == ["end"]
 
 
-def choose_tag(args, repository: Repository) -> str:
+def choose_tag(args) -> str:
     """The flag, else the newest night that has not ended, else today's. --demo, --try and --replay have tags of their own."""
     journals = {path.parent.name: path for path in RUNS.glob("*/journal.jsonl")}
     if tag := args.check or args.ablate:
@@ -381,16 +388,10 @@ def choose_tag(args, repository: Repository) -> str:
             known = ", ".join(sorted(journals)) or "none yet"
             raise Problem(f"there is no night {tag}; there are: {known}; start one: python agent.py --tag {tag}")
         if not any(row["event"] == "result" and row["verdict"] == "keep" for row in read_journal(journals[tag])[0]):
-            raise Problem(f"night {tag} has no baseline with a number yet; go on with it: python agent.py --tag {tag}")
+            raise Problem(
+                f"night {tag} has no baseline with a number; look at runs/{tag}/0000/run.log, or start another night"
+            )
         return tag
-    if args.demo and "demo" in journals:
-        with contextlib.suppress(Problem):
-            if not has_ended(read_journal(journals["demo"])[0]) and same_rules(RUNS / "demo"):
-                return "demo"
-        for ref, commit in repository.refs("demo").items():
-            repository.git("update-ref", "-d", ref, commit)
-        remove(RUNS / "demo")
-        print("the earlier demo is deleted: runs/demo and its refs")
     if args.tag:
         return args.tag
     own = "try" if args.describe else "replay" if args.replay else ""
@@ -410,10 +411,24 @@ def choose_tag(args, repository: Repository) -> str:
     return next(name for name in names if name not in journals)
 
 
-def same_rules(folder: Path) -> bool:
-    """Whether the checkout has the rules that a night began with."""
+def renew_demo(folder: Path, args, repository: Repository) -> None:
+    """Deletes a demo that has ended, or that other rules or another budget began. The night's lock is held; raises Problem."""
     places = ((folder / "harness" / name, HERE / place) for name, place in HARNESS.items())
-    return all(ours.is_file() and ours.read_bytes() == theirs.read_bytes() for ours, theirs in places)
+    with contextlib.suppress(OSError, ValueError, KeyError, Problem):
+        same = all(ours.read_bytes() == theirs.read_bytes() for ours, theirs in places)
+        budget_s = json.loads((folder / "harness" / "night.json").read_text())["budget_s"]
+        if same and budget_s == args.budget and not has_ended(read_journal(folder / "journal.jsonl")[0]):
+            return
+    with locked(
+        constants.device_lock("cpu"), "the CPU", "agent.py --demo"
+    ):  # nothing is deleted for a demo that cannot run
+        pass
+    for ref, commit in repository.refs("demo").items():
+        repository.git("update-ref", "-d", ref, commit)
+    for path in folder.iterdir():
+        if path.name != "lock":
+            remove(path)
+    print("the earlier demo is deleted: runs/demo and its refs")
 
 
 def restore_arguments(args, rows: list[dict], key: str) -> None:
@@ -479,12 +494,15 @@ def main() -> None:
         signal.signal(number, interrupts)
     try:
         repository = Repository(HERE)
-        tag = choose_tag(args, repository)
+        tag = choose_tag(args)
         folder, new = RUNS / tag, not (RUNS / tag).exists()
-        restore_arguments(args, read_journal(folder / "journal.jsonl")[0], key)
+        if not args.demo:
+            restore_arguments(args, read_journal(folder / "journal.jsonl")[0], key)
         replayed = proposals_to_replay(RUNS, args.replay, bool(args.kept)) if args.replay else None
         with contextlib.ExitStack() as locks:
             locks.enter_context(locked(folder / "lock", f"night {tag}", f"agent.py, tag {tag}"))
+            if args.demo and not new:
+                renew_demo(folder, args, repository)
             try:
                 if pids := end_processes(str(folder)):
                     print(f"ended what an earlier start had left running: pid {', '.join(map(str, pids))}")
@@ -511,6 +529,10 @@ def main() -> None:
     except (Problem, Rejected) as problem:
         sys.exit(f"error: {problem}")
     except OSError as error:
+        if error.errno in (errno.EROFS, errno.EACCES, errno.ENOTDIR):
+            sys.exit(
+                f"error: {error.filename}: {error.strerror}; runs/ and AUTORESEARCH_CACHE have to be folders that you may write to"
+            )
         if error.errno != errno.ENOSPC:
             raise
         sys.exit(f"error: the disk of {error.filename or HERE} is full; free space, {RUN_AGAIN}")

@@ -278,6 +278,8 @@ def own_texts(file: Path) -> list[str]:
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
+            if "text" in names and "string" not in str(kind := table.schema_arrow.field("text").type):
+                raise Problem(f"{file} has {kind} in its column `text`, not strings; give it the text itself")
             if "text" not in names:
                 raise Problem(
                     f"{file} has no column `text`, but {', '.join(names)}; rename the one that holds the text"
@@ -342,9 +344,8 @@ def train_tokenizer(texts, vocab_size: int) -> str:
     tokenizer.train_from_iterator(iter(texts), merges, pattern=SPLIT_PATTERN)
     ranks = sorted(((rank, bytes(token)) for token, rank in tokenizer.get_mergeable_ranks()), key=lambda pair: pair[0])
     if len(ranks) != merges:
-        raise Problem(
-            f"the text yields {len(ranks)} of {merges} merges; it is too small for a vocabulary of {vocab_size}"
-        )
+        few = f"its tokenizer learns {len(ranks):,} of {merges:,} tokens"
+        raise Problem(f"the text is too small: {few}; add more text, or check that it holds any")
     head = [TOKENIZER_FORMAT, json.dumps(SPLIT_PATTERN), json.dumps(SPECIAL_TOKENS)]
     return "\n".join(head + [token.hex() for _, token in ranks]) + "\n"
 
@@ -503,8 +504,9 @@ def prepare(profile: Profile, dataset: str, shards: int, workers: int) -> None:
                 rows = (folder / name).stat().st_size // (2 * (profile.max_seq_len + 1))
                 if rows < LEAST_VAL_ROWS:
                     shutil.rmtree(folder)
+                    few = f"{rows} rows for val, {LEAST_VAL_ROWS} are needed"
                     raise Problem(
-                        f"{dataset} is too small: {rows} rows for val, {LEAST_VAL_ROWS} are needed; add about ten times as much text"
+                        f"{dataset} is too small: {few}, so {LEAST_VAL_ROWS / max(rows, 1):.1f} times as much text"
                     )
     print(f"data of profile {profile.name}, dataset {dataset}: {folder}")
     for name in names[1:]:
@@ -519,9 +521,12 @@ def prepare(profile: Profile, dataset: str, shards: int, workers: int) -> None:
             )
             read = f"a fast card reads {USABLE_TOKENS / 1e6:.0f}M in five minutes and will repeat some"
             print(f"warning: {rows * profile.max_seq_len / 1e6:.0f}M training tokens; {read}. {more}")
-    print(
-        f"{'nothing to do' if done else 'ready'}, {perf_counter() - start:.1f} s; next: python train.py, or python agent.py"
+    own = dataset not in constants.DATASETS
+    by_hand, night = (
+        (f"AUTORESEARCH_DATASET={shlex.quote(dataset)} ", f" --dataset {shlex.quote(dataset)}") if own else ("", "")
     )
+    start_s = f"{'nothing to do' if done else 'ready'}, {perf_counter() - start:.1f} s"
+    print(f"{start_s}; next: {by_hand}python train.py, or python agent.py{night}")
 
 
 def learn_tokenizer(profile: Profile, dataset: str, shards: int, path: Path) -> None:
@@ -1029,7 +1034,7 @@ class Run:
             fresh, self.said = tokens - self.said[1], (seconds, tokens)
             mfu = self.mfu_percent(flops_per_token, fresh, since)
             line = (
-                f"step {step:5d}  {100 * self.clock.progress:5.1f}%  loss {self.smoothed:.4f}  {fresh / since:9,.0f} tok/s"
+                f"step {step:5d}  {min(100.0, 100 * seconds / self.settings.budget_s):5.1f}%  loss {self.smoothed:.4f}  {fresh / since:9,.0f} tok/s"
                 f"{'' if mfu is None else f'  mfu {mfu:4.1f}%'}  {max(0.0, self.settings.budget_s - seconds):4.0f} s left"
             )
             print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal else "\n", flush=True)

@@ -73,9 +73,14 @@ def read_journal(path: Path) -> tuple[list[dict], int]:
     rows = []
     for number, line in enumerate(whole.splitlines(), 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
-            raise Problem(f"{path} line {number} is damaged; restore it from a backup, or use --tag NEW") from None
+            row = None
+        if not isinstance(row, dict) or "event" not in row:
+            raise Problem(f"{path} line {number} is damaged; restore it from a backup, or use --tag NEW")
+        rows.append(row)
+    if rows and rows[0]["event"] != "night":
+        raise Problem(f"{path} lacks its first line; restore it from a backup, or use --tag NEW")
     if any(row["event"] == "night" and row.get("format") != FORMAT for row in rows):
         raise Problem(f"{path} has the format of an earlier version; start another night with --tag NEW")
     return rows, len(whole)
@@ -324,6 +329,14 @@ class Night:
         Data are read in full once in each start, later if size, inode or times differ.
         """
         harness, another = self.folder / "harness", "changed during the night; start another night with --tag NEW"
+        for path in (
+            *(harness / name for name in HARNESS),
+            *(Path(self.settings.data) / name for name in self.settings.data_sha256),
+        ):
+            if not path.is_file():
+                raise Problem(
+                    f"{path} is gone; restore it (data: python prepare.py), or start another night with --tag NEW"
+                )
         for name, expected in self.settings.harness_sha256.items():
             if sha256_of(harness / name) != expected:
                 raise Problem(f"{harness / name} {another}")

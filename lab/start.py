@@ -72,6 +72,8 @@ def create_night(here: Path, folder: Path, args, repository: Repository) -> tupl
 def resume_night(here: Path, folder: Path, args, journal: Journal) -> tuple[Settings, str]:
     """The settings of a night that goes on, and the device's id. Raises Problem if anything that it fixed is different now."""
     rules, another = folder / "harness" / "night.json", "start another night with --tag NEW"
+    if not rules.is_file():
+        raise Problem(f"{rules} is gone; restore it, or {another}")
     if sha256_of(rules) != journal.of("night")[-1]["harness"]["night.json"]:
         raise Problem(f"{rules} changed since the night's last start; undo that, or {another}")
     settings = Settings.of(rules.read_text())

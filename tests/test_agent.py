@@ -304,6 +304,20 @@ def test_tries_replays_and_demos_are_nights_of_their_own(checkout):
     assert len(check_agreement(checkout)) == done + 1
 
 
+def test_a_demo_is_deleted_only_if_the_next_one_can_run(checkout):
+    """An interrupted one goes on; with another budget, or after its end, it begins anew; nobody's running demo is touched."""
+    checkout.agent("--demo", "--experiments", "1", "--budget", "3")
+    journal = (checkout.folder / "runs" / "demo" / "journal.jsonl").read_bytes()
+    from constants import lock
+
+    for place in (checkout.folder / "runs" / "demo" / "lock", checkout.cache / "device-cpu.lock"):
+        with lock(place, "somebody"):
+            assert "in use by" in checkout.agent("--demo", expect=1)
+        assert (checkout.folder / "runs" / "demo" / "journal.jsonl").read_bytes() == journal
+    assert "the earlier demo is deleted" in checkout.agent("--demo", "--experiments", "1")
+    check_agreement(checkout, "demo")
+
+
 def test_a_night_that_ended_is_not_taken_up_by_a_command_without_a_tag(checkout):
     checkout.agent(*NIGHT, "--experiments", "1")
     assert rows_of(checkout, "end")[0]["reason"] == "the one experiment is done"
@@ -338,9 +352,8 @@ def test_replays_of_two_nights_do_not_mix(checkout, monkeypatch):
     monkeypatch.setattr(agent, "RUNS", checkout.folder / "runs")
     night = open_here(checkout, "replay")
     night.journal.append("night", format=2, arguments={"replay": "a"})
-    repository = agent.Repository(checkout.folder)
-    assert agent.choose_tag(arguments(monkeypatch, "--replay", "a"), repository) == "replay"
-    assert agent.choose_tag(arguments(monkeypatch, "--replay", "b"), repository) == "replay-2"
+    assert agent.choose_tag(arguments(monkeypatch, "--replay", "a")) == "replay"
+    assert agent.choose_tag(arguments(monkeypatch, "--replay", "b")) == "replay-2"
 
 
 @pytest.mark.parametrize(
@@ -365,9 +378,10 @@ def test_what_a_newcomer_gets_wrong_is_one_clear_line_and_begins_no_night(checko
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--experiments", "0"), "whole number over 0"), (("--seeds", "five"), "whole number over 0"), (("--seeds", "1"), "2 and more"),
+        (("--experiments", "0"), "whole number over 0"), (("--seeds", "five"), "whole number over 0"), (("--check", "t", "--seeds", "1"), "2 and more"),
         (("--tag", "a/b"), "a tag has letters"), (("--check", "by-hand"), "a tag has letters"), (("--try", " "), "a few words"),
-        (("--demo", "--proposer", "random"), "not allowed with"), (("--check", "t", "--ablate", "t"), "not allowed with"),
+        (("--demo", "--proposer", "random"), "not allowed with"), (("--demo", "--tag", "x"), "has its own tag"), (("--kept",), "goes with --replay"),
+        (("--seeds", "3"), "goes with --check"), (("--check", "t", "--ablate", "t"), "not allowed with"),
     ],
 )  # fmt: skip
 def test_usage_errors_exit_2(args, message, monkeypatch, capsys):

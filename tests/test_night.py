@@ -39,7 +39,7 @@ def test_the_journal_cut_at_any_byte_of_its_last_line_loses_that_line_alone(tmp_
         path.write_bytes(before + lines[last][:cut])
         journal = Journal(path)
         assert journal.rows == [json.loads(line) for line in lines[:last]] and path.read_bytes() == before
-        if cut % 97 == 0:
+        if cut % 97 == 0 and last > 0:
             journal.append("note")
             assert len(Journal(path).rows) == last + 1
 
@@ -48,6 +48,13 @@ def test_a_damaged_line_and_an_older_format_are_named(tmp_path):
     path = tmp_path / "journal.jsonl"
     path.write_text('{"event": "night", "format": 2}\n{"event"\n{"event": "end"}\n')
     with pytest.raises(Problem, match="line 2 is damaged"):
+        read_journal(path)
+    for line in ("null", "[]", "{}", "3"):
+        path.write_text(f'{{"event": "night", "format": 2}}\n{line}\n')
+        with pytest.raises(Problem, match="line 2 is damaged"):
+            read_journal(path)
+    path.write_text('{"event": "result"}\n')
+    with pytest.raises(Problem, match="lacks its first line"):
         read_journal(path)
     path.write_text('{"event": "night"}\n')
     with pytest.raises(Problem, match="format of an earlier version; start another night with --tag NEW"):
@@ -86,7 +93,7 @@ def fill(checkout, free_kb: int):
 def test_an_append_that_finds_the_disk_full_leaves_nothing_behind(small_disk):
     """More rows follow once there is space: none of them is damaged."""
     journal = Journal(small_disk.folder / "journal.jsonl")
-    journal.append("note", text="first")
+    journal.append("night", format=2, text="first")
     filler = fill(small_disk, 4)
     with pytest.raises(OSError, match="No space left"):
         journal.append("note", text="x" * 100_000)
@@ -314,6 +321,22 @@ def test_what_changed_since_the_night_began_refuses_to_resume(checkout):
     output = checkout.agent("--tag", "t", "--budget", "20", expect=1)
     assert "--budget 300, not 20" in output and "--tag NEW" in output
     checkout.agent("--tag", "t", "--experiments", "2")
+
+
+@pytest.mark.parametrize(
+    "name", ["runs/t/harness/night.json", "runs/t/harness/score.py", "cache/cpu-sotu/val.bin", "runs as a file"]
+)
+def test_what_is_gone_or_not_to_be_written_is_one_clear_line(checkout, name):
+    if name == "runs as a file":
+        (checkout.folder / "runs").write_text("")
+        output = checkout.agent(*NIGHT, expect=1)
+        assert "have to be folders that you may write to" in output and "Traceback" not in output
+        return
+    checkout.agent(*NIGHT, "--experiments", "1")
+    path = checkout.folder / name if name.startswith("runs") else checkout.folder.parent / name
+    path.unlink()
+    output = checkout.agent("--tag", "t", "--experiments", "2", expect=1)
+    assert f"{path.name} is gone; restore it" in output and "Traceback" not in output
 
 
 def test_the_clock_of_the_machine_may_jump():

@@ -266,13 +266,15 @@ def test_what_cannot_be_ones_own_text_is_one_clear_line(tmp_path):
         return tmp_path / name
 
     assert "is too small" in own(tmp_path, place("small.txt", paragraphs(300).encode()), 1)
-    assert "merges; it is too small" in own(tmp_path, place("tiny.txt", b"a few words"), 1)
+    assert "is too small: its tokenizer learns" in own(tmp_path, place("tiny.txt", b"a few words"), 1)
     assert "is not UTF-8 (byte 4); convert it" in own(
         tmp_path, place("latin.txt", "na\u00efve caf\u00e9".encode("latin-1") * 9), 1
     ).replace("(byte 2)", "(byte 4)")
     table = pyarrow.table({"content": ["x"]})
     pyarrow.parquet.write_table(table, tmp_path / "other.parquet")
     assert "has no column `text`, but content" in own(tmp_path, tmp_path / "other.parquet", 1)
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
+    assert "has int64 in its column `text`" in own(tmp_path, tmp_path / "numbers.parquet", 1)
     assert "cannot be read as parquet" in own(tmp_path, place("broken.parquet", b"PAR1 not"), 1)
     (tmp_path / "empty").mkdir()
     assert "has no .txt and no .parquet file" in own(tmp_path, tmp_path / "empty", 1)
