@@ -375,13 +375,16 @@ ANSWER = """
 import json, sys
 sys.path.insert(0, ROOT)
 from pathlib import Path
-from lab.sandbox import Sandbox, child_command
-from lab.score import ask, serving, settings_of_folder
+from dataclasses import replace
+from lab.git import Repository
+from lab.sandbox import child_command, make_sandbox
+from lab.score import serving, settings_of_folder
 import ctypes
 ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
 folder = Path(FOLDER)
 settings = settings_of_folder(folder)
-sandbox = Sandbox(SHARED, (Path("/tmp"),), (), (), Path(settings.data), "train.bin", False)
+checkout = Path(CHECKOUT)
+sandbox = replace(make_sandbox(checkout, checkout / "runs", settings, Repository(checkout)), shared_processes=SHARED)
 for kind in ("evaluate", "answer"):
     with serving(child_command(kind, folder, sandbox)[0], settings, folder) as connection:
         connection.send(("text",))
@@ -408,6 +411,7 @@ def test_attack_nothing_of_the_child_that_sees_val_reaches_the_one_that_answers(
         ANSWER.replace("ROOT", repr(str(ROOT)))
         .replace("FOLDER", repr(str(night / "0000")))
         .replace("SHARED", str("shared" in tier))
+        .replace("CHECKOUT", repr(str(real_checkout.folder)))
     )
     within = CONTAINER if "shared" in tier else []
     output = subprocess.run([*within, sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
