@@ -419,10 +419,7 @@ def renew_demo(folder: Path, args, repository: Repository) -> None:
         budget_s = json.loads((folder / "harness" / "night.json").read_text())["budget_s"]
         if same and budget_s == args.budget and not has_ended(read_journal(folder / "journal.jsonl")[0]):
             return
-    with locked(
-        constants.device_lock("cpu"), "the CPU", "agent.py --demo"
-    ):  # nothing is deleted for a demo that cannot run
-        pass
+    locked(constants.device_lock("cpu"), "the CPU", "agent.py --demo").close()  # a demo that cannot run deletes nothing
     for ref, commit in repository.refs("demo").items():
         repository.git("update-ref", "-d", ref, commit)
     for path in folder.iterdir():

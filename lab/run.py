@@ -325,12 +325,11 @@ def make_folder(night: Night, folder: Path, source: str, seed: int, until_clock:
 
 def compiled_anew(night: Night, folder: Path) -> bool:
     """Whether a run left files in its compile cache that the night's does not have."""
-    made = (
-        Path(place, name).relative_to(folder / "cache")
-        for place, _, names in os.walk(folder / "cache")
-        for name in names
-    )
-    return any(not (night.folder / "cache" / path).exists() for path in made)
+    here, there = str(folder / "cache"), str(night.folder / "cache")
+    made = (os.path.join(place, name) for place, _, names in os.walk(here) for name in names)
+    return any(
+        not os.path.exists(there + path.removeprefix(here)) for path in made
+    )  # False too for a path that is too long
 
 
 def fill_cache(night: Night, view, source: str) -> float:

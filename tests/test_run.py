@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -451,9 +452,17 @@ def test_paths_longer_than_paths_may_be_are_left_out(tmp_path):
     files.copy_regular_files(tmp_path, tmp_path.parent / f"{tmp_path.name}-copy", 10**6)
     assert (tmp_path.parent / f"{tmp_path.name}-copy" / ("d" * 200) / "file").exists()
 
-    class Night:
-        folder = tmp_path.parent / f"{tmp_path.name}-copy"
 
-    (tmp_path.parent / f"{tmp_path.name}-run").mkdir()
-    (tmp_path / ("d" * 200)).rename(tmp_path.parent / f"{tmp_path.name}-run" / "cache")
-    assert run.compiled_anew(Night, tmp_path.parent / f"{tmp_path.name}-run")
+def test_a_compile_cache_with_paths_longer_than_paths_may_be_is_looked_through(tmp_path):
+    """The night's lies under a longer name, and has all that could be copied: what is left is new, and no error."""
+    folder, night = tmp_path / "run", tmp_path / ("n" * 150)
+    (folder / "cache").mkdir(parents=True)
+    here = os.open(folder / "cache", os.O_RDONLY)
+    for _ in range(25):
+        os.close(os.open("f" * 200, os.O_CREAT | os.O_WRONLY, dir_fd=here))
+        os.mkdir("d" * 200, dir_fd=here)
+        here = os.open("d" * 200, os.O_RDONLY, dir_fd=here)
+    files.copy_regular_files(folder / "cache", night / "cache", 10**6)
+    assert run.compiled_anew(SimpleNamespace(folder=night), folder)
+    remove(folder / "cache" / ("d" * 200))
+    assert not run.compiled_anew(SimpleNamespace(folder=night), folder)
