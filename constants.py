@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
@@ -82,47 +81,6 @@ SEED = 1  # the seed of a run by hand and of a night
 CONFIRM_SEED = 2  # on which a win and its incumbent are measured again
 
 # ---------------------------------------------------------------------------
-# Cards
-
-PEAK_TFLOPS = (  # dense bf16, by the name that the driver gives; the first match counts
-    ("B200", 2250.0),
-    ("H100 NVL", 835.0),
-    ("H200 NVL", 835.0),
-    ("H100 PCIe", 756.0),
-    ("H100", 989.0),
-    ("H200", 989.0),
-    ("A100", 312.0),
-    ("L40S", 362.0),
-    ("A40", 149.7),
-    ("L4", 121.0),
-    ("RTX 5090", 209.5),
-    ("RTX 4090", 165.2),
-    ("RTX 3090", 71.0),
-)
-CARD_CLASSES = (  # class, least peak of a known card, least measured TFLOP/s of an unknown one
-    ("H100", 600.0, 450.0),
-    ("A100", 250.0, 190.0),
-    ("RTX 4090", 60.0, 38.0),
-    ("small", 0.0, 0.0),
-)
-
-
-def peak_tflops(card: str) -> float | None:
-    """The peak of a card by the name that its driver gives; None if the table lacks it, and for a slice of a card.
-
-    "NVIDIA A100-SXM4-80GB" -> 312.0; "NVIDIA RTX A1000", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "GRID A100-10C" -> None
-    """
-    if re.search(r"\b(Laptop|Ti|D|Max-Q|MIG)\b|-\d+[ABCQ]$", card):
-        return None
-    return next((peak for name, peak in PEAK_TFLOPS if re.search(rf"\b{name}\b", card)), None)
-
-
-def card_class(peak: float | None, measured: float) -> str:
-    """The class of a card by its known peak, else by the measured rate of bf16 products, both in TFLOP/s."""
-    return next(name for name, known, least in CARD_CLASSES if (measured >= least if peak is None else peak >= known))
-
-
-# ---------------------------------------------------------------------------
 # What a night decides once
 
 
@@ -178,31 +136,6 @@ class Settings:
             f"profile {self.profile.name}, dataset {self.dataset}, {self.device_name}{sizes}{memory}, {self.profile.dtype}, "
             f"{'compiled' if self.compile else 'eager'}, {counted(self.threads, 'thread')}, {self.budget_s:g} s a run"
         )
-
-
-def speed_text(settings: Settings, metrics: dict) -> str:
-    """How fast a run was: `NVIDIA H100 80GB HBM3 (sizes H100, a known card), FA3, 1,102,000 tokens a second, mfu 39.8 %`."""
-    sizes = f" (sizes {settings.profile.sizes}, {settings.sizes_reason})" if settings.sizes_reason else ""
-    parts = [f"{settings.device_name}{sizes}", metrics.get("backend") or "attention unknown"]
-    if metrics.get("total_tokens_M") and metrics.get("training_seconds"):
-        parts.append(f"{1e6 * metrics['total_tokens_M'] / metrics['training_seconds']:,.0f} tokens a second")
-    if metrics.get("mfu_percent") is not None:
-        parts.append(f"mfu {metrics['mfu_percent']:.1f} %")
-    return ", ".join(parts)
-
-
-def speed_advice(settings: Settings, backend: str | None) -> str:
-    """What would make runs on this machine faster, with the command; empty if nothing is known to."""
-    capability = settings.capability
-    if settings.compiler_trouble and not settings.compile and settings.budget_s >= COMPILE_FROM_S:
-        return f"runs are not compiled, so they train on fewer tokens: {settings.compiler_trouble}"
-    if settings.profile.dtype == "float32" or not capability or capability[0] < 8:
-        return ""
-    if backend == "sdpa":
-        return "attention runs on the slow fallback although this card has FlashAttention; the baseline's run.log says why (grep attention)"
-    if backend == "FA2" and capability[0] in (9, 10):
-        return "FlashAttention 4 reads 5 to 8 % more tokens than 2 on this card; run: pip install -e '.[hopper]'"
-    return ""
 
 
 # ---------------------------------------------------------------------------

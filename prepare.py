@@ -12,7 +12,6 @@ import constants  # first: it says what is not installed
 # isort: split
 import argparse
 import errno
-import glob
 import hashlib
 import importlib
 import json
@@ -24,11 +23,9 @@ import re
 import shlex
 import shutil
 import sys
-import sysconfig
 import threading
 import time
 import types
-import warnings
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -286,7 +283,7 @@ def own_texts(file: Path) -> list[str]:
                 )
             return [str(text) for text in table.read(columns=["text"]).column("text").to_pylist() if text]
     except pyarrow.ArrowException as error:
-        raise Problem(f"{file} cannot be read as parquet ({first_line(error)}); replace it") from None
+        raise Problem(f"{file} cannot be read as parquet ({str(error).partition(chr(10))[0]}); replace it") from None
 
 
 def cut_at_paragraphs(text: str, target: int) -> list[str]:
@@ -578,101 +575,7 @@ def prepared(profile: Profile, dataset: str) -> tuple[Path, str] | None:
 
 
 # ---------------------------------------------------------------------------
-# The machine and the settings of a run
-
-
-TORCH_OF = "pip install --force-reinstall torch==2.13.0"  # for another build, --index-url and the last line's address
-TORCH_WHEELS = "https://download.pytorch.org/whl"
-ON_CPU = "add --profile cpu (to train.py: AUTORESEARCH_PROFILE=cpu)"
-
-
-def card_trouble(torch) -> str:
-    """Why torch cannot run on this machine's GPU, and the command that helps; empty if it can."""
-    if not (torch.version.cuda or torch.version.hip):
-        return f"torch {torch.__version__} is a build for CPUs alone; for an NVIDIA card run: {TORCH_OF}"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what they say is said below
-        if torch.cuda.is_available():
-            try:
-                torch.ones(8, device="cuda").sum().item()
-                return ""
-            except RuntimeError as error:
-                said, card = first_line(error), torch.cuda.get_device_properties(0)
-            if "no kernel image" not in said:
-                return f"{card.name} does not work: {said}; see what nvidia-smi says of it"
-            name = f"{card.name} (compute capability {card.major}.{card.minor})"
-            wheel = "cu126" if card.major < 8 else "cu130"  # older cards are in the one, newer ones in the other
-            return f"this torch has no kernels for {name}; run: {TORCH_OF} --index-url {TORCH_WHEELS}/{wheel}"
-        try:
-            torch.cuda.init()
-            said = "no card is visible"
-        except Exception as error:
-            said = first_line(error)
-    if "too old" in said:
-        needs = f"the NVIDIA driver is too old for CUDA {torch.version.cuda}, which this torch brings"
-        return f"{needs}; update it (580 and newer), or from 525 on run: {TORCH_OF} --index-url {TORCH_WHEELS}/cu126"
-    return f"torch sees no GPU ({said}); check with nvidia-smi (a container needs --gpus all)"
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().split("\n")[0] or type(error).__name__)[:200]
-
-
-def compiler_trouble(device: str) -> str:
-    """What torch.compile lacks on this machine, and the command that installs it; empty if nothing."""
-    variable, names = ("CC", ("gcc", "clang")) if device == "cuda" else ("CXX", ("g++", "clang++"))
-    own = os.environ.get(variable, "").split()[:1]
-    if own and not shutil.which(own[0]):
-        return f"torch.compile needs a compiler and {variable}={own[0]} is none; run: unset {variable}"
-    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # where Debian keeps its headers
-    missing = [] if any(map(shutil.which, own or names)) else [f"a {'C' if device == 'cuda' else 'C++'} compiler"]
-    if not (Path(sysconfig.get_path("include", scheme)) / "Python.h").exists():
-        missing.append("Python.h")
-    if not missing:
-        return ""
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    command = "xcode-select --install" if sys.platform == "darwin" else f"apt-get install g++ python{version}-dev"
-    return f"torch.compile needs {' and '.join(missing)}; run: {command}"
-
-
-def choose(profile: str | None, dataset: str | None) -> tuple[str, str]:
-    """Profile and dataset by the flags, else by the environment, else by what torch can use. Raises Problem.
-
-    On a machine with an NVIDIA card that torch cannot use, nobody gets a night on the CPU without a word.
-    """
-    profile = profile or os.environ.get("AUTORESEARCH_PROFILE")
-    if not profile:
-        import torch
-
-        trouble, nodes = card_trouble(torch), gpu_nodes()
-        if trouble and any("nvidia" in node for node in nodes):
-            raise Problem(f"{trouble}; to train on the CPU instead, {ON_CPU}")
-        if trouble and nodes:
-            amd = f"; for an AMD card that ROCm knows run: {TORCH_OF} --index-url {TORCH_WHEELS}/rocm7.2"
-            print(
-                f"note: profile cpu, since {trouble}{amd if '/dev/kfd' in nodes else ''}", file=sys.stderr, flush=True
-            )
-        profile = "cpu" if trouble else "gpu"
-        if profile == "gpu" and (trouble := compiler_trouble("cuda")):
-            raise Problem(trouble)
-    if profile not in constants.PROFILES:
-        known = ", ".join(constants.PROFILES)
-        raise Problem(f"unknown profile {profile!r}; AUTORESEARCH_PROFILE and --profile take: {known}")
-    dataset = dataset or os.environ.get("AUTORESEARCH_DATASET") or constants.PROFILES[profile].default_dataset
-    if dataset in constants.DATASETS:
-        return profile, dataset
-    if not Path(dataset).expanduser().exists():
-        raise Problem(
-            f"there is no dataset and no path {dataset!r}; --dataset takes climbmix, sotu, or the path of a text"
-        )
-    return profile, str(Path(dataset).expanduser().resolve())
-
-
-def gpu_nodes(folder: str = "/dev") -> list[str]:
-    """The device nodes of this machine's GPUs: NVIDIA's cards, AMD's, WSL's; none if CUDA_VISIBLE_DEVICES hides them."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return []
-    return sorted(node for name in ("nvidia[0-9]*", "kfd", "dxg") for node in glob.glob(f"{folder}/{name}"))
+# The device and the settings of a run
 
 
 def device_id(device: str) -> str:
@@ -687,104 +590,6 @@ def device_id(device: str) -> str:
     return "cuda-" + re.sub(r"[^\w-]", "-", str(name))
 
 
-def tflops(torch, device: str, dtype, size: int = 4096, seconds: float = 0.5, at_once: int = 8) -> float:
-    """The best rate of (size, size) matrix products within `seconds`, in TFLOP/s: an idle card has to raise its clock first.
-
-    On a card it waits after `at_once` of them, since each wait costs some 20 us.
-    """
-    a, best, began = torch.randn(size, size, device=device).to(dtype), math.inf, perf_counter()
-    while perf_counter() - began < seconds or best == math.inf:
-        start = perf_counter()
-        for _ in range(at_once):
-            b = a @ a
-        b[0, 0].item()  # waits for the products
-        best = min(best, (perf_counter() - start) / at_once)
-    return 2 * size**3 / best / 1e12
-
-
-def sizes_of(card: str, peak: float | None, device: str, measure) -> tuple[str, str]:
-    """(class of the card, why), by its name, else by measure() in TFLOP/s, once: the cache keeps the answer."""
-    if peak is not None:
-        return constants.card_class(peak, 0.0), "a known card"
-    path, key = constants.cache_dir() / "cards.json", f"{device} {card} torch {version('torch')}"
-    try:
-        known = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        known = {}
-    known = known if isinstance(known, dict) else {}
-    if key not in known:
-        known[key] = measure()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(known, indent=1))
-    return constants.card_class(None, known[key]), f"measured {known[key]:.3g} TFLOP/s, kept in {path.name}"
-
-
-def machine(profile: str) -> dict:
-    """What a night decides once: device and what it can do, dtype, compiler, threads. Profile cpu takes the CPU in any case.
-
-    Raises Problem if profile gpu finds no GPU that works, or nothing to compile with.
-    """
-    import torch
-
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    flash = ("flash-attn-3", "flash-attn-4")
-    facts = {"torch": torch.__version__, "threads": threads, "peak_tflops": None, "memory_gb": None, "capability": None}
-    facts |= {"sizes": constants.PROFILES[profile].sizes, "sizes_reason": "", "compiler": False, "compiler_trouble": ""}
-    facts["flash_attention"] = {name: version(name) for name in flash if version(name)}
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi numbers them
-    trouble = card_trouble(torch) if profile == "gpu" else ""
-    if profile == "gpu" and not trouble:
-        return facts | card_facts(torch)
-    if profile == "gpu" and not torch.backends.mps.is_available():
-        raise Problem(f"profile gpu: {trouble}; to train on the CPU, {ON_CPU}")
-    if profile == "gpu":
-        device = {"device": "mps", "device_id": "mps", "device_name": "mps", "dtype": "float32"}
-        return facts | device | {"sizes": "small", "sizes_reason": "of Apple's GPUs"}
-    facts |= {"device": "cpu", "device_id": "cpu", "device_name": "cpu", "compiler_trouble": compiler_trouble("cpu")}
-    torch.set_num_threads(threads)
-    bf16, fp32 = torch.bfloat16, torch.float32
-    rates = {bf16: 0.0, fp32: 0.0}
-    for dtype in (bf16, fp32) * 5:  # in turn: whatever else runs slows both
-        rates[dtype] = max(rates[dtype], tflops(torch, "cpu", dtype, 1024, 0.05, at_once=1))
-    dtype = "bfloat16" if rates[bf16] > 1.3 * rates[fp32] else "float32"
-    return facts | {"dtype": dtype, "compiler": not facts["compiler_trouble"]}
-
-
-def card_facts(torch) -> dict:
-    """What machine() says of the first visible card. Raises Problem if there is nothing to compile with."""
-    card, bf16 = torch.cuda.get_device_properties(0), torch.cuda.is_bf16_supported(including_emulation=False)
-    compiler = (card.major, card.minor) >= (7, 0)  # what Triton needs
-    if compiler and (trouble := compiler_trouble("cuda")):
-        raise Problem(trouble)
-    dtype = "bfloat16" if bf16 else "float32"
-    peak = constants.peak_tflops(card.name) if bf16 else None
-    name, slot = f"{card.name}, {dtype}", device_id("cuda")
-    sizes, reason = sizes_of(name, peak, slot, lambda: tflops(torch, "cuda", getattr(torch, dtype)))
-    return {
-        "device": "cuda",
-        "device_id": slot,
-        "device_name": card.name,
-        "capability": None if torch.version.hip else [card.major, card.minor],
-        "peak_tflops": peak,
-        "memory_gb": round(card.total_memory / 1e9, 1),
-        "dtype": dtype,
-        "sizes": sizes,
-        "sizes_reason": reason,
-        "compiler": compiler,
-    }
-
-
-def version(package: str) -> str | None:
-    """The version of an installed package; None if it is not installed."""
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as installed
-
-    try:
-        return installed(package)
-    except PackageNotFoundError:
-        return None
-
-
 def settings_of_night(night: Path, folder: Path) -> tuple[Settings, dict]:
     """(settings, run.json) of a run in `folder`, from night.json; the profile has what the baseline chose."""
     settings, own = Settings.of(night.read_text()), json.loads((folder / "run.json").read_text())
@@ -793,6 +598,8 @@ def settings_of_night(night: Path, folder: Path) -> tuple[Settings, dict]:
 
 def settings_by_hand(profile: str | None = None, dataset: str | None = None) -> Settings:
     """The settings of `python train.py`, from the environment and the machine. Raises Problem."""
+    from lab.machine import choose, machine
+
     name, dataset = choose(profile, dataset)
     try:
         budget_s = float(os.environ.get("AUTORESEARCH_TIME_BUDGET") or constants.TIME_BUDGET_S)
@@ -1087,9 +894,10 @@ class Run:
             del result["val_bpb"]
         write_atomically(self.out / "result.json", json.dumps(result))
         if self.by_hand:
-            print(constants.speed_text(self.settings, result), flush=True)
-            if advice := constants.speed_advice(self.settings, backend):
-                print(f"warning: {advice}", flush=True)
+            from lab.machine import speed_text, warn_of_speed
+
+            print(speed_text(self.settings, result), flush=True)
+            warn_of_speed(self.settings, backend)
         print(summary(result), flush=True)
 
 
@@ -1191,8 +999,10 @@ def start() -> Run:
             (out / name).unlink(missing_ok=True)  # of an earlier train.py
         write_atomically(out.parent / "train.py", Path(sys.argv[0]).read_text(encoding="utf-8"))  # the scorer needs it
     print(f"{settings.text}, seed {run.seed}", flush=True)
-    if by_hand and (advice := constants.speed_advice(settings, None)):
-        print(f"warning: {advice}", flush=True)
+    if by_hand:
+        from lab.machine import warn_of_speed
+
+        warn_of_speed(settings, None)
     return run
 
 
@@ -1309,16 +1119,14 @@ def main() -> None:
             device = json.loads(Path(__file__).with_name("night.json").read_text())["device"]
             print(json.dumps(probe(args.probe, device)))
             return
+        from lab.machine import choose, lacks_for_training, machine
+
         name, dataset = choose(args.profile, args.dataset)
         profile = constants.PROFILES[name]
         if args.machine:
-            data, train_file = map(str, prepared(profile, dataset) or ("", ""))
-            print(
-                json.dumps(
-                    machine(name)
-                    | {"profile": name, "dataset": dataset, "data": data, "train_file": train_file or None}
-                )
-            )
+            facts, found = machine(name), prepared(profile, dataset) or ("", None)
+            facts |= {"profile": name, "dataset": dataset, "data": str(found[0]), "train_file": found[1]}
+            print(json.dumps(facts | {"device_id": device_id(facts["device"])}))
             return
         shards = args.num_shards if args.num_shards is not None else profile.default_shards
         if args.num_shards is not None and dataset != "climbmix":
@@ -1327,11 +1135,8 @@ def main() -> None:
             parser.error(f"--num-shards takes 1 to {TEST_SHARD}")
         if args.workers is not None and args.workers < 1:
             parser.error("--workers takes 1 and more")
-        if name == "gpu":  # named, it may be prepared for another machine
-            import torch
-
-            if trouble := card_trouble(torch) or compiler_trouble("cuda"):
-                print(f"note: nothing can be trained on this machine: {trouble}", file=sys.stderr, flush=True)
+        if name == "gpu" and (trouble := lacks_for_training()):  # named, it may be prepared for another machine
+            print(f"note: nothing can be trained on this machine: {trouble}", file=sys.stderr, flush=True)
         prepare(profile, dataset, shards, args.workers or os.cpu_count() or 1)
     except Problem as problem:
         sys.exit(f"error: {problem}")

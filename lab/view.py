@@ -8,6 +8,7 @@ from pathlib import Path
 import constants
 from constants import counted
 from lab.files import folder_bytes
+from lab.machine import speed_advice, speed_text
 from lab.night import Night, night_runs, seconds_of
 from lab.prompt import OPERATORS, verdict_counts
 from lab.records import Result, log_tail, one_line
@@ -78,8 +79,8 @@ class View:
             self.say(f"{'':6}{one_line(result.verdict.reason)}", STYLES[word])
         if result.number == 0 and word == "keep":
             metrics = result.run.metrics
-            self.say(f"{'':6}{constants.speed_text(self.night.settings, metrics)}")
-            if advice := constants.speed_advice(self.night.settings, metrics.get("backend")):
+            self.say(f"{'':6}{speed_text(self.night.settings, metrics)}")
+            if advice := speed_advice(self.night.settings, metrics.get("backend")):
                 self.say(f"warning: {advice}", "yellow")
 
     def render(self):

@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import constants
 import prepare
 import train
+from lab.machine import CARD_CLASSES
 
 CPU = constants.PROFILES["cpu"]
 GPU = replace(constants.PROFILES["gpu"], dtype="bfloat16")
@@ -76,7 +77,7 @@ def test_sizes_fit_profile_and_card(sizes):
 
 
 def test_every_class_of_card_has_its_sizes():
-    assert [*train.CONFIGS] == [*SIZES, "cpu"] == [*(name for name, _, _ in constants.CARD_CLASSES), "cpu"]
+    assert [*train.CONFIGS] == [*SIZES, "cpu"] == [*(name for name, _, _ in CARD_CLASSES), "cpu"]
 
 
 @pytest.mark.parametrize("sizes", [dict(n_embd=96), dict(step_tokens=1000)])
