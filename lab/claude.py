@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 from constants import Problem, write_atomically
-from lab.night import History, Night, read_checkout, spent_usd
+from lab.journal import spent_usd
+from lab.night import History, Night, read_checkout
 from lab.prompt import DIVIDER, HISTORY_LINES, REPLACE, REPLY_FORM, SEARCH, request_text, schedule_of, system_text
 from lab.records import Proposal, Rejected, clean
 from lab.run import RUN_AGAIN

@@ -1,25 +1,18 @@
 """A night's folder: journal, resume, recording, results.tsv. The journal is the record; everything else is derived from it."""
 
-import contextlib
 import hashlib
-import itertools
-import json
-import os
 import stat
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime
 from pathlib import Path
 
 import constants
 from constants import Problem, Settings, sha256_of, write_atomically
 from lab.files import file_stamp, remove
 from lab.git import Repository
+from lab.journal import Journal, interrupts
 from lab.records import Proposal, Result, Run, log_tail, one_line, run_of, trouble
 
-FORMAT = 2  # of the journal
 HARNESS = {
     "constants.py": "constants.py",
     "prepare.py": "prepare.py",
@@ -28,94 +21,6 @@ HARNESS = {
 RESULT_BYTES = 64_000  # a result.json over this is neither read nor kept
 STUCK_AFTER = 15  # experiments without a keep before a new direction is asked for
 MAX_REPAIRS = 2  # attempts to mend one crashed idea
-
-
-# ---------------------------------------------------------------------------
-# Ctrl-C and SIGTERM stop a night between two writes, never within one
-
-
-class Interrupts:
-    """The handler of SIGINT and SIGTERM. Within held() it only takes note."""
-
-    depth, pending = 0, False
-
-    def __call__(self, signum=None, frame=None):
-        self.pending = self.depth > 0
-        if not self.pending:
-            raise KeyboardInterrupt
-
-    @contextlib.contextmanager
-    def held(self):
-        """Defers an interrupt to the end of the block. Signals reach the main thread alone, so others have nothing to hold."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        self.depth += 1
-        try:
-            yield
-        finally:
-            self.depth -= 1
-        if self.pending and self.depth == 0:
-            self()
-
-
-interrupts = Interrupts()
-
-
-# ---------------------------------------------------------------------------
-# Journal
-
-
-def read_journal(path: Path) -> tuple[list[dict], int]:
-    """(rows, length in bytes of the whole ones): a last line that a kill cut short is no row. Raises Problem."""
-    raw = path.read_bytes() if path.exists() else b""
-    whole = raw[: raw.rfind(b"\n") + 1]
-    rows = []
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or "event" not in row:
-            raise Problem(f"{path} line {number} is damaged; restore it from a backup, or use --tag NEW")
-        rows.append(row)
-    if rows and rows[0]["event"] != "night":
-        raise Problem(f"{path} lacks its first line; restore it from a backup, or use --tag NEW")
-    if any(row["event"] == "night" and row.get("format") != FORMAT for row in rows):
-        raise Problem(f"{path} has the format of an earlier version; start another night with --tag NEW")
-    return rows, len(whole)
-
-
-class Journal:
-    """An append-only file of JSON lines, flushed and fsynced; `rows` is its content. Threads may append."""
-
-    def __init__(self, path: Path):
-        self.path, self.began, self.lock = path, time.perf_counter(), threading.Lock()
-        self.rows, length = read_journal(path)
-        if path.exists() and path.stat().st_size > length:
-            print(f"dropped a torn last line of {path}: {path.stat().st_size - length} bytes")
-            os.truncate(path, length)
-
-    def append(self, event: str, **facts) -> dict:
-        """Writes one row, or nothing: a disk that is full leaves no part of it behind."""
-        at = datetime.now().astimezone().isoformat(timespec="milliseconds")
-        with interrupts.held(), self.lock, open(self.path, "ab") as file:
-            row = {"event": event, "at": at, "uptime": round(time.perf_counter() - self.began, 3), **facts}
-            length = file.seek(0, os.SEEK_END)
-            try:
-                file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            except OSError:
-                with contextlib.suppress(OSError):  # what closing would write once more
-                    file.close()
-                os.truncate(self.path, length)
-                raise
-            self.rows.append(row)
-        return row
-
-    def of(self, *events: str) -> list[dict]:
-        return [row for row in list(self.rows) if row["event"] in events]
 
 
 # ---------------------------------------------------------------------------
@@ -375,38 +280,3 @@ def read_checkout(here: Path, name: str) -> str:
         return (here / name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise Problem(f"{name} cannot be read ({error}); run: git checkout -- {name}") from None
-
-
-# ---------------------------------------------------------------------------
-# What a journal says about time and money
-
-
-def night_runs(rows: list[dict]) -> list[Run]:
-    """All that was trained for the night itself: experiments, and the runs on the second seed."""
-    second = constants.CONFIRM_SEED
-    return [
-        run_of(row) for row in rows if row["event"] == "result" or (row["event"] == "run" and row["seed"] == second)
-    ]
-
-
-def seconds_of(runs: list[Run]) -> float:
-    return sum(run.run_seconds + (run.scoring_seconds or 0.0) for run in runs)
-
-
-def seconds_of_earlier_starts(rows: list[dict]) -> float:
-    """Seconds that earlier starts of this night were at work, by the monotonic clock of each. --check and --ablate do not count."""
-    starts = [i for i, row in enumerate(rows) if row["event"] == "night"]
-    return sum(
-        rows[following - 1]["uptime"]
-        for start, following in itertools.pairwise(starts)
-        if not {"check", "ablate"} & set(rows[start]["arguments"])
-    )
-
-
-def spent_usd(rows: list[dict], bound: bool = False) -> float:
-    """Dollars of all calls, as reported; with `bound` what they may have cost at most, cut ones at their worst case.
-
-    The last row of each call's id counts.
-    """
-    calls = {row["id"]: row for row in rows if row["event"] == "call"}
-    return sum((row.get("bound_usd") if bound else None) or row["usd"] or 0.0 for row in calls.values())

@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from constants import Problem
-from lab.night import History, Night, read_journal
+from lab.journal import read_journal
+from lab.night import History, Night
 from lab.records import Proposal, Rejected
 from lab.screen import screen
 

@@ -1,6 +1,5 @@
-"""One child process, and measure(): train and score one (source, seed)."""
+"""measure(): train and score one (source, seed)."""
 
-import contextlib
 import json
 import math
 import os
@@ -8,143 +7,23 @@ import re
 import shutil
 import signal
 import stat
-import subprocess
-import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import constants
 from constants import Problem, write_atomically
-from lab import git
 from lab.card import CARD_CONTEXT_MB, free_card_mb, wait_for_card
-from lab.files import copy_regular_files, empty_folder, folder_bytes, remove
-from lab.night import RESULT_BYTES, Night, interrupts, sha256
+from lab.child import OUT_BYTES, run_child
+from lab.files import copy_regular_files, empty_folder, remove
+from lab.night import RESULT_BYTES, Night, sha256
 from lab.records import Run, clean, log_tail, overrun_s, overtime_s
-from lab.sandbox import Sandbox, child_command
+from lab.sandbox import child_command
 
 STARTUP_LIMIT_S = 1_800.0  # start to clock and clock to exit together: several cold compiles on a slow machine
 SCORE_LIMIT_S = 900.0  # one scoring; 20.97M tokens take under a minute on an H100
-KILL_PATIENCE_S = 20.0  # how long a process may take to go after kill -9: a driver that writes out, a full disk
-LOG_LIMIT_BYTES = 16 * 2**20  # a run that prints more is ended
-LOG_HEAD_BYTES, LOG_TAIL_BYTES = 64_000, 192_000  # what is kept of it
-OUT_BYTES = 8 * 2**30  # all that a child may leave in its folder
 DISK_FLOOR_BYTES = 2**30  # no run starts with less free space: its weights and compile cache have to fit
 RUN_AGAIN = "then run the same command: it goes on where it stopped"
-
-
-# ---------------------------------------------------------------------------
-# One child
-
-
-@dataclass(frozen=True)
-class Exit:
-    status: int | None  # None: ended by us
-    why: str  # why we ended it; else empty
-    seconds: float  # start to exit
-    clock_seconds: float | None  # of them those since it said that its clock started; None if it did not
-
-
-def run_child(
-    action: str, folder: Path, sandbox: Sandbox | None, log: Path, limit_s: float, more=(), on_clock=lambda: None
-) -> Exit:
-    """Runs a child to its end or its limit. None of its processes is left; `log` has its output, cut to head and tail.
-
-    A child that prints over LOG_LIMIT_BYTES, or fills its folder with over OUT_BYTES, is ended too.
-    """
-    command, environment, cwd = child_command(action, folder, sandbox, more)
-    mark, process, clock_at, looked, read, why = constants.CLOCK_MARK.encode(), None, None, 0.0, 0, ""
-    with open(log, "w+b") as output:
-        start = end = time.perf_counter()
-        try:
-            with interrupts.held():
-                process = subprocess.Popen(
-                    command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )  # fmt: skip
-            while not why:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(0.05)
-                end, size = time.perf_counter(), os.fstat(output.fileno()).st_size
-                if clock_at is None and size > read:
-                    said = os.pread(output.fileno(), size - max(0, read - len(mark)), max(0, read - len(mark)))
-                    read = size
-                    if mark in said:
-                        clock_at = end
-                        on_clock()
-                if process.returncode is not None:
-                    break
-                if end - start > limit_s:
-                    why = f"time-out after {limit_s:.0f} s{', before its clock started' if clock_at is None else ''}"
-                elif size > LOG_LIMIT_BYTES:
-                    why = f"printed over {LOG_LIMIT_BYTES / 2**20:.0f} MB"
-                elif end - looked > 2.0:
-                    looked = end
-                    if folder_bytes(folder) > OUT_BYTES:
-                        why = f"its folder grew over {OUT_BYTES / 2**30:g} GiB"
-        finally:
-            if process is not None:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                end_processes(str(folder))
-        trim(output)
-    return Exit(None if why else process.returncode, why, end - start, None if clock_at is None else end - clock_at)
-
-
-def end_processes(place: str) -> list[int]:
-    """Ends what was started for a folder, or folders in it, by its environment, and what has become our child; returns the pids.
-
-    On Linux whatever a run has started becomes our child if its parents end: see guard_this_process(). Raises Problem if one survives.
-    """
-    import psutil
-
-    ended, deadline = set(), time.perf_counter() + KILL_PATIENCE_S
-    while True:
-        with git.spawning:
-            left = [child for child in psutil.Process().children(recursive=True) if child.pid not in git.running]
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                own = process.environ().get("AUTORESEARCH_RUN", "")
-                left += (
-                    [process] if (own == place or own.startswith(f"{place}/")) and process.pid != os.getpid() else []
-                )
-        if not left:
-            return sorted(ended)
-        for process in left:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-                ended.add(process.pid)
-        psutil.wait_procs(left, timeout=1.0)
-        if time.perf_counter() > deadline:
-            pids = sorted({process.pid for process in left})
-            raise Problem(f"processes {pids} of a run do not end, not even by kill -9; the machine may need a reboot")
-
-
-def trim(file) -> None:
-    """Leaves of a log its head and its tail, as plain text."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    if size > LOG_HEAD_BYTES + LOG_TAIL_BYTES:
-        head = file.read(LOG_HEAD_BYTES)
-        file.seek(-LOG_TAIL_BYTES, os.SEEK_END)
-        dropped = size - LOG_HEAD_BYTES - LOG_TAIL_BYTES
-        text = head + f"\n[{dropped:,} bytes are left out here]\n".encode() + file.read()
-    else:
-        text = file.read()
-    file.seek(0)
-    file.write(clean(text).encode())
-    file.truncate()
-
-
-def guard_this_process() -> None:
-    """Linux: orphans of our children become ours, and no process of the same user can read our memory or environment."""
-    if sys.platform == "linux":
-        import ctypes
-
-        prctl = ctypes.CDLL(None).prctl
-        prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
-        prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
 
 
 # ---------------------------------------------------------------------------
@@ -262,9 +141,8 @@ def measure_once(night: Night, view, source: str, seed: int, title: str) -> Run:
         score_limit_s = min(score_limit_s, 2 * baseline.scoring_seconds + 15)
     free_mb = free_card_mb() if settings.device == "cuda" else None
     view.begin(title, folder)
-    ended = run_child(
-        "train", folder, night.sandbox, folder / "run.log", limit_s, on_clock=lambda: view.enter("training")
-    )
+    command = child_command("train", folder, night.sandbox)
+    ended = run_child(command, folder / "run.log", limit_s, on_clock=lambda: view.enter("training"))
     crash, metrics = ended.why or crash_reason(ended.status, folder / "run.log"), {}
     if not crash:
         try:
@@ -341,7 +219,7 @@ def fill_cache(night: Night, view, source: str) -> float:
     folder, fresh = night.folder / "compile", night.folder / "cache.new"
     make_folder(night, folder, source, constants.SEED, until_clock=True)
     view.begin("compiling once, unrecorded", folder)
-    ended = run_child("compile", folder, night.sandbox, folder / "run.log", STARTUP_LIMIT_S)
+    ended = run_child(child_command("compile", folder, night.sandbox), folder / "run.log", STARTUP_LIMIT_S)
     if ended.status == 0:
         remove(fresh)
         copy_regular_files(folder / "cache", fresh, OUT_BYTES)
@@ -356,9 +234,9 @@ def fill_cache(night: Night, view, source: str) -> float:
 def score(night: Night, run: Run, folder: Path, limit_s: float, below: float, test: bool) -> Run:
     """The run with what the scorer measures of its weights; a val_bpb under `below` is probed, and with `test` measured on test."""
     log = folder / "score.log"
-    children = {action: child_command(action, folder, night.sandbox)[0] for action in ("evaluate", "answer")}
+    children = {action: child_command(action, folder, night.sandbox).argv for action in ("evaluate", "answer")}
     more = ("--below", repr(below), "--children", json.dumps(children), *(() if test else ("--no-test",)))
-    ended = run_child("score", folder, None, log, limit_s, more)
+    ended = run_child(child_command("score", folder, None, more), log, limit_s)
     crash = ended.why or crash_reason(ended.status, log)
     if crash:
         return replace(run, crash=f"scoring: {crash}")

@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from constants import DATASETS, Problem, Settings, cache_dir
+from lab.child import Command, run_child
 from lab.files import empty_folder, remove
 from lab.git import Repository
+from lab.night import Night
 from lab.records import log_tail
 
 SCRATCH_BYTES = 2 * 2**30  # a child's /tmp, in memory
@@ -115,7 +117,7 @@ def make_sandbox(here: Path, runs: Path, settings: Settings, repository: Reposit
     return Sandbox(False, tuple(hidden), tuple(shown), devices, data.resolve(), settings.train_file, sized)
 
 
-def trial(night, sandbox: Sandbox, run_child, forbidden: list[Path]) -> str:
+def trial(night: Night, sandbox: Sandbox, forbidden: list[Path]) -> str:
     """Why the sandbox does not do, as one line; empty if a child in it works and reaches nothing forbidden.
 
     Outside, a plain process waits whose environment holds a secret: the child must not be able to read it.
@@ -126,7 +128,7 @@ def trial(night, sandbox: Sandbox, run_child, forbidden: list[Path]) -> str:
     try:
         own = {"seed": 0, "until_clock": False, "chosen": {}, "forbidden": [*map(str, forbidden)]}
         (folder / "run.json").write_text(json.dumps(own | {"stranger": stranger.pid, "canary": canary}))
-        status = run_child("probe", folder, sandbox, folder / "run.log", TRIAL_LIMIT_S).status
+        status = run_child(child_command("probe", folder, sandbox), folder / "run.log", TRIAL_LIMIT_S).status
     finally:
         stranger.kill()
         stranger.wait()
@@ -143,7 +145,7 @@ def trial(night, sandbox: Sandbox, run_child, forbidden: list[Path]) -> str:
     return f"it does not hide {', '.join(leaks)}" if leaks else ""
 
 
-def choose_sandbox(night, here: Path, runs: Path, args, run_child) -> Sandbox | None:
+def choose_sandbox(night: Night, here: Path, runs: Path, args) -> Sandbox | None:
     """The first tier that its trial child proves, or None if the user, or `random`, goes without. Raises Problem."""
     if args.no_sandbox:
         print(f"warning: no sandbox: {EXPOSED}{', and you are root' if os.geteuid() == 0 else ''}")
@@ -156,7 +158,7 @@ def choose_sandbox(night, here: Path, runs: Path, args, run_child) -> Sandbox | 
         ours = [night.folder / "journal.jsonl", here / "agent.py", night.repository.common_dir, *corpus, *own_text]
         for shared_processes in (False, True):
             sandbox = replace(sandbox, shared_processes=shared_processes)
-            refused = trial(night, sandbox, run_child, [data / "val.bin", data / "test.bin", *ours])
+            refused = trial(night, sandbox, [data / "val.bin", data / "test.bin", *ours])
             if not refused:
                 return sandbox
     except Problem as problem:
@@ -182,10 +184,8 @@ def inherited_names() -> list[str]:
     )
 
 
-def child_command(
-    action: str, folder: Path, sandbox: Sandbox | None, more: tuple[str, ...] = ()
-) -> tuple[list[str], dict[str, str], Path]:
-    """(argv, environment, working folder) of a child that trains, scores or probes in a run folder. The one place for isolation.
+def child_command(action: str, folder: Path, sandbox: Sandbox | None, more: tuple[str, ...] = ()) -> Command:
+    """The command of a child that trains, scores or probes in a run folder. The one place for isolation.
 
     "score" runs none of the folder's code; the two children that it launches do, "evaluate" and "answer".
 
@@ -223,4 +223,4 @@ def child_command(
         command = ["setpriv", "--pdeathsig", "KILL", "--", *command]
     if shutil.which("prlimit"):
         command = ["prlimit", "--core=0", f"--fsize={FILE_BYTES}", "--", *command]
-    return command, environment, folder / "out"
+    return Command(command, environment, folder)

@@ -1,5 +1,6 @@
 """The start of a night: a new one, whose rules are frozen, or one that goes on where it stopped."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -8,10 +9,11 @@ import sys
 from pathlib import Path
 
 import constants
-from constants import Problem, Settings, sha256_of, write_atomically
+from constants import Problem, Settings, locked, sha256_of, write_atomically
 from lab.files import remove
 from lab.git import Repository
-from lab.night import FORMAT, HARNESS, Journal, Night, proposal_of, read_checkout
+from lab.journal import FORMAT, Journal, has_ended, read_journal
+from lab.night import HARNESS, Night, proposal_of, read_checkout
 from lab.records import Proposal
 from lab.screen import screen
 
@@ -146,3 +148,20 @@ def journal_start(night: Night, args, environment: list[str]) -> None:
     )  # fmt: skip
     if not night.journal.of("proposal"):
         night.baseline = night.add_proposal(night.baseline, 0)
+
+
+def renew_demo(here: Path, folder: Path, args, repository: Repository) -> None:
+    """Deletes a demo that has ended, or that other rules or another budget began. The night's lock is held; raises Problem."""
+    places = ((folder / "harness" / name, here / place) for name, place in HARNESS.items())
+    with contextlib.suppress(OSError, ValueError, KeyError, Problem):
+        same = all(ours.read_bytes() == theirs.read_bytes() for ours, theirs in places)
+        budget_s = json.loads((folder / "harness" / "night.json").read_text())["budget_s"]
+        if same and budget_s == args.budget and not has_ended(read_journal(folder / "journal.jsonl")[0]):
+            return
+    locked(constants.device_lock("cpu"), "the CPU", "agent.py --demo").close()  # a demo that cannot run deletes nothing
+    for ref, commit in repository.refs("demo").items():
+        repository.git("update-ref", "-d", ref, commit)
+    for path in folder.iterdir():
+        if path.name != "lock":
+            remove(path)
+    print("the earlier demo is deleted: runs/demo and its refs")

@@ -8,8 +8,9 @@ from pathlib import Path
 import constants
 from constants import counted
 from lab.files import folder_bytes
+from lab.journal import night_runs, seconds_of
 from lab.machine import speed_advice, speed_text
-from lab.night import Night, night_runs, seconds_of
+from lab.night import Night
 from lab.prompt import OPERATORS, verdict_counts
 from lab.records import Result, log_tail, one_line
 

@@ -31,7 +31,8 @@ for name in list(os.environ):
 import constants  # noqa: E402 (after the path)
 from agent import Limits, run_night  # noqa: E402
 from lab.git import Repository  # noqa: E402
-from lab.night import HARNESS, Journal, Night, proposal_of, sha256  # noqa: E402
+from lab.journal import Journal  # noqa: E402
+from lab.night import HARNESS, Night, proposal_of, sha256  # noqa: E402
 from lab.propose import Random  # noqa: E402
 from lab.records import Proposal, Run  # noqa: E402
 

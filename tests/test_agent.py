@@ -330,7 +330,7 @@ def test_a_night_that_ended_is_not_taken_up_by_a_command_without_a_tag(checkout)
 
 def arguments(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["agent.py", *words])
-    return agent.parse_arguments()
+    return agent.parse_arguments("")
 
 
 def test_a_night_changes_its_proposer(monkeypatch):
@@ -349,11 +349,11 @@ def test_a_night_changes_its_proposer(monkeypatch):
 
 
 def test_replays_of_two_nights_do_not_mix(checkout, monkeypatch):
-    monkeypatch.setattr(agent, "RUNS", checkout.folder / "runs")
+    runs = checkout.folder / "runs"
     night = open_here(checkout, "replay")
     night.journal.append("night", format=2, arguments={"replay": "a"})
-    assert agent.choose_tag(arguments(monkeypatch, "--replay", "a")) == "replay"
-    assert agent.choose_tag(arguments(monkeypatch, "--replay", "b")) == "replay-2"
+    assert agent.choose_tag(arguments(monkeypatch, "--replay", "a"), runs) == "replay"
+    assert agent.choose_tag(arguments(monkeypatch, "--replay", "b"), runs) == "replay-2"
 
 
 @pytest.mark.parametrize(
@@ -387,7 +387,7 @@ def test_what_a_newcomer_gets_wrong_is_one_clear_line_and_begins_no_night(checko
 def test_usage_errors_exit_2(args, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["agent.py", *args])
     with pytest.raises(SystemExit) as stop:
-        agent.parse_arguments()
+        agent.parse_arguments("")
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 

@@ -12,7 +12,8 @@ from test_records import METRICS, RUN
 
 from constants import Problem
 from lab.claude import Claude, parse_reply, usd_of
-from lab.night import History, spent_usd
+from lab.journal import spent_usd
+from lab.night import History
 from lab.prompt import DIVIDER, REPLACE, SEARCH, diff, fenced, history_text, request_text, schedule_of
 from lab.records import Rejected, Result, Verdict
 

@@ -9,7 +9,8 @@ from conftest import ROOT
 
 ORDER = [  # each module may import what stands before it
     "constants", "lab.machine", "prepare", "train", "lab.score", "lab.records", "lab.files", "lab.card", "lab.git", "lab.screen",
-    "lab.night", "lab.start", "lab.sandbox", "lab.run", "lab.propose", "lab.prompt", "lab.claude", "lab.check", "lab.view", "agent",
+    "lab.journal", "lab.child", "lab.night", "lab.start", "lab.sandbox", "lab.run", "lab.propose", "lab.prompt", "lab.claude", "lab.check",
+    "lab.arguments", "lab.view", "agent",
 ]  # fmt: skip
 WITHOUT_TORCH = [name for name in ORDER if name not in ("prepare", "train", "lab.score")]
 

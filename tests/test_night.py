@@ -24,7 +24,7 @@ from conftest import (
 
 from constants import Problem
 from lab.files import folder_bytes
-from lab.night import Journal, night_runs, read_journal, seconds_of_earlier_starts
+from lab.journal import Journal, night_runs, read_journal, seconds_of_earlier_starts
 
 # --- the journal
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import NIGHT, ROOT, STUB, check_agreement, rows_of
 
-from lab import card, files, run
+from lab import card, child, files, run
 from lab.files import remove
 from lab.records import OutOfTime
 
@@ -129,7 +129,7 @@ def test_a_flood_of_output_ends_the_run_and_its_head_and_tail_are_kept(checkout)
     (checkout.folder / "train.py").write_text(STUB.replace("    steps = 0\n", "    steps = 0\n" + code))
     checkout.agent("--tag", "t", "--try", "flood")
     text = (checkout.folder / "runs" / "t" / "0002" / "run.log").read_text()
-    assert len(text) < run.LOG_HEAD_BYTES + run.LOG_TAIL_BYTES + 1000
+    assert len(text) < child.LOG_HEAD_BYTES + child.LOG_TAIL_BYTES + 1000
     assert "the first line" in text and "bytes are left out here" in text
     assert all(c.isprintable() or c in "\n\t" for c in text)
     row = rows_of(checkout, "result")[-1]
@@ -140,8 +140,8 @@ def test_a_log_keeps_exactly_its_head_and_tail(tmp_path):
     lines = b"".join(b"%07d\n" % i for i in range(100_000))  # 800,000 bytes
     with open(tmp_path / "log", "w+b") as log:
         log.write(lines)
-        run.trim(log)
-    head, tail = run.LOG_HEAD_BYTES, run.LOG_TAIL_BYTES
+        child.trim(log)
+    head, tail = child.LOG_HEAD_BYTES, child.LOG_TAIL_BYTES
     note = f"\n[{len(lines) - head - tail:,} bytes are left out here]\n".encode()
     assert (tmp_path / "log").read_bytes() == lines[:head] + note + lines[-tail:]
 

@@ -198,10 +198,10 @@ assert os.path.exists("/proc/sys/kernel/core_pattern") and os.path.exists("/proc
 CHOOSE = """
 import agent, sys
 sys.argv = ["agent.py", "--tag", "t", "--proposer", "random", "--budget", "1", "--profile", "cpu"]
-args, folder = agent.parse_arguments(), agent.RUNS / "t"
+args, folder = agent.parse_arguments(""), agent.RUNS / "t"
 folder.mkdir(parents=True)
 night = agent.open_night(agent.HERE, folder, args, agent.Repository(agent.HERE))
-print("TIER", agent.choose_sandbox(night, agent.HERE, agent.RUNS, args, agent.run_child).tier)
+print("TIER", agent.choose_sandbox(night, agent.HERE, agent.RUNS, args).tier)
 """
 
 
@@ -245,7 +245,7 @@ def test_what_makes_a_platform_work_reaches_the_child_and_no_key_does(tmp_path, 
     }
     for name in passed | kept:
         monkeypatch.setenv(name, "canary")
-    _, environment, _ = child_command("train", tmp_path / "0001", None)
+    environment = child_command("train", tmp_path / "0001", None).environment
     assert {name for name, value in environment.items() if value == "canary"} == passed
     assert passed <= set(inherited_names()) and not kept & set(inherited_names())
 
@@ -386,7 +386,7 @@ settings = settings_of_folder(folder)
 checkout = Path(CHECKOUT)
 sandbox = replace(make_sandbox(checkout, checkout / "runs", settings, Repository(checkout)), shared_processes=SHARED)
 for kind in ("evaluate", "answer"):
-    with serving(child_command(kind, folder, sandbox)[0], settings, folder) as connection:
+    with serving(child_command(kind, folder, sandbox).argv, settings, folder) as connection:
         connection.send(("text",))
         print(kind, connection.recv_bytes().decode()[:200], flush=True)
 """

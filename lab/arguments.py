@@ -1,0 +1,153 @@
+"""The command line of agent.py: its flags, the night that they mean, and what a start takes over from the last one."""
+
+import argparse
+import contextlib
+import math
+import re
+from datetime import datetime
+from pathlib import Path
+
+import constants
+from constants import Problem
+from lab.check import CHECK_SEEDS
+from lab.claude import MODEL
+from lab.journal import has_ended, last_start, read_journal
+
+
+def parse_arguments(description_text: str) -> argparse.Namespace:
+    def positive(kind):
+        def parse(text: str):
+            with contextlib.suppress(ValueError):
+                if 0 < kind(text) < math.inf:
+                    return kind(text)
+            what = "whole number over 0, such as 8" if kind is int else "number over 0, such as 8 or 0.5"
+            raise argparse.ArgumentTypeError(f"takes a {what}, not {text!r}")
+
+        return parse
+
+    def tag_name(text: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", text) or text == "by-hand":
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: a tag has letters, digits, - and _, at most 40, and is not by-hand"
+            )
+        return text
+
+    def description(text: str) -> str:
+        if not text.strip():
+            raise argparse.ArgumentTypeError('takes a few words on what changed, such as --try "deeper, narrower"')
+        return text
+
+    parser = argparse.ArgumentParser(
+        usage="python agent.py [options]",
+        description=description_text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    night = parser.add_argument_group(
+        "the night", "a night goes on with what it began with: of these only --tag is needed"
+    )
+    night.add_argument("--tag", type=tag_name, help="its name; default: the newest that has not ended, else today's")
+    night.add_argument(
+        "--profile", choices=constants.PROFILES, help="sizes; default: gpu if torch can use one, else cpu"
+    )
+    night.add_argument("--dataset", help="climbmix (default of gpu), sotu (of cpu), or the path of a text")
+    night.add_argument("--budget", type=positive(float), metavar="SECONDS", help="training time of a run (300)")
+    group = parser.add_argument_group("who proposes, or what else is done; one of these")
+    one = group.add_mutually_exclusive_group()
+    one.add_argument("--proposer", choices=("claude", "random"), help="default: claude, with ANTHROPIC_API_KEY")
+    one.add_argument("--replay", metavar="TAG|JOURNAL", help="the experiments of an earlier night")
+    one.add_argument(
+        "--try", dest="describe", type=description, metavar="DESCRIPTION", help="you: train.py as one experiment"
+    )
+    one.add_argument(
+        "--demo", action="store_true", default=None, help="cpu profile, random, 20 s a run, 4 experiments, tag demo"
+    )
+    one.add_argument("--check", type=tag_name, metavar="TAG", help="baseline and winner on fresh seeds: the true gain")
+    one.add_argument("--ablate", type=tag_name, metavar="TAG", help="each kept change reverted: which carry weight")
+    more = parser.add_argument_group("more on that")
+    more.add_argument("--model", metavar="ID", help=f"the model that claude asks ({MODEL})")
+    more.add_argument("--kept", action="store_true", default=None, help="with --replay: only those that were kept")
+    more.add_argument("--seeds", type=positive(int), metavar="K", help=f"how many seeds --check takes ({CHECK_SEEDS})")
+    limits = parser.add_argument_group("when it ends", "without any of these: at Ctrl-C")
+    limits.add_argument("--experiments", type=positive(int), metavar="N", help="after N, the baseline not counted")
+    limits.add_argument("--hours", type=positive(float), metavar="H", help="before a run that would end after H hours")
+    limits.add_argument("--max-usd", type=positive(float), metavar="X", help="before an API call that might exceed X")
+    rules = parser.add_argument_group("what is believed")
+    rules.add_argument(
+        "--confirm", action=argparse.BooleanOptionalAction, default=None,
+        help="keep a win only if it is lower on a second seed too; default: for the cpu profile",
+    )  # fmt: skip
+    rules.add_argument(
+        "--no-sandbox", action="store_true", default=None, help="run train.py as you, with your network and files"
+    )
+    args = parser.parse_args()
+    if args.dataset and args.dataset not in constants.DATASETS:
+        args.dataset = str(Path(args.dataset).expanduser().resolve())
+    pairs = {"kept": "replay", "seeds": "check"}
+    for flag, other in pairs.items():
+        if getattr(args, flag) and not getattr(args, other):
+            parser.error(f"--{flag} goes with --{other}")
+    if args.demo and (args.tag or args.profile or args.dataset):
+        parser.error("--demo has its own tag, profile and dataset")
+    if args.seeds == 1:
+        parser.error("--seeds takes 2 and more")
+    if args.demo:
+        args.tag, args.profile, args.dataset, args.proposer = "demo", "cpu", "sotu", "random"
+        args.budget, args.experiments, args.confirm = args.budget or 20.0, args.experiments or 4, bool(args.confirm)
+    return args
+
+
+def choose_tag(args, runs: Path) -> str:
+    """The flag, else the newest night that has not ended, else today's. --demo, --try and --replay have tags of their own."""
+    journals = {path.parent.name: path for path in runs.glob("*/journal.jsonl")}
+    if tag := args.check or args.ablate:
+        if tag not in journals:
+            known = ", ".join(sorted(journals)) or "none yet"
+            raise Problem(f"there is no night {tag}; there are: {known}; start one: python agent.py --tag {tag}")
+        if not any(row["event"] == "result" and row["verdict"] == "keep" for row in read_journal(journals[tag])[0]):
+            raise Problem(
+                f"night {tag} has no baseline with a number; look at runs/{tag}/0000/run.log, or start another night"
+            )
+        return tag
+    if args.tag:
+        return args.tag
+    own = "try" if args.describe else "replay" if args.replay else ""
+    open_nights = []
+    for tag, path in journals.items():
+        with contextlib.suppress(Problem):
+            rows = read_journal(path)[0]
+            kind = "try" if last_start(rows).get("describe") else "replay" if last_start(rows).get("replay") else ""
+            if own == "replay" and last_start(rows).get("replay") != args.replay:
+                continue
+            if kind == own and tag != "demo" and any(row["event"] == "night" for row in rows) and not has_ended(rows):
+                open_nights.append((path.stat().st_mtime, tag))
+    if open_nights:
+        return max(open_nights)[1]
+    first = own or datetime.now().strftime("%b%d").lower()
+    names = (first if i == 1 else f"{first}-{i}" for i in range(1, 10_000))
+    return next(name for name in names if name not in journals)
+
+
+def restore_arguments(args, rows: list[dict], key: str) -> None:
+    """Flags that were not given come from the night's last start. Raises Problem if nobody is there to propose."""
+    stored, of_claude = last_start(rows), args.max_usd or args.model
+    named = args.proposer or args.replay or args.describe or args.check or args.ablate
+    names = "experiments hours no_sandbox model max_usd confirm kept" + ("" if named else " proposer replay")
+    for name in names.split():
+        if getattr(args, name) is None:
+            setattr(args, name, stored.get(name))
+    if args.check or args.ablate or args.describe or args.replay:
+        return
+    if args.proposer is None and key:
+        args.proposer = "claude"
+    if args.proposer is None:
+        raise Problem(
+            "ANTHROPIC_API_KEY is not set, so nobody is there to propose edits. Three ways on: `python agent.py --demo` shows the loop; "
+            "`python agent.py --proposer random` searches without a key; or point a coding agent at program.md: it edits train.py and runs "
+            '`python agent.py --try "what changed"`'
+        )
+    if args.proposer == "claude" and not key:
+        raise Problem("--proposer claude needs ANTHROPIC_API_KEY; set it, or take --proposer random, which needs none")
+    if args.proposer == "random":
+        if of_claude:
+            raise Problem("--max-usd and --model go with --proposer claude, not with random; leave them out")
+        args.max_usd = args.model = None
