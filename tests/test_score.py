@@ -24,8 +24,9 @@ from lab.records import Rejected
 from lab.screen import screen
 
 TRAIN = small((ROOT / "train.py").read_text())
+SHORT = replace(constants.PROFILES["cpu"], max_seq_len=64)  # rows of a quarter, for speed
 SETTINGS = constants.Settings(
-    profile=constants.PROFILES["cpu"], dataset="sotu", data="", train_file="train.bin", budget_s=300.0, compile=False, device="cpu",
+    profile=SHORT, dataset="sotu", data="", train_file="train.bin", budget_s=300.0, compile=False, device="cpu",
     device_name="cpu", capability=None, sizes_reason="", compiler_trouble="", threads=1, torch="", flash_attention={},
 )  # fmt: skip
 HEAD = "    def forward(self, idx):\n"
@@ -52,13 +53,13 @@ def harness(tmp_path_factory, cache):
     folder = tmp_path_factory.mktemp("night")
     data = folder / "data"
     shutil.copytree(data_of(cache), data)
-    width = 2 * (constants.PROFILES["cpu"].max_seq_len + 1)
+    width = 2 * (SHORT.max_seq_len + 1)
     os.truncate(data / "val.bin", 24 * width)
     os.truncate(data / "test.bin", 8 * width)
     torch.manual_seed(0)
     namespace = {"__name__": "train"}
     exec(compile(TRAIN, "train.py", "exec"), namespace)
-    model = namespace["build_model"](constants.PROFILES["cpu"])
+    model = namespace["build_model"](SHORT)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     torch.save(model.state_dict(), folder / "model.pt")
@@ -90,7 +91,7 @@ def launcher(settings, folder):
 
 def scored(harness, source: str, dtype: str = "float32", below: float = math.inf, test: bool = True) -> dict | str:
     """What the scorer says of a train.py: its facts, or the line that it ends with."""
-    profile = replace(constants.PROFILES["cpu"], dtype=dtype)
+    profile = replace(SHORT, dtype=dtype)
     settings = replace(SETTINGS, profile=profile, data=str(harness / "data"), threads=1)
     folder = harness / "0001"
     shutil.rmtree(folder, ignore_errors=True)
