@@ -27,7 +27,7 @@ from pathlib import Path
 
 import constants
 from constants import CONFIRM_SEED, SEED, Problem, locked
-from lab.arguments import choose_tag, parse_arguments, restore_arguments
+from lab.arguments import choose_tag, parse_arguments, restore_arguments, restore_setting
 from lab.check import CHECK_SEEDS, ablate, check
 from lab.child import end_processes, guard_this_process
 from lab.claude import MODEL, Claude
@@ -35,7 +35,7 @@ from lab.files import remove
 from lab.git import Repository
 from lab.journal import interrupts, night_runs, read_journal, seconds_of, seconds_of_earlier_starts
 from lab.night import Night, read_checkout
-from lab.propose import Random, Replay, Try, proposals_to_replay, propose
+from lab.propose import Random, Replay, Try, proposals_to_replay, propose, rows_to_replay
 from lab.records import OutOfTime, Proposal, Rejected, Result, Run, Verdict, clean, log_tail, trouble
 from lab.run import RUN_AGAIN, fill_cache, measure
 from lab.sandbox import choose_sandbox, inherited_names
@@ -314,7 +314,13 @@ def main() -> None:
         folder, new = RUNS / tag, not (RUNS / tag).exists()
         if not args.demo:
             restore_arguments(args, read_journal(folder / "journal.jsonl")[0], key)
-        replayed = proposals_to_replay(RUNS, args.replay, bool(args.kept)) if args.replay else None
+        replayed = []
+        if args.replay:
+            rows = rows_to_replay(RUNS, args.replay)
+            replayed = proposals_to_replay(rows, bool(args.kept))
+            if new:
+                restore_setting(args, rows)
+        more = []  # the limits with which the night would go on
         with contextlib.ExitStack() as locks:
             locks.enter_context(locked(folder / "lock", f"night {tag}", f"agent.py, tag {tag}"))
             if args.demo and not new:
@@ -336,10 +342,13 @@ def main() -> None:
                 why = at_work(night, args, proposer, key)
                 if proposer and not args.describe:
                     night.journal.append("end", reason=why)
+                    more = [
+                        f"--{name} {2 * value:g}" for name in ("experiments", "hours") if (value := getattr(args, name))
+                    ]
             except KeyboardInterrupt:
                 why = "interrupted; the same command goes on"
         if proposer:
-            print_summary(night, why, proposer)
+            print_summary(night, why, proposer, "" if args.demo else " ".join(more))
         else:
             print(f"\n{why}.")
     except (Problem, Rejected) as problem:

@@ -68,7 +68,6 @@ PROFILES = {
     ),
 }
 DATASETS = ("climbmix", "sotu")  # or a path
-SPLITS = ("train", "val", "test")
 
 # ---------------------------------------------------------------------------
 # The run

@@ -165,8 +165,8 @@ def download_shard(url: str, path: Path, advance=lambda amount: None, tries: int
             )  # as requests wraps urllib3's
             cause = (inner[2] if inner else str(error)) or type(error).__name__
     raise Problem(
-        f"{path.stem} could not be downloaded from {url} after {tries} tries: {cause}; check the connection (HF_ENDPOINT names another "
-        "hub), then run the same command again: whole shards are kept"
+        f"{path.stem} could not be downloaded from {url} after {tries} tries: {cause}\n"
+        "check the connection, or name another hub by HF_ENDPOINT, then run the same command again: whole shards are kept"
     )
 
 

@@ -11,7 +11,7 @@ import constants
 from constants import Problem
 from lab.check import CHECK_SEEDS
 from lab.claude import MODEL
-from lab.journal import has_ended, last_start, read_journal
+from lab.journal import first_start, has_ended, last_start, read_journal
 
 
 def parse_arguments(description_text: str) -> argparse.Namespace:
@@ -127,6 +127,12 @@ def choose_tag(args, runs: Path) -> str:
     return next(name for name in names if name not in journals)
 
 
+def restore_setting(args, rows: list[dict]) -> None:
+    """Profile, dataset and budget of a replay are those with which the other night began, unless given."""
+    for name in ("profile", "dataset", "budget"):
+        setattr(args, name, getattr(args, name) or first_start(rows).get(name))
+
+
 def restore_arguments(args, rows: list[dict], key: str) -> None:
     """Flags that were not given come from the night's last start. Raises Problem if nobody is there to propose."""
     stored, of_claude = last_start(rows), args.max_usd or args.model
@@ -141,9 +147,10 @@ def restore_arguments(args, rows: list[dict], key: str) -> None:
         args.proposer = "claude"
     if args.proposer is None:
         raise Problem(
-            "ANTHROPIC_API_KEY is not set, so nobody is there to propose edits. Three ways on: `python agent.py --demo` shows the loop; "
-            "`python agent.py --proposer random` searches without a key; or point a coding agent at program.md: it edits train.py and runs "
-            '`python agent.py --try "what changed"`'
+            "ANTHROPIC_API_KEY is not set, so nobody is there to propose edits. Three ways on:\n"
+            "  python agent.py --demo                  shows the loop\n"
+            "  python agent.py --proposer random       searches without a key\n"
+            '  python agent.py --try "what changed"    runs a train.py that you edited, or a coding agent pointed at program.md'
         )
     if args.proposer == "claude" and not key:
         raise Problem("--proposer claude needs ANTHROPIC_API_KEY; set it, or take --proposer random, which needs none")

@@ -25,7 +25,7 @@ def check(night: Night, seeds: int, measure, say) -> str:
     )
     for i in range(seeds):
         for name in list(sources)[:: 1 if i % 2 == 0 else -1]:
-            title = f"{name} on seed {CHECK_SEED + i}, {2 * seeds} runs in all"
+            title = f"{name} on seed {CHECK_SEED + i}, run {1 + sum(map(len, found.values()))} of {2 * seeds}"
             found[name].append(test_bpb(night, measure(sources[name], CHECK_SEED + i, title), title, say))
     a, b = found.values()
     mean = sum(a) / seeds - sum(b) / seeds

@@ -90,7 +90,7 @@ class Claude:
         ) as error:  # a proxy of a kind that it does not know, such as ALL_PROXY=socks5://
             said, how = str(error).split(". ")[0], "pip install 'httpx2[socks]'"
             raise Problem(
-                f"the proxy that the environment names cannot be used ({said}); mend ALL_PROXY or HTTPS_PROXY; for SOCKS run: {how}"
+                f"the proxy that the environment names cannot be used ({said})\nmend ALL_PROXY or HTTPS_PROXY; for SOCKS run: {how}"
             ) from None
         self.client = Anthropic(api_key=key, max_retries=0, timeout=TIMEOUT_S, http_client=transport)
         self.night, self.here, self.model, self.max_usd = night, here, model, max_usd

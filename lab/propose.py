@@ -158,26 +158,35 @@ class Replay:
         return replace(proposal, source=self.night.repository.merge(base, source, proposal.source))
 
 
-def proposals_to_replay(runs: Path, name: str, kept_only: bool) -> list[tuple[Proposal, str]]:
-    """(proposal, its parent's source) of a night, by its tag, folder or journal. Raises Problem if there are none."""
-    example = "--replay takes a night's tag or its journal, such as runs/nov23/journal.jsonl"
+TO_REPLAY = "--replay takes a night's tag or its journal, such as runs/nov23/journal.jsonl"
+
+
+def rows_to_replay(runs: Path, name: str) -> list[dict]:
+    """The journal of a night, by its tag, folder or journal. Raises Problem if there is none."""
     places = [runs / name / "journal.jsonl", Path(name) / "journal.jsonl", Path(name)]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
-        raise Problem(f"{name} is no night; {example}")
+        raise Problem(f"{name} is no night; {TO_REPLAY}")
     try:
-        rows = read_journal(path)[0]
+        return read_journal(path)[0]
+    except (Problem, UnicodeDecodeError):
+        raise Problem(f"{path} is not a night's journal; {TO_REPLAY}") from None
+
+
+def proposals_to_replay(rows: list[dict], kept_only: bool) -> list[tuple[Proposal, str]]:
+    """(proposal, its parent's source) of the experiments of a night. Raises Problem if there are none."""
+    try:
         sources = {row["id"]: row["source"] for row in rows if row["event"] == "proposal"}
         results = [row for row in rows if row["event"] == "result"]
         of_number = {row["number"]: sources[row["proposal"]] for row in results}
         of_id = {row["proposal"]: row for row in results if row["number"] > 0}
         proposals = {row["id"]: row for row in rows if row["event"] == "proposal" and row["id"] in of_id}
-    except (Problem, TypeError, KeyError):
-        raise Problem(f"{path} is not a night's journal; {example}") from None
+    except (TypeError, KeyError):
+        raise Problem(f"its rows are not a night's; {TO_REPLAY}") from None
     wanted = [row for row in of_id.values() if row["verdict"] == "keep" or not kept_only]
     if not wanted:
         what = "kept nothing but its baseline; without --kept all are run" if of_id else "has no experiments"
-        raise Problem(f"the night of {path} {what}; {example}")
+        raise Problem(f"the night to replay {what}; {TO_REPLAY}")
     return [
         (
             Proposal(row["description"], row["hypothesis"], sources[row["proposal"]]),

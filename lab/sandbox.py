@@ -29,9 +29,10 @@ INHERITED_PREFIXES = tuple(
     "CUDA_ NVIDIA_ TRITON_ HIP_ ROCR_ ROCM_ HSA_ AMD_ MIOPEN_ PYTORCH_CUDA_ PYTORCH_HIP_ FLASH_ATTENTION_".split()
 )
 NO_NAMESPACES = (
-    "user namespaces are refused here. On a machine of your own allow them to bwrap by an AppArmor profile (Ubuntu from 23.10 on); "
-    "in Docker add --security-opt seccomp=unconfined --security-opt apparmor=unconfined; a rented container that allows neither "
-    "has no sandbox: rent a virtual machine"
+    "user namespaces are refused here\n"
+    "  on a machine of your own: allow them to bwrap by an AppArmor profile (Ubuntu from 23.10 on)\n"
+    "  in Docker: add --security-opt seccomp=unconfined --security-opt apparmor=unconfined\n"
+    "  in a rented container that allows neither: rent a virtual machine"
 )
 
 
@@ -167,7 +168,7 @@ def choose_sandbox(night: Night, here: Path, runs: Path, args) -> Sandbox | None
     if proposers <= {"random"} and (args.proposer == "random" or args.check or args.ablate):
         print(f"warning: no sandbox ({refused}); `random` changes nothing but numbers, so the night goes on")
         return None
-    raise Problem(f"no sandbox: {refused}. To go without it, add --no-sandbox: {EXPOSED}")
+    raise Problem(f"no sandbox: {refused}\nto go without it, add --no-sandbox: {EXPOSED}")
 
 
 # ---------------------------------------------------------------------------

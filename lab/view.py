@@ -102,8 +102,8 @@ class View:
         return Text(text[: self.console.width - 1], style="cyan")
 
 
-def print_summary(night: Night, why: str, proposer) -> None:
-    """Best, gain, verdicts, where things are, and the next commands."""
+def print_summary(night: Night, why: str, proposer, more: str) -> None:
+    """Best, gain, verdicts, where things are, and the next commands. more: the limits that the night reached, doubled."""
     results, best, tag, rows = night.results, night.incumbent, night.tag, night.journal.rows
     print(f"\n{why}.")
     if not best:
@@ -146,5 +146,7 @@ def print_summary(night: Night, why: str, proposer) -> None:
             print(f"put back   git checkout autoresearch/{tag} -- train.py")
     elif best.number:
         print(f"take home  git checkout autoresearch/{tag} -- train.py")
+    if more:
+        print(f"go on      python agent.py --tag {tag} {more}")
     if best.number:
         print(f"is it so?  python agent.py --check {tag}")

@@ -290,10 +290,11 @@ def test_tries_replays_and_demos_are_nights_of_their_own(checkout):
     process.wait()
     done = len(rows_of(checkout, "result"))
     (checkout.folder / "train.py").write_text(STUB.replace("lr=0.4", "lr=0.35"))
-    output = checkout.agent("--profile", "cpu", "--no-confirm", "--try", "lower rate")
+    output = checkout.agent("--profile", "cpu", "--budget", "30", "--no-confirm", "--try", "lower rate")
     assert "git diff autoresearch/try -- train.py" in output and len(check_agreement(checkout, "try")) == 2
     (checkout.folder / "train.py").write_text(STUB)
-    checkout.agent("--replay", "try", "--no-confirm", "--profile", "cpu")
+    replayed = checkout.agent("--replay", "try", "--no-confirm", "--profile", "cpu")
+    assert "30 s a run" in replayed  # as in the night that it repeats
     assert [row["description"] for row in check_agreement(checkout, "replay")] == ["baseline", "lower rate"]
     demo = checkout.agent("--demo", "--experiments", "1")
     assert "experiment is done" in demo and len(check_agreement(checkout, "demo")) == 2
@@ -319,7 +320,8 @@ def test_a_demo_is_deleted_only_if_the_next_one_can_run(checkout):
 
 
 def test_a_night_that_ended_is_not_taken_up_by_a_command_without_a_tag(checkout):
-    checkout.agent(*NIGHT, "--experiments", "1")
+    output = checkout.agent(*NIGHT, "--experiments", "1")
+    assert "go on      python agent.py --tag t --experiments 2\n" in output
     assert rows_of(checkout, "end")[0]["reason"] == "the one experiment is done"
     checkout.agent(*NIGHT[2:], "--experiments", "1")
     (other,) = {path.parent.name for path in checkout.folder.glob("runs/*/journal.jsonl")} - {"t"}

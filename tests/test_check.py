@@ -32,7 +32,7 @@ def test_check_tells_a_gain_from_none(checkout):
     truth = math.log(4) ** 2 - math.log(3.6) ** 2
     assert found["welch"][0] < truth < found["welch"][1] and found["welch"][0] > 0
     assert said[-1] == "better than the baseline" and len(found["baseline"]) == 5
-    assert said[0] == f"baseline on seed 101, 10 runs in all: test_bpb {found['baseline'][0]:.6f}"
+    assert said[0] == f"baseline on seed 101, run 1 of 10: test_bpb {found['baseline'][0]:.6f}"
     names = ["incumbent" if "lr=0.36" in source else "baseline" for source, _ in ran]
     assert names[:4] == ["baseline", "incumbent", "incumbent", "baseline"] and [seed for _, seed in ran][:4] == [
         101,

@@ -51,7 +51,7 @@ def run_prepare(cache: Path, *args, **kwargs):
 
 
 def test_every_document_of_a_year_is_in_one_split():
-    texts = {split: set(prepare.sotu_documents(split)) for split in constants.SPLITS}
+    texts = {split: set(prepare.sotu_documents(split)) for split in ("train", "val", "test")}
     assert not texts["train"] & texts["val"] and not texts["train"] & texts["test"] and not texts["val"] & texts["test"]
     sizes = {split: sum(len(text.encode()) for text in documents) for split, documents in texts.items()}
     assert sizes["train"] > 9e6 and sizes["val"] > 1e6 and sizes["test"] > 1.5e6
@@ -249,14 +249,14 @@ def test_a_text_of_ones_own_is_prepared(tmp_path, kind):
     (folder,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
     encoding = prepare.load_tokenizer(folder / "tokenizer.txt")
     text = {}
-    for split in constants.SPLITS:
+    for split in ("train", "val", "test"):
         rows = prepare.open_rows(folder / f"{split}.bin", CPU)
         text[split] = encoding.decode(rows.reshape(-1).tolist())
     assert len(text["train"]) > 3 * len(text["val"]) > 0
     if kind == "many txt":
         found = {split: set(re.findall(r"file\d+", text[split])) for split in text}
         assert found["train"] and found["val"] and not found["train"] & (found["val"] | found["test"])
-    documents = {split: set(prepare.own_documents(place, split)) for split in constants.SPLITS}
+    documents = {split: set(prepare.own_documents(place, split)) for split in ("train", "val", "test")}
     assert not documents["train"] & documents["val"] or kind == "many txt"
 
 

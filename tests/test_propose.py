@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from constants import Problem
-from lab.propose import Random, Replay, Try, neighbour, numeric_hyperparameters, proposals_to_replay
+from lab.propose import Random, Replay, Try, neighbour, numeric_hyperparameters, proposals_to_replay, rows_to_replay
 from lab.screen import screen
 
 REAL = (ROOT / "train.py").read_text()
@@ -51,7 +51,7 @@ def test_a_neighbour_is_another_number_of_the_same_kind(value, seed):
 
 def replay(checkout, tag, kept_only=False):
     night = open_here(checkout, "again")
-    return night, Replay(night, proposals_to_replay(checkout.folder / "runs", tag, kept_only))
+    return night, Replay(night, proposals_to_replay(rows_to_replay(checkout.folder / "runs", tag), kept_only))
 
 
 def test_replay_repeats_the_keeps_of_another_night(checkout):
@@ -82,8 +82,8 @@ def test_what_does_not_merge_is_left_out_of_a_replay(checkout):
 def test_a_night_without_keeps_has_nothing_to_replay(checkout):
     run_here(open_here(checkout), None, Script(("width=64", "width=99")))
     with pytest.raises(Problem, match="kept nothing but its baseline"):
-        proposals_to_replay(checkout.folder / "runs", "t", True)
-    assert len(proposals_to_replay(checkout.folder / "runs", "t", False)) == 1
+        proposals_to_replay(rows_to_replay(checkout.folder / "runs", "t"), True)
+    assert len(proposals_to_replay(rows_to_replay(checkout.folder / "runs", "t"), False)) == 1
 
 
 def test_try_proposes_the_checkout_as_it_is():
