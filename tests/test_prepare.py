@@ -76,15 +76,18 @@ def test_cutting_at_paragraphs_by_hand():
 # --- tokenizer
 
 
+@pytest.fixture(scope="module")
+def lengths(encoding):
+    return prepare.token_byte_lengths(encoding)
+
+
 @settings(max_examples=300, deadline=None)
 @given(text=st.text())
-def test_token_bytes_of_any_text_sum_to_its_utf8_length(encoding, text):
-    lengths = prepare.token_byte_lengths(encoding)
+def test_token_bytes_of_any_text_sum_to_its_utf8_length(encoding, lengths, text):
     assert lengths[encoding.encode_ordinary(text)].sum() == len(text.encode())
 
 
-def test_special_tokens_have_no_bytes_and_end_the_vocabulary(encoding):
-    lengths = prepare.token_byte_lengths(encoding)
+def test_special_tokens_have_no_bytes_and_end_the_vocabulary(encoding, lengths):
     assert encoding.n_vocab == CPU.vocab_size == len(lengths)
     assert lengths[-4:].tolist() == [0, 0, 0, 0] and (lengths[:-4] > 0).all()
 
