@@ -210,9 +210,9 @@ def test_killed_at_a_real_instant_the_night_goes_on(checkout, moment, undisturbe
     wanted = {
         "baseline": lambda text: (checkout.folder / "runs" / "t" / "0000" / "run.log").exists(),
         "training": lambda text: (checkout.folder / "runs" / "t" / "0003" / "run.log").exists(),
-        "run": lambda text: text.count('"event": "run"') == 3,
-        "result": lambda text: text.count('"event": "result"') == 4,
-        "second": lambda text: text.count('"event": "result"') == 2 and (time.sleep(0.02) or True),
+        "run": lambda text: text.count('"event": "run"') >= 3,
+        "result": lambda text: text.count('"event": "result"') >= 4,
+        "second": lambda text: text.count('"event": "result"') >= 2 and (time.sleep(0.02) or True),
     }[moment]
     checkout.slow(0.01)
     process = checkout.start(*NIGHT, "--experiments", "6")

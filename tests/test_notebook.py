@@ -76,9 +76,9 @@ def execute(*places):
             cells[1].source = choice
         fresh = nbformat.v4.new_code_cell(f"%reset -f\nimport os; os.chdir({str(folder)!r})")
         parts.append([fresh, *cells])
+        for number, cell in enumerate(parts[-1]):
+            cell.id = f"cell-{len(parts)}-{number}"
     whole = nbformat.v4.new_notebook(cells=[cell for cells in parts for cell in cells])
-    for number, cell in enumerate(whole.cells):
-        cell.id = f"cell-{number}"
     nbclient.NotebookClient(whole, timeout=120, kernel_name="python3", allow_errors=True).execute()
     return [[output for cell in cells for output in cell.get("outputs", [])] for cells in parts]
 
