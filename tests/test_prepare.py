@@ -242,7 +242,7 @@ def test_a_text_of_ones_own_is_prepared(tmp_path, kind):
     if kind == "one txt":
         (place / "a.txt").write_text(paragraphs(2_500))
     elif kind == "many txt":
-        for i in range(60):
+        for i in range(40):
             (place / f"{i}.txt").write_text(f"file{i}\n\n" + paragraphs(60, i % 3))
     else:
         texts = paragraphs(2_500).split("\n\n")

@@ -231,9 +231,9 @@ def is_found_out(harness, source):
 
 
 def test_attack_a_peek_in_five_percent_of_the_positions(cache):
-    """A quarter of the rows of a real probe, of a model that is cheap; the draw is fixed here."""
+    """An eighth of the rows of a real probe, of a model that is cheap; the draw is fixed here."""
     profile, random = constants.PROFILES["cpu"], np.random.default_rng(0)
-    rows = prepare.open_rows(data_of(cache) / "val.bin", profile)[:256]
+    rows = prepare.open_rows(data_of(cache) / "val.bin", profile)[:128]
     lengths = prepare.token_byte_lengths(prepare.load_tokenizer(data_of(cache) / "tokenizer.txt"))
     for permille, found_out in ((50, True), (0, False)):
         model = Peeker(profile.vocab_size, permille, salt=0)
