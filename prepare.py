@@ -590,10 +590,10 @@ def device_id(device: str) -> str:
     return "cuda-" + re.sub(r"[^\w-]", "-", str(name))
 
 
-def settings_of_night(night: Path, folder: Path) -> tuple[Settings, dict]:
-    """(settings, run.json) of a run in `folder`, from night.json; the profile has what the baseline chose."""
+def settings_of_night(night: Path, folder: Path) -> tuple[Settings, int]:
+    """(settings, seed) of a run in `folder`, from night.json and its run.json; the profile has what the baseline chose."""
     settings, own = Settings.of(night.read_text()), json.loads((folder / "run.json").read_text())
-    return replace(settings, profile=replace(settings.profile, **own["chosen"])), own
+    return replace(settings, profile=replace(settings.profile, **own["chosen"])), own["seed"]
 
 
 def settings_by_hand(profile: str | None = None, dataset: str | None = None) -> Settings:
@@ -715,22 +715,19 @@ class Clock:
 class Run:
     """What prepare.start() gives train.py: profile, device, dtype, compile, seed, train_rows, batches, start_clock, report, finish."""
 
-    def __init__(self, settings: Settings, seed: int, out: Path, by_hand: bool, until_clock: bool = False):
-        """out: the only folder that it writes to. until_clock: it ends when the clock would start, and reads no text."""
+    def __init__(self, settings: Settings, seed: int, out: Path, by_hand: bool, text: Path):
+        """out: the only folder that it writes to; text: the training rows, under the agent there only once the clock starts."""
         import torch
 
         self.settings, self.profile, self.seed, self.out = settings, settings.profile, seed, out
-        self.compile, self.by_hand, self.until_clock = settings.compile, by_hand, until_clock
+        self.compile, self.by_hand, self.text = settings.compile, by_hand, text
         self.device, self.dtype = torch.device(settings.device), getattr(torch, settings.profile.dtype)
         self.process_start = process_start()
         encoding = load_tokenizer(Path(settings.data, "tokenizer.txt"))
         self.bos_id = encoding.encode_single_token(SPECIAL_TOKENS[0])
         self.token_bytes = torch.from_numpy(token_byte_lengths(encoding)).to(self.device)
         random_row = np.random.default_rng(0).integers(0, settings.profile.vocab_size, settings.profile.max_seq_len + 1)
-        self._rows = self._noise = np.broadcast_to(random_row.astype(np.uint16), (1_000, len(random_row)))
-        if not until_clock:
-            self._rows = open_rows(Path(settings.data, settings.train_file), settings.profile)
-            self._noise = np.broadcast_to(self._noise[0], self._rows.shape)
+        self._rows = self._noise = np.broadcast_to(random_row.astype(np.uint16), (settings.train_rows, len(random_row)))
         self.clock, self.startup_seconds, self.loader_wait_seconds = None, None, 0.0
         self.curve, self.window = [], []  # [seconds, tokens, mean loss of the window]; the losses of the present window
         self.smoothed = None  # running mean of the loss
@@ -740,7 +737,7 @@ class Run:
     @property
     def train_rows(self) -> np.ndarray:
         """(N, T+1) uint16, read-only. Until the clock starts, one row of random tokens N times: a warm-up needs shapes, not text."""
-        return self._noise if self.clock is None else self._rows
+        return self._rows
 
     def batches(self, rows: np.ndarray, batch_size: int):
         """Endless (x, y), each (batch_size, T) int64 on the device, from (N, T+1) rows, reshuffled every epoch.
@@ -795,27 +792,34 @@ class Run:
             free.put(0)
 
     def start_clock(self, model) -> Clock:
-        """Starts the five minutes, once. Raises Problem if the model already predicts better than an untrained one would."""
+        """Starts the five minutes, once. Raises Problem if the model already predicts the text better than an untrained one would.
+
+        Under the agent it says that it is ready, and waits for the line that says that the text is there: before, there is none.
+        """
         if self.clock is not None:
             raise Problem("the clock was started already")
-        rows = self._rows[: self.profile.eval_batch_rows]
-        nats = evaluate_nats(model, rows, self.token_bytes, len(rows))
+        batch = self.profile.eval_batch_rows
+        evaluate_nats(model, self._noise[:batch], self.token_bytes, batch)  # compiles what the look below takes
+        self.startup_seconds = time.time() - self.process_start
+        if not self.by_hand:
+            sys.stdout.flush()
+            os.write(
+                1, f"{constants.CLOCK_MARK} after {self.startup_seconds:.1f} s\n".encode()
+            )  # wherever sys.stdout points
+            if sys.stdin.readline() != constants.TEXT_LINE:
+                raise Problem("the agent is gone: no text, no run")
+        self._rows = open_rows(self.text, self.profile)
+        nats = evaluate_nats(model, self._rows[:batch], self.token_bytes, batch)
         loss, floor = float(nats[nats > 0].mean()), constants.UNTRAINED_LOSS * math.log(self.profile.vocab_size)
         if not loss >= floor:
             raise Problem(
                 f"the model was trained before the clock: loss {loss:.3f}, an untrained one's is over {floor:.3f}"
             )
-        if self.until_clock:
-            sys.exit(0)
         if self.device.type == "cuda":
             import torch
 
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
-        self.startup_seconds = time.time() - self.process_start
-        sys.stdout.flush()
-        mark = f"{constants.CLOCK_MARK} after {self.startup_seconds:.1f} s\n"
-        os.write(1, mark.encode())  # wherever sys.stdout points
         self.clock = Clock(self.settings.budget_s, self.device)
         return self.clock
 
@@ -968,27 +972,25 @@ def start() -> Run:
         print("train.py takes no arguments; AUTORESEARCH_TIME_BUDGET, _PROFILE and _DATASET choose", file=sys.stderr)
         sys.exit(2)
     here = Path(__file__).resolve().parent
-    night, out, own = (
-        here / "night.json",
-        here / "runs" / "by-hand" / "out",
-        {"seed": constants.SEED, "until_clock": False},
-    )
+    night, out, seed = here / "night.json", here / "runs" / "by-hand" / "out", constants.SEED
     by_hand = not night.exists()
     try:
         import torch
 
         if by_hand:
             settings = settings_by_hand()
+            text = Path(settings.data, settings.train_file)
         else:
-            settings, own = settings_of_night(night, Path.cwd().parent)
-            out = Path.cwd()
+            out, folder = Path.cwd(), Path.cwd().parent
+            settings, seed = settings_of_night(night, folder)
+            text = folder / "text" / settings.train_file
         torch.set_num_threads(settings.threads)
         keep_freed_memory()
-        random.seed(own["seed"])
-        np.random.seed(own["seed"])
-        torch.manual_seed(own["seed"])
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
         torch.set_float32_matmul_precision("high")
-        run = Run(settings, own["seed"], out, by_hand, own["until_clock"])
+        run = Run(settings, seed, out, by_hand, text)
         if by_hand:
             run.lock = hold_device(settings.device, "python train.py")
     except Problem as problem:
@@ -1065,36 +1067,11 @@ def scored_rows(split: str, settings: Settings) -> np.ndarray:
     ]
 
 
-def probe(folder: Path, device: str) -> dict:
-    """What a child of the night can do: {"reachable": those of run.json's forbidden things that it can read, "network": ...}.
-
-    Exits with torch's own error if the device does not work from here, or a thread cannot be named, as drivers do.
-    """
-    import socket
-
+def try_device(device: str) -> None:
+    """Raises torch's own error if the device does not work from here."""
     import torch
 
     torch.ones(8, device=device).sum().item()
-    if os.path.isdir("/proc/self/task"):
-        done = threading.Event()
-        thread = threading.Thread(target=done.wait)
-        thread.start()
-        try:
-            Path(f"/proc/self/task/{thread.native_id}/comm").write_text("named")
-        finally:
-            done.set()
-    own, reachable = json.loads((folder / "run.json").read_text()), []
-    for name in own["forbidden"]:
-        with suppress(OSError):
-            if os.path.isdir(name):
-                reachable += [name] if os.listdir(name) else []
-            else:
-                open(name, "rb").close()
-                reachable.append(name)
-    with suppress(OSError):
-        if own["canary"].encode() in Path(f"/proc/{own['stranger']}/environ").read_bytes():
-            reachable.append("the environment of other processes")
-    return {"reachable": reachable, "network": [name for _, name in socket.if_nameindex() if name != "lo"]}
 
 
 # ---------------------------------------------------------------------------
@@ -1112,13 +1089,8 @@ def main() -> None:
     parser.add_argument("--num-shards", type=int, metavar="N", help="training shards of climbmix (gpu: 16, cpu: 1)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenise; default: one a core")
     parser.add_argument("--machine", action="store_true", help="print what this machine runs on, as JSON")
-    parser.add_argument("--probe", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)  # the agent, of its sandbox
     args = parser.parse_args()
     try:
-        if args.probe:
-            device = json.loads(Path(__file__).with_name("night.json").read_text())["device"]
-            print(json.dumps(probe(args.probe, device)))
-            return
         from lab.machine import choose, lacks_for_training, machine
 
         name, dataset = choose(args.profile, args.dataset)

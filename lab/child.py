@@ -9,8 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import constants
-from constants import Problem
+from constants import CLOCK_MARK, TEXT_LINE, Problem
 from lab import git
 from lab.files import folder_bytes
 from lab.journal import interrupts
@@ -36,37 +35,42 @@ class Exit:
     status: int | None  # None: ended by us
     why: str  # why we ended it; else empty
     seconds: float  # start to exit
-    clock_seconds: float | None  # of them those since it said that its clock started; None if it did not
+    clock_seconds: float | None  # from the line that starts its clock to its exit; None if it never asked for that line
 
 
-def run_child(command: Command, log: Path, limit_s: float, on_clock=lambda: None) -> Exit:
+def run_child(command: Command, log: Path, limit_s: float, clock_limit_s: float = 0.0, on_clock=None) -> Exit:
     """Runs a child to its end or its limit. None of its processes is left; `log` has its output, cut to head and tail.
 
+    A child that prints CLOCK_MARK waits: on_clock() is called, then it gets TEXT_LINE, and from there on clock_limit_s holds.
     A child that prints over LOG_LIMIT_BYTES, or fills its folder with over OUT_BYTES, is ended too.
     """
-    mark, process, clock_at, looked, read, why = constants.CLOCK_MARK.encode(), None, None, 0.0, 0, ""
+    mark, process, clock_at, looked, read, why = CLOCK_MARK.encode(), None, None, 0.0, 0, ""
     with open(log, "w+b") as output:
         start = end = time.perf_counter()
         try:
             with interrupts.held():
                 process = subprocess.Popen(
-                    command.argv, cwd=command.folder / "out", env=command.environment, stdin=subprocess.DEVNULL, stdout=output,
-                    stderr=subprocess.STDOUT, start_new_session=True,
+                    command.argv, cwd=command.folder / "out", env=command.environment, stdout=output, stderr=subprocess.STDOUT,
+                    stdin=subprocess.PIPE if on_clock else subprocess.DEVNULL, start_new_session=True,
                 )  # fmt: skip
             while not why:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(0.05)
                 end, size = time.perf_counter(), os.fstat(output.fileno()).st_size
-                if clock_at is None and size > read:
+                if on_clock and clock_at is None and size > read:
                     said = os.pread(output.fileno(), size - max(0, read - len(mark)), max(0, read - len(mark)))
                     read = size
                     if mark in said:
-                        clock_at = end
                         on_clock()
+                        clock_at = time.perf_counter()
+                        with contextlib.suppress(OSError):  # it has ended
+                            os.write(process.stdin.fileno(), TEXT_LINE.encode())
                 if process.returncode is not None:
                     break
-                if end - start > limit_s:
-                    why = f"time-out after {limit_s:.0f} s{', before its clock started' if clock_at is None else ''}"
+                if clock_at is None and end - start > limit_s:
+                    why = f"time-out after {limit_s:.0f} s{', before its clock started' if on_clock else ''}"
+                elif clock_at is not None and end - clock_at > clock_limit_s:
+                    why = f"time-out, {clock_limit_s:.0f} s after its clock started"
                 elif size > LOG_LIMIT_BYTES:
                     why = f"printed over {LOG_LIMIT_BYTES / 2**20:.0f} MB"
                 elif end - looked > 2.0:
@@ -78,6 +82,8 @@ def run_child(command: Command, log: Path, limit_s: float, on_clock=lambda: None
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+                if process.stdin:
+                    process.stdin.close()
                 end_processes(str(command.folder))
         trim(output)
     return Exit(None if why else process.returncode, why, end - start, None if clock_at is None else end - clock_at)

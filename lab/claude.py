@@ -9,8 +9,7 @@ from constants import Problem, write_atomically
 from lab.journal import spent_usd
 from lab.night import History, Night, read_checkout
 from lab.prompt import DIVIDER, HISTORY_LINES, REPLACE, REPLY_FORM, SEARCH, request_text, schedule_of, system_text
-from lab.records import Proposal, Rejected, clean
-from lab.run import RUN_AGAIN
+from lab.records import RUN_AGAIN, Proposal, Rejected, clean
 
 MODEL = "claude-opus-5-5"
 # Dollars a million tokens on 2026-11-23: input, output, input read from the cache. Writing the one-hour cache costs

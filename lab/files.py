@@ -8,6 +8,10 @@ import stat
 import subprocess
 from pathlib import Path
 
+from constants import Problem
+from lab.records import RUN_AGAIN
+
+DISK_FLOOR_BYTES = 2**30  # no run starts with less free space: its weights and compile cache have to fit
 MAX_DEPTH = 50  # folders within folders: nobody nests deeper but to break what walks through them
 
 
@@ -55,15 +59,21 @@ def unless_full(error: OSError) -> None:
         raise error
 
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes on disk of all files under a folder; links are not followed, files that vanish meanwhile not counted."""
-    total = 0
+def names_within(folder: Path):
+    """The files under a folder by their names from there, however a child nested it; links are not followed."""
+    start = len(str(folder)) + 1
     for place, folders, names in os.walk(folder):
         if place.count(os.sep) - str(folder).count(os.sep) > MAX_DEPTH:
             folders.clear()
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(place, name)).st_blocks * 512
+        yield from (os.path.join(place, name)[start:] for name in names)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes on disk of all files under a folder; those that vanish meanwhile are not counted."""
+    total = 0
+    for name in names_within(folder):
+        with contextlib.suppress(OSError):
+            total += os.lstat(f"{folder}/{name}").st_blocks * 512
     return total
 
 
@@ -88,8 +98,18 @@ def remove(path: Path) -> None:
             subprocess.run([*command, "--", str(path)], capture_output=True)
 
 
-def empty_folder(folder: Path) -> None:
-    """The folder of a child: what it may write to, and nothing else."""
+def make_run_folder(folder: Path) -> None:
+    """The folder of a child, empty: out/ and cache/, to which it may write, and text/."""
     remove(folder)
-    for name in ("out", "cache/tmp"):
+    for name in ("out", "cache/tmp", "text"):
         (folder / name).mkdir(parents=True)
+
+
+def check_disk(folder: Path) -> None:
+    """Raises Problem if less than DISK_FLOOR_BYTES are free."""
+    free = shutil.disk_usage(folder).free
+    if free < DISK_FLOOR_BYTES:
+        raise Problem(
+            f"{free / 2**20:,.0f} MB are free in {folder} and a run needs {DISK_FLOOR_BYTES / 2**20:,.0f}; free "
+            f"space, {RUN_AGAIN}"
+        )

@@ -13,7 +13,7 @@ import constants
 from constants import Problem
 from lab.records import Run, run_of
 
-FORMAT = 2
+FORMAT = 3
 
 
 # ---------------------------------------------------------------------------

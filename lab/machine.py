@@ -77,15 +77,23 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().split("\n")[0] or type(error).__name__)[:200]
 
 
+def compiler_and_header(device: str) -> tuple[list[str], str]:
+    """(the compiler that torch.compile takes, empty if there is none, the path of Python.h, there or not)"""
+    variable, names = ("CC", ("gcc", "clang")) if device == "cuda" else ("CXX", ("g++", "clang++"))
+    found = filter(None, map(shutil.which, os.environ.get(variable, "").split()[:1] or names))
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # where Debian keeps its headers
+    return [*found][:1], str(Path(sysconfig.get_path("include", scheme)) / "Python.h")
+
+
 def compiler_trouble(device: str) -> str:
     """What torch.compile lacks on this machine, and the command that installs it; empty if nothing."""
-    variable, names = ("CC", ("gcc", "clang")) if device == "cuda" else ("CXX", ("g++", "clang++"))
+    compiler, header = compiler_and_header(device)
+    variable = "CC" if device == "cuda" else "CXX"
     own = os.environ.get(variable, "").split()[:1]
-    if own and not shutil.which(own[0]):
+    if own and not compiler:
         return f"torch.compile needs a compiler and {variable}={own[0]} is none; run: unset {variable}"
-    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # where Debian keeps its headers
-    missing = [] if any(map(shutil.which, own or names)) else [f"a {'C' if device == 'cuda' else 'C++'} compiler"]
-    if not (Path(sysconfig.get_path("include", scheme)) / "Python.h").exists():
+    missing = [] if compiler else [f"a {'C' if device == 'cuda' else 'C++'} compiler"]
+    if not Path(header).exists():
         missing.append("Python.h")
     if not missing:
         return ""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import constants
 from constants import Problem, Settings, sha256_of, write_atomically
+from lab import cache
 from lab.files import file_stamp, remove
 from lab.git import Repository
 from lab.journal import Journal, interrupts
@@ -82,6 +83,11 @@ class Night:
         return self.folder / f"{number:04d}"
 
     @property
+    def rows(self) -> Path:
+        """The training rows, as linked or copied for this night."""
+        return self.folder / "text" / self.settings.train_file
+
+    @property
     def keeps(self) -> list[Result]:
         return [result for result in self.results if result.verdict.word == "keep"]
 
@@ -115,7 +121,7 @@ class Night:
 
     def trouble(self, run: Run) -> str:
         """Why a run's number does not count; empty if it does."""
-        return run.crash or trouble(run, self.baseline_run, self.settings.budget_s)
+        return run.crash or trouble(run, self.baseline_run, self.settings.budget_s, self.sandbox is not None)
 
     def counts(self, run: Run) -> bool:
         return not self.trouble(run)
@@ -169,6 +175,7 @@ class Night:
             files |= {place: (self.folder / "harness" / name).read_text() for name, place in HARNESS.items()}
         with interrupts.held():
             commit = self.repository.commit(best.commit if best else self.settings.head, files, message)
+            cache.settle(self.folder, result.run.source if word == "keep" else None)
             result = replace(result, commit=commit)
             self.journal.append("result", **result.row(), sandbox=self.tier)
             if word == "keep":
@@ -234,10 +241,7 @@ class Night:
         Data are read in full once in each start, later if size, inode or times differ.
         """
         harness, another = self.folder / "harness", "changed during the night; start another night with --tag NEW"
-        for path in (
-            *(harness / name for name in HARNESS),
-            *(Path(self.settings.data) / name for name in self.settings.data_sha256),
-        ):
+        for path in (*(harness / name for name in HARNESS), *map(self.data_file, self.settings.data_sha256)):
             if not path.is_file():
                 raise Problem(
                     f"{path} is gone; restore it (data: python prepare.py), or start another night with --tag NEW"
@@ -248,11 +252,21 @@ class Night:
         if Settings.of((harness / "night.json").read_text()) != self.settings:
             raise Problem(f"{harness / 'night.json'} {another}")
         for name, expected in self.settings.data_sha256.items():
-            path = Path(self.settings.data) / name
+            path = self.data_file(name)
             stamp = file_stamp(path)
             if stamp is None or (stamp != self.stamps.get(name) and sha256_of(path) != expected):
                 raise Problem(f"{path} {another}")
             self.stamps[name] = stamp
+
+    def data_file(self, name: str) -> Path:
+        """Where a data file is read: the training rows from the night's own link or copy, if it has one."""
+        return self.rows if name == self.rows.name and self.rows.exists() else Path(self.settings.data) / name
+
+    def linked_again(self) -> None:
+        """Takes note that a link to the rows was made or removed, which changes one of their times and nothing else."""
+        stamp, known = file_stamp(self.rows), self.stamps.get(self.rows.name)
+        if stamp and known and stamp[:-1] == known[:-1]:
+            self.stamps[self.rows.name] = stamp
 
 
 def proposal_of(row: dict) -> Proposal:

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import stat
 import time
@@ -13,31 +12,21 @@ from pathlib import Path
 
 import constants
 from constants import Problem, write_atomically
+from lab import cache, text
 from lab.card import CARD_CONTEXT_MB, free_card_mb, wait_for_card
-from lab.child import OUT_BYTES, run_child
-from lab.files import copy_regular_files, empty_folder, remove
+from lab.child import run_child
+from lab.files import check_disk, make_run_folder, remove
 from lab.night import RESULT_BYTES, Night, sha256
-from lab.records import Run, clean, log_tail, overrun_s, overtime_s
+from lab.records import Run, clean, log_tail, overrun_s
 from lab.sandbox import child_command
 
-STARTUP_LIMIT_S = 1_800.0  # start to clock and clock to exit together: several cold compiles on a slow machine
+STARTUP_LIMIT_S = 1_800.0  # until the clock starts: several cold compiles on a slow machine
+SAVING_LIMIT_S = 600.0  # after the budget, of the baseline: its weights on a slow disk
 SCORE_LIMIT_S = 900.0  # one scoring; 20.97M tokens take under a minute on an H100
-DISK_FLOOR_BYTES = 2**30  # no run starts with less free space: its weights and compile cache have to fit
-RUN_AGAIN = "then run the same command: it goes on where it stopped"
 
 
 # ---------------------------------------------------------------------------
 # What a child leaves
-
-
-def check_disk(folder: Path) -> None:
-    """Raises Problem if less than DISK_FLOOR_BYTES are free."""
-    free = shutil.disk_usage(folder).free
-    if free < DISK_FLOOR_BYTES:
-        raise Problem(
-            f"{free / 2**20:,.0f} MB are free in {folder} and a run needs {DISK_FLOOR_BYTES / 2**20:,.0f}; free "
-            f"space, {RUN_AGAIN}"
-        )
 
 
 SHOWN = (  # of result.json
@@ -122,27 +111,33 @@ def measure(night: Night, view, source: str, seed: int, title: str, fresh: bool 
 
 
 def measure_once(night: Night, view, source: str, seed: int, title: str) -> Run:
-    """One training and one scoring, within the bounds that the baseline sets."""
-    settings, baseline, on_night_seed = night.settings, night.baseline_run, seed == constants.SEED
+    """One training and one scoring. What outlasts the bounds that the baseline sets is ended: it would not count."""
+    settings, baseline, on_night_seed, program = (
+        night.settings,
+        night.baseline_run,
+        seed == constants.SEED,
+        sha256(source),
+    )
     wait_until_ready(night)
-    cold_s = 0.0
-    if (
-        settings.compile and not (night.folder / "cache").exists()
-    ):  # so that the baseline's own start-up is as warm as all others
-        best = night.incumbent
-        cold_s = fill_cache(night, view, night.source(best) if best else source)
     folder = night.run_folder(len(night.results)) if on_night_seed else night.folder / "trial"
     make_folder(night, folder, source, seed)
     idle_s = None if night.last_exit is None else time.perf_counter() - night.last_exit
-    limit_s, score_limit_s = settings.budget_s + STARTUP_LIMIT_S, SCORE_LIMIT_S
-    if baseline:  # what outlasts these is invalid anyway
-        allowed_s = overtime_s(baseline, settings.budget_s) + overrun_s(settings.budget_s)
-        limit_s = min(limit_s, baseline.run_seconds + allowed_s + 5)
+    limit_s, clock_limit_s, score_limit_s = STARTUP_LIMIT_S, settings.budget_s + SAVING_LIMIT_S, SCORE_LIMIT_S
+    if baseline:
+        clock_limit_s = baseline.clock_seconds + overrun_s(settings.budget_s) + 5
         score_limit_s = min(score_limit_s, 2 * baseline.scoring_seconds + 15)
     free_mb = free_card_mb() if settings.device == "cuda" else None
+
+    def on_clock():
+        if settings.compile:
+            cache.set_aside(night.folder, program, folder / "cache")
+        text.hand_over(night, folder)
+        view.enter("training")
+
     view.begin(title, folder)
     command = child_command("train", folder, night.sandbox)
-    ended = run_child(command, folder / "run.log", limit_s, on_clock=lambda: view.enter("training"))
+    ended = run_child(command, folder / "run.log", limit_s, clock_limit_s, on_clock)
+    text.take_back(night, folder)
     crash, metrics = ended.why or crash_reason(ended.status, folder / "run.log"), {}
     if not crash:
         try:
@@ -150,9 +145,8 @@ def measure_once(night: Night, view, source: str, seed: int, title: str) -> Run:
         except (OSError, ValueError) as error:
             crash = f"no valid result.json: {error}"
     run = Run(
-        sha256(source), seed, None, None, crash, "", metrics, ended.seconds, ended.clock_seconds, None, idle_s,
-        compiled=settings.compile and compiled_anew(night, folder), cold_seconds=cold_s, free_mb=free_mb,
-    )  # fmt: skip
+        program, seed, None, None, crash, "", metrics, ended.seconds, ended.clock_seconds, None, idle_s, free_mb=free_mb
+    )
     if not crash:
         view.enter("scoring")
         best = night.incumbent
@@ -187,48 +181,18 @@ def wait_until_ready(night: Night) -> None:
         wait_for_card(needed_mb, night.say, night.out_of_time)
 
 
-def make_folder(night: Night, folder: Path, source: str, seed: int, until_clock: bool = False) -> None:
-    """An empty run folder with train.py, run.json and a copy of the night's compile cache.
+def make_folder(night: Night, folder: Path, source: str, seed: int) -> None:
+    """An empty run folder with train.py, run.json and a compile cache to begin with.
 
     Later runs take the attention backend and the micro-batch that the baseline chose.
     """
-    empty_folder(folder)
+    make_run_folder(folder)
     (folder / "train.py").write_text(source)
     chosen = night.baseline_run.metrics if night.baseline_run else {}
     chosen = {"attention": chosen.get("backend"), "micro_rows": chosen.get("micro_rows")}
-    (folder / "run.json").write_text(json.dumps({"seed": seed, "until_clock": until_clock, "chosen": chosen}))
-    if (night.folder / "cache").exists():
-        copy_regular_files(night.folder / "cache", folder / "cache", OUT_BYTES)
-
-
-def compiled_anew(night: Night, folder: Path) -> bool:
-    """Whether a run left files in its compile cache that the night's does not have."""
-    here, there = str(folder / "cache"), str(night.folder / "cache")
-    made = (os.path.join(place, name) for place, _, names in os.walk(here) for name in names)
-    return any(
-        not os.path.exists(there + path.removeprefix(here)) for path in made
-    )  # False too for a path that is too long
-
-
-def fill_cache(night: Night, view, source: str) -> float:
-    """Run a train.py until its clock would start, and make its compile cache the night's; returns seconds.
-
-    Every run gets a copy. This child sees no text, so nothing that it might hide in the cache was learnt; what other runs compile
-    is dropped.
-    """
-    folder, fresh = night.folder / "compile", night.folder / "cache.new"
-    make_folder(night, folder, source, constants.SEED, until_clock=True)
-    view.begin("compiling once, unrecorded", folder)
-    ended = run_child(child_command("compile", folder, night.sandbox), folder / "run.log", STARTUP_LIMIT_S)
-    if ended.status == 0:
-        remove(fresh)
-        copy_regular_files(folder / "cache", fresh, OUT_BYTES)
-        remove(night.folder / "cache")
-        os.replace(fresh, night.folder / "cache")
-    remove(folder)
-    night.last_exit = time.perf_counter()
-    view.end()
-    return ended.seconds
+    (folder / "run.json").write_text(json.dumps({"seed": seed, "chosen": chosen}))
+    if night.settings.compile:
+        cache.fill(night.folder, sha256(source), folder / "cache")
 
 
 def score(night: Night, run: Run, folder: Path, limit_s: float, below: float, test: bool) -> Run:

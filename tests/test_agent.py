@@ -25,6 +25,7 @@ from test_records import METRICS, RUN
 
 import agent
 from constants import CONFIRM_SEED, Problem
+from lab.journal import FORMAT
 from lab.night import sha256
 from lab.records import Verdict
 
@@ -353,7 +354,7 @@ def test_a_night_changes_its_proposer(monkeypatch):
 def test_replays_of_two_nights_do_not_mix(checkout, monkeypatch):
     runs = checkout.folder / "runs"
     night = open_here(checkout, "replay")
-    night.journal.append("night", format=2, arguments={"replay": "a"})
+    night.journal.append("night", format=FORMAT, arguments={"replay": "a"})
     assert agent.choose_tag(arguments(monkeypatch, "--replay", "a"), runs) == "replay"
     assert agent.choose_tag(arguments(monkeypatch, "--replay", "b"), runs) == "replay-2"
 

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 ORDER = [  # each module may import what stands before it
     "constants", "lab.machine", "prepare", "train", "lab.score", "lab.records", "lab.files", "lab.card", "lab.git", "lab.screen",
-    "lab.journal", "lab.child", "lab.night", "lab.start", "lab.sandbox", "lab.run", "lab.propose", "lab.prompt", "lab.claude", "lab.check",
+    "lab.cache", "lab.journal", "lab.child", "lab.night", "lab.text", "lab.start", "lab.trial", "lab.sandbox", "lab.run", "lab.propose", "lab.prompt", "lab.claude", "lab.check",
     "lab.arguments", "lab.view", "agent",
 ]  # fmt: skip
 WITHOUT_TORCH = [name for name in ORDER if name not in ("prepare", "train", "lab.score")]
@@ -40,7 +40,9 @@ def test_every_module_has_its_place():
 def test_imports_run_one_way(name):
     own = ORDER.index(name)
     assert all(ORDER.index(other) < own for other in imported(name))
-    if name in ("prepare", "train", "lab.score"):  # frozen with a night: nothing of lab is beside them there
+    if name == "lab.trial":  # runs in the sandbox, beside the frozen rules, and imports them there
+        assert imported(name) == {"prepare"} and not imported(name, at_once=True)
+    elif name in ("prepare", "train", "lab.score"):  # frozen with a night: nothing of lab is beside them there
         assert not any(other.startswith("lab.") for other in imported(name, at_once=True))
         assert {other for other in imported(name) if other.startswith("lab.")} <= {"lab.machine"}  # by hand
     else:

@@ -24,7 +24,7 @@ TOO_OLD = (
 NO_KERNEL = "CUDA error: no kernel image is available for execution on the device\nSearch for it in the manual."
 GPU = replace(constants.PROFILES["gpu"], dtype="bfloat16")
 SETTINGS = constants.Settings(
-    profile=GPU, dataset="climbmix", data="/data", train_file="train-10.bin", budget_s=300.0, compile=True, device="cuda",
+    profile=GPU, dataset="climbmix", data="/data", train_file="train-10.bin", train_rows=1_000, budget_s=300.0, compile=True, device="cuda",
     device_name="NVIDIA H100 80GB HBM3", capability=[9, 0], sizes_reason="a known card", compiler_trouble="", threads=2, torch="2.13.0",
     flash_attention={},
 )  # fmt: skip
@@ -367,13 +367,13 @@ def test_the_first_line_of_a_run_names_the_sizes_and_why():
 def test_a_run_of_a_night_takes_what_its_baseline_chose(tmp_path):
     (tmp_path / "night.json").write_text(replace(SETTINGS, profile=replace(GPU, sizes="A100")).json())
     chosen = {"attention": "FA2", "micro_rows": 64}
-    (tmp_path / "run.json").write_text(json.dumps({"seed": 2, "until_clock": False, "chosen": chosen}))
-    settings, own = prepare.settings_of_night(tmp_path / "night.json", tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({"seed": 2, "chosen": chosen}))
+    settings, seed = prepare.settings_of_night(tmp_path / "night.json", tmp_path)
     assert (settings.profile.attention, settings.profile.micro_rows, settings.profile.sizes) == (
         "FA2",
         64,
         "A100",
-    ) and own["seed"] == 2
+    ) and seed == 2
 
 
 @pytest.mark.parametrize("content", ["[]", "null", "3", '"a"', "{", ""])

