@@ -13,7 +13,6 @@ the data. program.md holds the instructions that Claude gets.
 """
 
 import contextlib
-import errno
 import math
 import os
 import signal
@@ -72,11 +71,14 @@ def judge(run: Run, incumbent: Run | None, baseline: Run | None, budget_s: float
     return Verdict("keep")
 
 
-def second_look(challenger: Run, incumbent: Run, trouble) -> Verdict:
-    """A win has to be lower on the second seed too: no selection has flattered that comparison. Pure; trouble(run) -> why not."""
-    if why := trouble(challenger):
+def second_look(challenger: Run, incumbent: Run, why_not) -> Verdict:
+    """A win has to be lower on the second seed too: no selection has flattered that comparison. Pure.
+
+    why_not(run): why its number does not count; empty if it does.
+    """
+    if why := why_not(challenger):
         return Verdict("discard", f"not confirmed: on the second seed {why}")
-    if trouble(incumbent):
+    if why_not(incumbent):
         return Verdict("keep", "the incumbent has no number on the second seed: the first comparison decides")
     pair = f"on the second seed {challenger.val_bpb:.6f} against {incumbent.val_bpb:.6f}"
     if challenger.val_bpb < incumbent.val_bpb:
@@ -163,7 +165,9 @@ def next_proposal(night: Night, proposer, background: Background, give_up) -> Pr
     """
     if not night.results:
         return night.baseline
-    if background.thread and background.result(give_up) is None:
+    if (
+        background.thread and background.result(give_up) is None
+    ):  # else it stands in the journal, from where it is taken below
         return None
     prepared, feedback = None if proposer.name == "try" else night.unused_proposal(proposer.name), []
     if prepared:
@@ -215,6 +219,12 @@ class Limits:
             )
         return f"{self.hours:g} hours are used up" if done >= 0 and self.out_of_time(night) else ""
 
+    def larger(self, night: Night) -> str:
+        """The flag that has the night go on, if it ended by one of these limits; else empty."""
+        if self.experiments is not None and len(night.results) > self.experiments:
+            return f"--experiments {2 * self.experiments}"
+        return f"--hours {2 * self.hours:g}" if self.out_of_time(night) else ""
+
     def room_for_another(self, night: Night) -> bool:
         """Whether one more experiment may follow the next."""
         enough = self.experiments is not None and len(night.results) >= self.experiments
@@ -232,11 +242,12 @@ def run_night(night: Night, proposer, limits: Limits, measure, view, second_seed
         while not (reason := limits.reached(night)):
             if second_seed and len(night.results) == 1 and night.baseline_second is None:
                 measure(night.baseline.source, CONFIRM_SEED, "the baseline on the second seed, to know the noise")
+                view.say(f"{'':6}{night.noise_text}")
             proposal = next_proposal(night, proposer, background, night.out_of_time)
             if proposal is None:
                 return proposer.exhausted
-            waiting = proposer.inline or background.thread or night.unused_proposal(proposer.name, besides=proposal)
-            if not waiting and limits.room_for_another(night):
+            prepared = background.thread or night.unused_proposal(proposer.name, besides=proposal)
+            if not (proposer.inline or prepared) and limits.room_for_another(night):
                 background.start(propose, night, proposer, night.history(running=proposal), [])
             result = night.record(experiment(night, proposal, measure), proposal.source)
             view.finished(result)
@@ -283,21 +294,63 @@ def make_proposer(night: Night, args, key: str, replayed):
     return Random(night.tag, night.settings.profile.sizes)
 
 
-def at_work(night: Night, args, proposer, key: str) -> str:
-    """What the command asks for, with the device locked; returns why it ended."""
-    shown = night.results[-1:] if args.describe else night.results if proposer else []
+def at_work(night: Night, args, proposer, key: str) -> tuple[str, str]:
+    """What the command asks for, with the device locked; returns why it ended, and the flag with which it would go on."""
+    shown = night.keeps[-1:] if args.describe else night.results if proposer else []
     with View(night, proposer, shown) as view:
         night.say = view.say
         measured = partial(measure, night, view)
         if args.check:
-            return check(night, args.seeds or CHECK_SEEDS, measured, view.say)
+            return check(night, args.seeds or CHECK_SEEDS, measured, view.say), ""
         if args.ablate:
-            return ablate(night, measured, view.say)
+            return ablate(night, measured, view.say), ""
         earlier_s = seconds_of_earlier_starts(night.journal.rows)
         experiments, hours = (None, None) if args.describe else (args.experiments, args.hours)
         limits = Limits(experiments, hours, time.perf_counter() - earlier_s)
         second_seed = not args.demo and (not args.describe or bool(args.confirm))
-        return run_night(night, proposer, limits, measured, view, second_seed)
+        return run_night(night, proposer, limits, measured, view, second_seed), limits.larger(night)
+
+
+def start_and_work(args, key: str) -> None:
+    """Open the night that the arguments mean, under its locks; do what they ask for; print the summary. Raises Problem."""
+    repository, tag = Repository(HERE), choose_tag(args, RUNS)
+    folder, new = RUNS / tag, not (RUNS / tag).exists()
+    if not args.demo:
+        restore_arguments(args, read_journal(folder / "journal.jsonl")[0], key)
+    replayed = []
+    if args.replay:
+        rows = rows_to_replay(RUNS, args.replay)
+        replayed = proposals_to_replay(rows, bool(args.kept))
+        if new:
+            restore_setting(args, rows)
+    with contextlib.ExitStack() as locks:
+        locks.enter_context(locked(folder / "lock", f"night {tag}", f"agent.py, tag {tag}"))
+        if args.demo:
+            renew_demo(HERE, folder, args, repository)
+        try:
+            if pids := end_processes(str(folder)):
+                print(f"ended what an earlier start had left running: pid {', '.join(map(str, pids))}")
+            night = open_night(HERE, folder, args, repository)
+            device = f"the device {night.settings.device_name}"
+            locks.enter_context(locked(constants.device_lock(night.device_id), device, f"agent.py, tag {tag}"))
+            locks.enter_context(rows_of_the_night(night))
+            night.sandbox = choose_sandbox(night, HERE, RUNS, args)
+            proposer = None if args.check or args.ablate else make_proposer(night, args, key, replayed)
+            journal_start(night, args, inherited_names())
+        except BaseException:
+            if new:  # no later command is to take up a night that never began
+                remove(folder)
+            raise
+        try:
+            why, more = at_work(night, args, proposer, key)
+            if proposer and not args.describe:
+                night.journal.append("end", reason=why)
+        except KeyboardInterrupt:
+            why, more = "interrupted; the same command goes on", ""
+    if proposer:
+        print_summary(night, why, proposer, "" if args.demo or args.describe else more)
+    else:
+        print(f"\n{why}.")
 
 
 def main() -> None:
@@ -308,59 +361,11 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupts)
     try:
-        repository = Repository(HERE)
-        tag = choose_tag(args, RUNS)
-        folder, new = RUNS / tag, not (RUNS / tag).exists()
-        if not args.demo:
-            restore_arguments(args, read_journal(folder / "journal.jsonl")[0], key)
-        replayed = []
-        if args.replay:
-            rows = rows_to_replay(RUNS, args.replay)
-            replayed = proposals_to_replay(rows, bool(args.kept))
-            if new:
-                restore_setting(args, rows)
-        more = []  # the limits with which the night would go on
-        with contextlib.ExitStack() as locks:
-            locks.enter_context(locked(folder / "lock", f"night {tag}", f"agent.py, tag {tag}"))
-            if args.demo and not new:
-                renew_demo(HERE, folder, args, repository)
-            try:
-                if pids := end_processes(str(folder)):
-                    print(f"ended what an earlier start had left running: pid {', '.join(map(str, pids))}")
-                night = open_night(HERE, folder, args, repository)
-                device = f"the device {night.settings.device_name}"
-                locks.enter_context(locked(constants.device_lock(night.device_id), device, f"agent.py, tag {tag}"))
-                locks.enter_context(rows_of_the_night(night))
-                night.sandbox = choose_sandbox(night, HERE, RUNS, args)
-                proposer = None if args.check or args.ablate else make_proposer(night, args, key, replayed)
-                journal_start(night, args, inherited_names())
-            except BaseException:
-                if new:  # no later command is to take up a night that never began
-                    remove(folder)
-                raise
-            try:
-                why = at_work(night, args, proposer, key)
-                if proposer and not args.describe:
-                    night.journal.append("end", reason=why)
-                    more = [
-                        f"--{name} {2 * value:g}" for name in ("experiments", "hours") if (value := getattr(args, name))
-                    ]
-            except KeyboardInterrupt:
-                why = "interrupted; the same command goes on"
-        if proposer:
-            print_summary(night, why, proposer, "" if args.demo else " ".join(more))
-        else:
-            print(f"\n{why}.")
+        start_and_work(args, key)
     except (Problem, Rejected) as problem:
         sys.exit(f"error: {problem}")
     except OSError as error:
-        if error.errno in (errno.EROFS, errno.EACCES, errno.ENOTDIR):
-            sys.exit(
-                f"error: {error.filename}: {error.strerror}; runs/ and AUTORESEARCH_CACHE have to be folders that you may write to"
-            )
-        if error.errno != errno.ENOSPC:
-            raise
-        sys.exit(f"error: the disk of {error.filename or HERE} is full; free space, {RUN_AGAIN}")
+        sys.exit(f"error: {constants.file_trouble(error, f'free space, {RUN_AGAIN}')}")
     except subprocess.CalledProcessError as error:
         said = clean(error.stderr or b"").strip().replace("\n", "; ")
         sys.exit(f"error: {' '.join(map(str, error.cmd))} failed: {said}; mend that, {RUN_AGAIN}")

@@ -1,5 +1,6 @@
 """The fixed rules: profiles, budget, seeds, cards, paths; and what all programs share: Problem, Settings, lock. Standard library only."""
 
+import errno
 import hashlib
 import json
 import os
@@ -33,8 +34,8 @@ class Profile:
     test_rows: int
     default_dataset: str
     default_shards: int  # training shards of climbmix
-    sizes: str  # the entry of train.py's CONFIGS: "cpu", or the class of the card by prepare.machine()
-    # what prepare.machine() measures, once a night:
+    sizes: str  # the entry of train.py's CONFIGS: "cpu", or the class of the card by lab.machine.machine()
+    # what lab.machine.machine() measures, once a night:
     dtype: str = "float32"  # of the activations: bfloat16 if it is fast
     peak_tflops: float | None = None  # of the card, dense bf16; None for a CPU or an unknown card
     memory_gb: float | None = None  # of the card, in 1e9 bytes
@@ -97,7 +98,7 @@ class Settings:
     train_rows: int  # how many it has
     budget_s: float
     compile: bool
-    # the machine, see prepare.machine()
+    # the machine, see lab.machine.machine()
     device: str  # cuda, cpu, mps
     device_name: str
     capability: list[int] | None  # of an NVIDIA card
@@ -117,7 +118,7 @@ class Settings:
 
     @staticmethod
     def made(facts: dict, profile: str, budget_s: float, **others) -> "Settings":
-        """Of what prepare.machine() says, the name of a profile, and the other fields."""
+        """Of what lab.machine.machine() says, the name of a profile, and the other fields."""
         facts = dict(facts)
         own = {name: facts.pop(name) for name in ("sizes", "dtype", "peak_tflops", "memory_gb")}
         compiles = facts.pop("compiler") and budget_s >= COMPILE_FROM_S
@@ -170,6 +171,16 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def file_trouble(error: OSError, when_full: str) -> str:
+    """What is wrong with a folder of the user's, with the command; when_full: what to do about a full disk. Raises any other error again."""
+    if error.errno == errno.ENOSPC:
+        return f"the disk of {error.filename or cache_dir()} is full; {when_full}"
+    if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        raise error
+    places = "runs/ and AUTORESEARCH_CACHE have to be folders that you may write to"
+    return f"{error.filename}: {error.strerror}; {places}"
 
 
 def lock(path: Path, note: str, wait: bool = False) -> IO[str]:

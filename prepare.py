@@ -1,4 +1,4 @@
-"""Data, tokenizer, rows, machine, clock, evaluation: what stays fixed during a night, and what train.py imports.
+"""Data, tokenizer, rows, clock, evaluation: what stays fixed during a night, and what train.py imports.
 
     python prepare.py            downloads or finds the text, trains the tokenizer, packs the rows; once
 
@@ -90,21 +90,20 @@ def written(path: Path):
 
 
 @contextmanager
-def progress(title: str, total_bytes: float):
-    """Yields advance(bytes): a bar on a terminal, elsewhere one line at the end."""
+def progress(title: str, total: float, of_bytes: bool = True):
+    """Yields advance(amount), in bytes or in pieces: a bar on a terminal, elsewhere one line at the end."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console, start = Console(), perf_counter()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        DownloadColumn() if of_bytes else MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        task = bars.add_task(title, total=total_bytes)
+        task = bars.add_task(title, total=total)
         yield lambda amount: bars.advance(task, amount)
     if not console.is_terminal:
         print(f"{title}: done in {perf_counter() - start:.1f} s", flush=True)
@@ -240,9 +239,8 @@ def own_files(place: Path) -> list[Path]:
     names = [place] if place.is_file() else sorted(place.rglob("*"))
     files = [path for path in names if path.suffix in (".txt", ".parquet") and path.is_file()]
     if not files:
-        raise Problem(
-            f"{place} has no .txt and no .parquet file; --dataset takes climbmix, sotu, or the path of a text that has"
-        )
+        what = "is neither .txt nor .parquet" if place.is_file() else "has no .txt and no .parquet file"
+        raise Problem(f"{place} {what}; --dataset takes climbmix, sotu, or the path of a text that has")
     return files
 
 
@@ -342,7 +340,7 @@ def train_tokenizer(texts, vocab_size: int) -> str:
     ranks = sorted(((rank, bytes(token)) for token, rank in tokenizer.get_mergeable_ranks()), key=lambda pair: pair[0])
     if len(ranks) != merges:
         few = f"its tokenizer learns {len(ranks):,} of {merges:,} tokens"
-        raise Problem(f"the text is too small: {few}; add more text, or check that it holds any")
+        raise Problem(f"the text is too small: {few}; a text of your own needs some 2 MB, better 10, in varied words")
     head = [TOKENIZER_FORMAT, json.dumps(SPLIT_PATTERN), json.dumps(SPECIAL_TOKENS)]
     return "\n".join(head + [token.hex() for _, token in ranks]) + "\n"
 
@@ -554,7 +552,7 @@ def pack_split(profile: Profile, dataset: str, split: str, shards: int, path: Pa
         parts = [(dataset, split, i, slices) for i in range(slices)]
     common = (path.parent / "tokenizer.txt", profile.max_seq_len + 1, max_rows)
     with (
-        progress(f"pack {path.name}", len(parts)) as advance,
+        progress(f"pack {path.name}", len(parts), of_bytes=False) as advance,
         ProcessPoolExecutor(max(1, min(workers, len(parts))), mp_context=get_context("spawn")) as pool,
         written(path) as file,
     ):
@@ -993,13 +991,14 @@ def start() -> Run:
         run = Run(settings, seed, out, by_hand, text)
         if by_hand:
             run.lock = hold_device(settings.device, "python train.py")
+            out.mkdir(parents=True, exist_ok=True)
+            for name in ("model.pt", "result.json"):
+                (out / name).unlink(missing_ok=True)  # of an earlier train.py
+            write_atomically(out.parent / "train.py", Path(sys.argv[0]).read_text(encoding="utf-8"))  # for the scorer
     except Problem as problem:
         sys.exit(f"error: {problem}")
-    if by_hand:
-        out.mkdir(parents=True, exist_ok=True)
-        for name in ("model.pt", "result.json"):
-            (out / name).unlink(missing_ok=True)  # of an earlier train.py
-        write_atomically(out.parent / "train.py", Path(sys.argv[0]).read_text(encoding="utf-8"))  # the scorer needs it
+    except OSError as error:
+        sys.exit(f"error: {constants.file_trouble(error, 'free space, then run it again')}")
     print(f"{settings.text}, seed {run.seed}", flush=True)
     if by_hand:
         from lab.machine import warn_of_speed
@@ -1113,14 +1112,7 @@ def main() -> None:
     except Problem as problem:
         sys.exit(f"error: {problem}")
     except OSError as error:
-        hint = "AUTORESEARCH_CACHE takes a folder that you may write to"
-        if error.errno in (errno.ENOTDIR, errno.ENOENT, errno.EACCES, errno.EROFS):
-            sys.exit(f"error: {error.filename}: {error.strerror}; {hint}")
-        if error.errno != errno.ENOSPC:
-            raise
-        sys.exit(
-            f"error: the disk of {constants.cache_dir()} is full; free space or set AUTORESEARCH_CACHE, then run it again"
-        )
+        sys.exit(f"error: {constants.file_trouble(error, 'free space or set AUTORESEARCH_CACHE, then run it again')}")
     except KeyboardInterrupt:
         sys.exit("interrupted; what is finished is kept: run the same command again")
 

@@ -102,7 +102,7 @@ def choose_tag(args, runs: Path) -> str:
     if tag := args.check or args.ablate:
         if tag not in journals:
             known = ", ".join(sorted(journals)) or "none yet"
-            raise Problem(f"there is no night {tag}; there are: {known}; start one: python agent.py --tag {tag}")
+            raise Problem(f"there is no night {tag}; there are: {known}")
         if not any(row["event"] == "result" and row["verdict"] == "keep" for row in read_journal(journals[tag])[0]):
             raise Problem(
                 f"night {tag} has no baseline with a number; look at runs/{tag}/0000/run.log, or start another night"

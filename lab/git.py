@@ -1,6 +1,7 @@
 """Git by plumbing: commits, refs and merges. The user's checkout, index, hooks and stash are never touched."""
 
 import os
+import re
 import subprocess
 import tempfile
 import threading
@@ -97,8 +98,13 @@ class Repository:
             self.git("update-ref", "--stdin", data="\n".join(lines).encode())
         except subprocess.CalledProcessError as error:
             said = error.stderr.decode(errors="replace").strip().removeprefix("fatal: prepare: ")
-            how = "git branch -m OLD NEW"
-            raise Problem(f"git cannot make this night's refs ({said}); rename what is in the way: {how}") from None
+            blocked = re.search("Read-only|Permission denied|No space", said)
+            how = (
+                f"see that you may write to {self.common_dir}"
+                if blocked
+                else "rename what is in the way: git branch -m OLD NEW"
+            )
+            raise Problem(f"git cannot make this night's refs ({said}); {how}") from None
 
     def refuse_checked_out(self, branch: str) -> None:
         """Raises Problem if a checkout is on the night's branch: moving it would dirty that checkout."""

@@ -12,7 +12,7 @@ from lab import cache
 from lab.files import file_stamp, remove
 from lab.git import Repository
 from lab.journal import Journal, interrupts
-from lab.records import Proposal, Result, Run, log_tail, one_line, run_of, trouble
+from lab.records import Proposal, Result, Run, clean, log_tail, one_line, run_of, trouble
 
 HARNESS = {
     "constants.py": "constants.py",
@@ -39,7 +39,7 @@ class History:
     logs: dict[int, str]  # the end of the log of those that crashed
     settings: Settings
     running: Proposal | None = None  # trains meanwhile
-    baseline_second: float | None = None  # the baseline's val_bpb on the second seed
+    noise: str = ""  # how far the baseline's two seeds lie apart
     notes: str = ""  # what the model wrote for itself
     repair: Result | None = None  # the crash to mend
     stuck: bool = False
@@ -93,7 +93,7 @@ class Night:
 
     @property
     def incumbent(self) -> Result | None:
-        return next((result for result in reversed(self.results) if result.verdict.word == "keep"), None)
+        return next(reversed(self.keeps), None)
 
     @property
     def baseline_run(self) -> Run | None:
@@ -112,6 +112,14 @@ class Night:
             row for row in self.journal.of("run") if (row["source"], row["seed"]) == (first, constants.CONFIRM_SEED)
         )
         return next((row["val_bpb"] for row in rows), None)
+
+    @property
+    def noise_text(self) -> str:
+        """How far the baseline's two seeds lie apart; empty if it was run on one."""
+        if self.baseline_second is None:
+            return ""
+        first, second = self.results[0].run.val_bpb, self.baseline_second
+        return f"the baseline on two seeds: {first:.6f} and {second:.6f}, {abs(first - second):.6f} apart"
 
     def known_run(self, source: str, seed: int) -> Run | None:
         """A run of this source (its sha256) and seed that counts: it is not repeated."""
@@ -154,7 +162,7 @@ class Night:
             logs={r.number: "\n".join(log_tail(self.run_folder(r.number) / "run.log")[-20:]) for r in crashed},
             settings=self.settings,
             running=running,
-            baseline_second=self.baseline_second,
+            noise=self.noise_text,
             notes=notes.read_text() if notes.exists() else "",
             repair=crash_to_mend(results),
             stuck=len(last) == STUCK_AFTER and not any(result.verdict.word == "keep" for result in last),
@@ -168,8 +176,8 @@ class Night:
         Returns the result with its commit.
         """
         best, word = self.incumbent, result.verdict.word
-        number = "no number" if result.run.val_bpb is None else f"{result.run.val_bpb:.6f}"
-        message = f"{result.description} ({word}, {number})\n\n{result.hypothesis}\n{result.verdict.reason}".strip()
+        title = f"{one_line(result.description)} ({word}, {result.run.number or 'no number'})"
+        message = f"{title}\n\n{clean(result.hypothesis)}\n{result.verdict.reason}".strip()
         files = {"train.py": source}
         if best is None:  # the branch reproduces: it holds the rules that the night runs under
             files |= {place: (self.folder / "harness" / name).read_text() for name, place in HARNESS.items()}
@@ -187,7 +195,7 @@ class Night:
         return result
 
     def remember(self, result: Result) -> None:
-        number = "missing" if result.run.val_bpb is None else f"{result.run.val_bpb:.6f}"
+        number = result.run.number or "missing"
         outcome = f"experiment {result.number}, {result.verdict.word}, val_bpb {number}: {result.description}"
         self.tried[result.fingerprint] = outcome
         self.results.append(result)
@@ -196,10 +204,13 @@ class Night:
         """results.tsv: five columns for people and plotting scripts; a number that does not exist is empty."""
         lines = ["commit\tval_bpb\tmemory_gb\tstatus\tdescription"]
         for result in self.results:
-            bpb = "" if result.run.val_bpb is None else f"{result.run.val_bpb:.6f}"
             megabytes = result.run.metrics.get("peak_vram_mb")
             memory = "" if megabytes is None else f"{megabytes / 1024:.1f}"
-            lines.append("\t".join((result.commit[:7], bpb, memory, result.verdict.word, one_line(result.description))))
+            lines.append(
+                "\t".join(
+                    (result.commit[:7], result.run.number, memory, result.verdict.word, one_line(result.description))
+                )
+            )
         write_atomically(self.folder / "results.tsv", "\n".join(lines) + "\n")
 
     def tidy(self) -> None:

@@ -81,17 +81,9 @@ def history_line(history: History, result: Result) -> str:
     return f"{number} {word} {bpb - rival:+.5f}{near}{reason}: {text}"
 
 
-def noise_text(history: History) -> str:
-    """How far the baseline's two seeds lie apart; empty if it was run on one."""
-    if history.baseline_second is None:
-        return ""
-    first, second = history.results[0].run.val_bpb, history.baseline_second
-    return f"The baseline on two seeds: {first:.5f} and {second:.5f}, {abs(first - second):.5f} apart."
-
-
 def request_text(source: str, history: History, operator: str, missed: str = "", lines: int = HISTORY_LINES) -> str:
     """What is asked for now: history, notes, the last experiments with their changes, the incumbent's train.py, the operator."""
-    parts = [f"# The setting\n\n{history.settings.text}\n{noise_text(history)}".strip()]
+    parts = [f"# The setting\n\n{history.settings.text}\n{history.noise}".strip()]
     if history.results:
         how = "Number, verdict, difference in val_bpb to the incumbent of its time (negative is better), description."
         parts.append(f"# The night so far\n\n{how}\n\n{history_text(history, lines)}")

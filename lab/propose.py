@@ -1,7 +1,8 @@
 """Proposers without a model, and how any proposer is asked: until a proposal passes the screen.
 
 A proposer has a `name`, `inline` (asked between runs, not while one trains), `exhausted` (why it proposes nothing more) and
-propose(source, history, feedback) -> Proposal | None, which raises Rejected for a reply that is no proposal.
+propose(source, history, feedback) -> Proposal | None, which raises Rejected for a reply that is no proposal; one that is not inline
+also has `status` and `spent_usd`, for the live view.
 """
 
 import ast
@@ -13,7 +14,7 @@ from pathlib import Path
 from constants import Problem
 from lab.journal import read_journal
 from lab.night import History, Night
-from lab.records import Proposal, Rejected
+from lab.records import Proposal, Rejected, one_line
 from lab.screen import screen
 
 MAX_BOUNCES = 3  # objections to one proposal before it is dropped
@@ -58,7 +59,7 @@ def propose(night: Night, proposer, history: History, feedback: list[str]) -> Pr
 
 
 class Random:
-    """One number at the top of train.py, moved a little: the baseline for a model.
+    """One number at the top of train.py, moved a little: what a researcher has to beat.
 
     Draws depend on the night's tag, the experiment's number and its rejects alone, so that a night repeats.
     """
@@ -202,7 +203,7 @@ class Try:
     name, inline, exhausted = "try", True, "tried"
 
     def __init__(self, description: str, source: str):
-        self.description, self.source = " ".join(description.split()), source
+        self.description, self.source = one_line(description), source
 
     def propose(self, source: str, history: History, feedback: list[str]) -> Proposal | None:
         if source == self.source:

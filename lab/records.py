@@ -39,7 +39,7 @@ class Run:
     test_bpb: float | None  # measured only for the baseline, for wins, and by --check and --ablate
     crash: str  # why there is no number; else empty
     distrust: str  # why the scorer does not trust the number; else empty
-    metrics: dict  # what the run says of itself, for display
+    metrics: dict  # what the run says of itself: shown; it can make its own verdict worse, never better
     run_seconds: float  # start to exit
     clock_seconds: (
         float | None
@@ -49,6 +49,11 @@ class Run:
         float | None
     )  # from the last child's exit to this one's start, while nothing trained; None for a first run
     free_mb: float | None = None  # free memory of the card before it started
+
+    @property
+    def number(self) -> str:
+        """val_bpb as people read it; empty if there is none."""
+        return "" if self.val_bpb is None else f"{self.val_bpb:.6f}"
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,8 @@ def measure_once(night: Night, view, source: str, seed: int, title: str) -> Run:
     if not crash:
         try:
             metrics = read_result(folder / "out" / "result.json")
+        except FileNotFoundError:
+            crash = "train.py ended without a call of run.finish; see run.log"
         except (OSError, ValueError) as error:
             crash = f"no valid result.json: {error}"
     run = Run(

@@ -49,14 +49,14 @@ ERROR_CHARS = 1_000  # of an exception that serve() passes on
 def score(settings: Settings, below: float, test: bool, launch) -> dict:
     """Measure the weights that a run saved; returns what score.json holds. Runs no line of its train.py in this process.
 
-    `launch(kind)` is a context manager that yields the connection to a process that does, see serve(): "evaluate" has the rows and
+    `launch(kind)` is a context manager that yields the connection to a process that runs train.py, see serve(): "evaluate" has the rows and
     states how well the model predicts each token, "answer" has none and is only asked. A val_bpb under `below` is probed, and with
     `test` measured on test too. "invalid" says why the number cannot be trusted. Raises Problem, ValueError.
     """
     profile, began, seconds = settings.profile, perf_counter(), {}
     token_bytes = token_byte_lengths(load_tokenizer(Path(settings.data, "tokenizer.txt")))
     facts = {"val_bpb": None, "test_bpb": None, "val_tokens": None, "invalid": "", "seconds": seconds}
-    said, told = [], []  # rows of val and test, and the nats that the first process states for them
+    scored, stated = [], []  # rows of val and test, and the nats that the first process states for them
     with launch("evaluate") as connection:
         for split in ("val", "test") if test else ("val",):
             rows = scored_rows(split, settings)
@@ -65,13 +65,13 @@ def score(settings: Settings, below: float, test: bool, launch) -> dict:
                 raise ValueError("the process that evaluates states losses that no model has")
             nats = np.where(token_bytes[rows[:, 1:]] > 0, nats, 0)
             facts[f"{split}_bpb"] = bits_per_byte(nats, rows, token_bytes)
-            said, told = [*said, rows], [*told, nats]
+            scored, stated = [*scored, rows], [*stated, nats]
             seconds[split] = perf_counter() - began - sum(seconds.values())
             if not facts["val_bpb"] < below:
                 break
-    facts["val_tokens"] = told[0].size
+    facts["val_tokens"] = stated[0].size
     if facts["val_bpb"] < below:
-        rows, nats, random = np.concatenate(said), np.concatenate(told), np.random.default_rng()
+        rows, nats, random = np.concatenate(scored), np.concatenate(stated), np.random.default_rng()
         with launch("answer") as connection:
             drawn, asks = draw_probe(nats, random), partial(ask, connection)
             facts["probe"] = compare(asks, rows, nats, token_bytes, profile.eval_batch_rows, *drawn, random)

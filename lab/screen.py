@@ -16,7 +16,7 @@ REFUSED = {  # name or attribute: why
         "reaches outside the experiment": "os sys _os _sys subprocess socket ctypes cpp_extension pathlib Path shutil multiprocessing inspect",
         "the environment decides nothing here; `run` has what a run may know": "environ getenv putenv",
         "reaches into the harness": "builtins __builtins__ __dict__ __globals__ __closure__ __code__ __subclasses__ __loader__ __spec__ _C _rows "
-        "open_rows settings_here settings_by_hand",
+        "open_rows settings_by_hand",
         "walks the frames of its caller": "_getframe f_back f_locals f_globals tb_frame gi_frame cr_frame",
         "finds objects of the harness": "get_objects get_referrers get_referents",
         "hides what runs; for evaluation mode use module.train(False)": "eval exec compile_command __import__ import_module",

@@ -99,42 +99,33 @@ def resume_night(here: Path, folder: Path, args, journal: Journal) -> tuple[Sett
 
 
 def open_night(here: Path, folder: Path, args, repository: Repository) -> Night:
-    """Creates the night or takes it up again. Raises Problem if it cannot.
+    """Creates the night or takes it up again. Raises Problem if it cannot, Rejected if the screen refuses its train.py.
 
     Until the baseline has its result, another train.py, other rules or other flags begin the night anew.
     """
     journal, checkout = Journal(folder / "journal.jsonl"), read_checkout(here, "train.py")
-    if not journal.of("result"):
+    if journal.of("result"):
+        baseline, opened = proposal_of(journal.of("proposal")[0]), resume_night(here, folder, args, journal)
+    else:
         source = repository.source("HEAD") if args.describe else checkout
         if args.describe and source == checkout:
             raise Problem(
                 "train.py is as it was committed; edit it, then run the same command: the committed one is the baseline"
             )
         screen(source, {})
-        if not may_go_on(here, folder, args, journal, source):
+        baseline, opened = Proposal("baseline", "", source), None
+        if journal.of("proposal") and proposal_of(journal.of("proposal")[0]).source == source:
+            with contextlib.suppress(Problem):
+                baseline, opened = proposal_of(journal.of("proposal")[0]), resume_night(here, folder, args, journal)
+        if opened is None:
             journal.path.unlink(missing_ok=True)
-            journal = Journal(journal.path)
-            settings, device_id = create_night(here, folder, args, repository)
-            night = Night(folder, settings, journal, repository, device_id, baseline=Proposal("baseline", "", source))
-    if journal.rows:
-        settings, device_id = resume_night(here, folder, args, journal)
-        baseline = proposal_of(journal.of("proposal")[0])
-        night = Night(folder, settings, journal, repository, device_id, baseline=baseline)
+            journal, opened = Journal(journal.path), create_night(here, folder, args, repository)
+    settings, device_id = opened
+    night = Night(folder, settings, journal, repository, device_id, baseline=baseline)
     night.check_unchanged()
     night.recover()
     night.confirm = args.confirm if args.confirm is not None else settings.profile.name == "cpu"
     return night
-
-
-def may_go_on(here: Path, folder: Path, args, journal: Journal, source: str) -> bool:
-    """Whether a night without a result was begun with this baseline and these rules."""
-    if not journal.of("proposal") or proposal_of(journal.of("proposal")[0]).source != source:
-        return False
-    try:
-        resume_night(here, folder, args, journal)
-    except Problem:
-        return False
-    return True
 
 
 def journal_start(night: Night, args, environment: list[str]) -> None:
@@ -151,7 +142,7 @@ def journal_start(night: Night, args, environment: list[str]) -> None:
 
 
 def renew_demo(here: Path, folder: Path, args, repository: Repository) -> None:
-    """Deletes a demo that has ended, or that other rules or another budget began. The night's lock is held; raises Problem."""
+    """Deletes what is left of a demo that ended, or that other rules or another budget began. Its lock is held; raises Problem."""
     places = ((folder / "harness" / name, here / place) for name, place in HARNESS.items())
     with contextlib.suppress(OSError, ValueError, KeyError, Problem):
         same = all(ours.read_bytes() == theirs.read_bytes() for ours, theirs in places)
@@ -159,9 +150,10 @@ def renew_demo(here: Path, folder: Path, args, repository: Repository) -> None:
         if same and budget_s == args.budget and not has_ended(read_journal(folder / "journal.jsonl")[0]):
             return
     locked(constants.device_lock("cpu"), "the CPU", "agent.py --demo").close()  # a demo that cannot run deletes nothing
-    for ref, commit in repository.refs("demo").items():
+    refs, left = repository.refs("demo"), [path for path in folder.iterdir() if path.name != "lock"]
+    for ref, commit in refs.items():
         repository.git("update-ref", "-d", ref, commit)
-    for path in folder.iterdir():
-        if path.name != "lock":
-            remove(path)
-    print("the earlier demo is deleted: runs/demo and its refs")
+    for path in left:
+        remove(path)
+    if refs or left:
+        print("the earlier demo is deleted: runs/demo and its refs")

@@ -33,7 +33,7 @@ class View:
         self.live = self.live if self.console.is_terminal else None
 
     def __enter__(self):
-        self.say(f"night {self.night.tag}: {self.night.settings.text}")
+        self.console.print(f"night {self.night.tag}: {self.night.settings.text}", markup=False)
         self.say(f"sandbox: {self.night.tier}, branch autoresearch/{self.night.tag}")
         if self.proposer:
             memory = "  memory" if self.night.settings.device == "cuda" else ""
@@ -69,7 +69,7 @@ class View:
         """The line of a finished experiment, and the reason of its verdict; after the baseline, what the night runs on."""
         word, bpb = result.verdict.word, result.run.val_bpb
         rival = None if result.parent is None else self.night.results[result.parent].run.val_bpb
-        number = "-" if bpb is None else f"{bpb:.6f}"
+        number = result.run.number or "-"
         change = "-" if bpb is None or rival is None else f"{bpb - rival:+.6f}"
         memory, megabytes = "", result.run.metrics.get("peak_vram_mb")
         if self.night.settings.device == "cuda":
@@ -103,7 +103,7 @@ class View:
 
 
 def print_summary(night: Night, why: str, proposer, more: str) -> None:
-    """Best, gain, verdicts, where things are, and the next commands. more: the limits that the night reached, doubled."""
+    """Best, gain, verdicts, where things are, and the next commands. more: the limit that the night reached, doubled."""
     results, best, tag, rows = night.results, night.incumbent, night.tag, night.journal.rows
     print(f"\n{why}.")
     if not best:
@@ -112,8 +112,8 @@ def print_summary(night: Night, why: str, proposer, more: str) -> None:
     first, last = results[0].run.val_bpb, best.run.val_bpb
     claim = f"best {last:.6f} (experiment {best.number}), gain {first - last:.6f} as claimed"
     print(f"baseline {first:.6f}, {claim if best.number else 'nothing better was kept'}")
-    if (second := night.baseline_second) is not None:
-        print(f"the baseline on two seeds: {first:.6f} and {second:.6f}, {abs(first - second):.6f} apart")
+    if night.noise_text:
+        print(night.noise_text)
     counts = verdict_counts(results[1:])
     print(f"{counted(len(results) - 1, 'experiment')}: " + ", ".join(f"{n} {word}" for word, n in counts.items()))
     runs = night_runs(rows)

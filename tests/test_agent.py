@@ -117,17 +117,15 @@ def test_a_cheat_that_behaves_on_the_first_seed_only_is_caught_on_the_second(che
 
 def test_the_baseline_is_measured_on_both_seeds(checkout):
     """Not in the demo, nor in a try that confirms nothing; history and summary say how far apart they are."""
-    from lab.prompt import noise_text
-
     night = open_here(checkout)
     run_here(night, 1, second_seed=True)
     assert night.baseline_second is not None and len(seconds(night)) == 1
-    assert f"{night.baseline_second:.5f}" in noise_text(night.history())
+    assert f"{night.baseline_second:.6f}" in night.history().noise
     run_here(open_here(checkout), 2, second_seed=True)
     assert len(rows_of(checkout, "run")) == 4  # three experiments and that one: it is not repeated
     night = open_here(checkout, "other")
     run_here(night, 1)
-    assert seconds(night) == [] and noise_text(night.history()) == ""
+    assert seconds(night) == [] and night.history().noise == ""
 
 
 def test_second_runs_by_the_program(checkout):

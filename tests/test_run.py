@@ -89,7 +89,7 @@ def test_a_second_interrupt_stops_at_once(checkout):
     [
         ("raise RuntimeError('CUDA out of memory. Tried to allocate 20 GiB')", "out of memory"),
         ("import os; os.kill(os.getpid(), 11)", "SIGSEGV"),
-        ("raise SystemExit(0)", "no valid result.json"),
+        ("raise SystemExit(0)", "without a call of run.finish"),
         ("raise KeyError('x')", "KeyError"),
         ("raise SystemExit('loss nan at step 3: the run diverged')", "loss nan"),
     ],
