@@ -13,11 +13,9 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-import torch._dynamo.testing
 import torch.nn.functional as F
 from conftest import ROOT, data_of, small
 from test_prepare import make_run
-from torch._inductor.exc import InductorError
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import constants
@@ -421,10 +419,22 @@ def test_accumulated_micro_batches_make_the_step_of_one_batch(small_run):
     assert torch.allclose(gradients[0], gradients[1], atol=1e-5)
 
 
+def compile_counter():
+    import torch._dynamo.testing  # here, since it takes seconds
+
+    return torch._dynamo.testing.CompileCounter()
+
+
+def inductor_error() -> Exception:
+    from torch._inductor.exc import InductorError
+
+    return InductorError(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), None)
+
+
 def test_the_compiled_loss_is_one_graph_and_equals_eager():
     model = shaken(small_model())
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = compile_counter()
     compiled = torch.compile(model.loss, backend=counter, dynamic=False, fullgraph=True)
     x, y = (torch.randint(CPU.vocab_size, (2, 32)) for _ in range(2))
     for _ in range(3):
@@ -433,7 +443,7 @@ def test_the_compiled_loss_is_one_graph_and_equals_eager():
 
 
 def test_nothing_is_compiled_after_the_warm_up(small_run, monkeypatch):
-    counter, compiler = torch._dynamo.testing.CompileCounter(), torch.compile
+    counter, compiler = compile_counter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=counter, **how))
     torch._dynamo.reset()
     model = small_model()
@@ -460,13 +470,13 @@ OUT_OF_MEMORY = [
     RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
     RuntimeError("Triton Error [CUDA]: out of memory"),
     RuntimeError("MPS backend out of memory (MPS allocated: 17 GiB, other allocations: 1 GiB)"),
-    InductorError(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), None),
+    inductor_error,
 ]
 
 
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:40])
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: getattr(error, "__name__", str(error)[:40]))
 def test_the_micro_batch_is_halved_whatever_says_that_memory_is_short(error, small_run, capsys):
-    model = small_model()
+    model, error = small_model(), error if isinstance(error, Exception) else error()
     optimizers, rows = train.build_optimizers(model, SMALL, torch.float32), []
 
     def loss_fn(x, y):
