@@ -124,7 +124,7 @@ def measure_once(night: Night, view, source: str, seed: int, title: str) -> Run:
     idle_s = None if night.last_exit is None else time.perf_counter() - night.last_exit
     limit_s, clock_limit_s, score_limit_s = STARTUP_LIMIT_S, settings.budget_s + SAVING_LIMIT_S, SCORE_LIMIT_S
     if baseline:
-        clock_limit_s = baseline.clock_seconds + overrun_s(settings.budget_s) + 5
+        clock_limit_s = max(baseline.clock_seconds, settings.budget_s) + 2 * overrun_s(settings.budget_s)
         score_limit_s = min(score_limit_s, 2 * baseline.scoring_seconds + 15)
     free_mb = free_card_mb() if settings.device == "cuda" else None
 

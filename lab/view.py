@@ -118,13 +118,15 @@ def print_summary(night: Night, why: str, proposer, more: str) -> None:
     print(f"{counted(len(results) - 1, 'experiment')}: " + ", ".join(f"{n} {word}" for word, n in counts.items()))
     runs = night_runs(rows)
     training, idle = (
-        sum(values)
-        for values in zip(
-            *((r.metrics.get("training_seconds") or 0.0, r.idle_seconds or 0.0) for r in runs), strict=True
-        )
+        sum(r.metrics.get("training_seconds") or 0.0 for r in runs),
+        sum(r.idle_seconds or 0.0 for r in runs),
     )
-    total = seconds_of(runs) + idle
-    print(f"training {training:.0f} s of {total:.0f} s ({training / total:.0%}); idle between runs {idle:.1f} s")
+    startup = sum(r.run_seconds - (r.clock_seconds or 0.0) for r in runs)
+    scoring, total = sum(r.scoring_seconds or 0.0 for r in runs), seconds_of(runs) + idle
+    print(
+        f"training {training:.0f} s of {total:.0f} s ({training / total:.0%}), start-up {startup:.0f} s, scoring {scoring:.0f} s, "
+        f"idle {idle:.1f} s"
+    )
     for operator in OPERATORS:
         own = [result for result in results if result.operator == operator]
         kept = [result for result in own if result.verdict.word == "keep"]

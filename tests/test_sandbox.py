@@ -63,6 +63,13 @@ def scattered(monkeypatch):
             shutil.rmtree(place, ignore_errors=True)
 
 
+def short_overrun(checkout) -> None:
+    """One second by which a run may outlast its budget, instead of five."""
+    rules = (checkout.folder / "lab" / "records.py").read_text()
+    assert rules.count("return max(5.0, ") == 1
+    (checkout.folder / "lab" / "records.py").write_text(rules.replace("return max(5.0, ", "return max(1.0, "))
+
+
 def attempt(checkout, code: str, *flags, **environment):
     """Runs `code` as the second experiment of a night, in train.py's main; returns (journal row, what it put in `found`)."""
     if not (checkout.folder / "runs" / "t" / "journal.jsonl").exists():
@@ -119,6 +126,34 @@ def test_attack_reads_nothing_but_its_own(scattered, tier):
     assert found == [] and row["sandbox"] == tier and row["verdict"] == "keep"
     code = READ.format(paths=["/etc/passwd", "../train.py"])
     assert len(attempt(scattered, code)[1]) == 2  # so that the test above can fail
+
+
+@sandboxed
+@pytest.mark.parametrize("variable", ["AUTORESEARCH_SHOW", "LD_LIBRARY_PATH"])
+def test_what_lies_below_a_folder_that_is_shown_is_hidden_all_the_same(scattered, variable):
+    """As with a checkout in /usr/src/app, or a virtual environment around it. A library path with secrets below it is not shown at all."""
+    open_folder = Path(tempfile.mkdtemp(prefix="autoresearch-open-", dir="/var/tmp"))
+    try:
+        (open_folder / "library").write_text("stub")
+        secrets = [scattered.cache / "cpu-sotu" / name for name in ("train.bin", "val.bin")]
+        secrets += [scattered.folder / "agent.py", scattered.folder / ".git/HEAD", Path(os.environ["HOME"]) / "secret"]
+        code = READ.format(paths=[str(path) for path in (*secrets, open_folder / "library")])
+        row, found = attempt(scattered, code, **{variable: "/var/tmp:/nowhere"})
+        assert row["sandbox"] == "bubblewrap"
+        assert found == ([str(open_folder / "library")] if variable == "AUTORESEARCH_SHOW" else [])
+    finally:
+        shutil.rmtree(open_folder)
+
+
+def test_a_library_path_without_secrets_is_shown_and_each_link_to_the_interpreter(checkout, tmp_path, monkeypatch):
+    (tmp_path / "libraries").mkdir()
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"{tmp_path / 'libraries'}::{checkout.folder}")
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/true")
+    sandbox = make_sandbox(
+        checkout.folder, checkout.folder / "runs", settings_for(checkout), Repository(checkout.folder)
+    )
+    assert tmp_path / "libraries" in sandbox.shown and checkout.folder not in sandbox.shown
+    assert not any(path == Path("/") or path == Path("/etc") for path in sandbox.shown)
 
 
 @sandboxed
@@ -232,9 +267,7 @@ time.sleep(2.5)
 def test_attack_a_mark_that_is_early_or_forged_starts_the_clock_of_the_agent(checkout, after, verdict, said):
     """It brings the text sooner, and the end with it."""
     checkout.drop_screen()
-    rules = (checkout.folder / "lab" / "records.py").read_text()
-    assert rules.count("return max(5.0, ") == 1
-    (checkout.folder / "lab" / "records.py").write_text(rules.replace("return max(5.0, ", "return max(1.0, "))
+    short_overrun(checkout)
     checkout.agent(*NIGHT, "--experiments", "1", "--budget", "1")
     early = "".join(f"    {line}\n" for line in (FORGED + after).splitlines())
     line = "    clock = run.start_clock(model)\n"
@@ -283,9 +316,7 @@ open("left", "wb").write(b"H" * 30)
 
 def test_attack_a_clock_that_was_deceived_is_found_out_from_outside(checkout):
     checkout.drop_screen()
-    rules = (checkout.folder / "lab" / "records.py").read_text()
-    assert rules.count("return max(5.0, ") == 1
-    (checkout.folder / "lab" / "records.py").write_text(rules.replace("return max(5.0, ", "return max(1.0, "))
+    short_overrun(checkout)
     row, _ = attempt(checkout, "time.sleep(2.5)", "--budget", "1")  # its result.json still says 0.01 s of training
     assert row["verdict"] == "invalid" and "after its clock started" in row["reason"]
     assert 2.4 < row["clock_seconds"] < row["run_seconds"] and row["metrics"]["training_seconds"] < 1
@@ -566,11 +597,7 @@ def left_over(mark: str) -> list[int]:
 def test_what_daemonises_or_hangs_is_dead_before_the_next_run(scattered, tier, fate):
     """Three double forks, their own sessions; a child that hangs and ignores SIGTERM is killed at the limit."""
     flags = enter(scattered, tier)
-    rules = (scattered.folder / "lab" / "run.py").read_text()
-    assert rules.count("STARTUP_LIMIT_S = 1_800.0") == 1
-    (scattered.folder / "lab" / "run.py").write_text(
-        rules.replace("STARTUP_LIMIT_S = 1_800.0", "STARTUP_LIMIT_S = 1.5")
-    )
+    short_overrun(scattered)
     code = DAEMON + (
         "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)" if fate == "hangs" else ""
     )
