@@ -20,7 +20,7 @@ class Repository:
     """The repository of the checkout in `folder`. Raises Problem if git cannot use it."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.sources = folder, {}
         try:
             self.prefix = self.git("rev-parse", "--show-prefix")
             self.common_dir = folder / self.git("rev-parse", "--git-common-dir")
@@ -61,9 +61,11 @@ class Repository:
         except subprocess.CalledProcessError:
             return None
 
-    def source(self, revision: str) -> str:
-        """train.py of a commit, to the last byte."""
-        return self.git("cat-file", "blob", f"{revision}:{self.prefix}train.py", whole=True)
+    def source(self, commit: str) -> str:
+        """train.py of a commit, to the last byte. Read once: commits do not change."""
+        if commit not in self.sources:
+            self.sources[commit] = self.git("cat-file", "blob", f"{commit}:{self.prefix}train.py", whole=True)
+        return self.sources[commit]
 
     def commit(self, parent: str, files: dict[str, str], message: str) -> str:
         """A commit on `parent` with these files replaced. It is an object only: no ref moves."""

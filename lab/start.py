@@ -107,7 +107,7 @@ def open_night(here: Path, folder: Path, args, repository: Repository) -> Night:
     if journal.of("result"):
         baseline, opened = proposal_of(journal.of("proposal")[0]), resume_night(here, folder, args, journal)
     else:
-        source = repository.source("HEAD") if args.describe else checkout
+        source = repository.source(repository.resolve("HEAD")) if args.describe else checkout
         if args.describe and source == checkout:
             raise Problem(
                 "train.py is as it was committed; edit it, then run the same command: the committed one is the baseline"

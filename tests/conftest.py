@@ -48,8 +48,9 @@ def data_of(cache: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """A cache folder in which `prepare.py --profile cpu` has run."""
-    folder = tmp_path_factory.mktemp("cache")
+    """A cache folder in which `prepare.py --profile cpu` has run, once for all workers: the others wait for its lock."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if worker else base) / "prepared"
     command = [sys.executable, str(ROOT / "prepare.py"), "--profile", "cpu"]
     subprocess.run(command, env={**os.environ, "AUTORESEARCH_CACHE": str(folder)}, check=True, timeout=120)
     return folder
