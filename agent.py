@@ -150,9 +150,8 @@ def rebase(night: Night, proposal: Proposal) -> Proposal:
         source = night.repository.merge(base, night.source(best), proposal.source)
         proposal = replace(proposal, source=source, parent=best.number)
         screen(proposal.source, night.tried)
-        night.journal.append(
-            "proposal", number=len(night.results), **vars(proposal)
-        )  # what will run; its last row counts
+        # What will run stands in the journal: the last row of a proposal counts.
+        night.journal.append("proposal", number=len(night.results), **vars(proposal))
     else:
         screen(proposal.source, night.tried)
     return proposal

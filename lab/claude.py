@@ -16,9 +16,10 @@ MODEL = "claude-opus-5-5"
 # twice the input.
 PRICES = {
     "claude-opus-5-5": (4.0, 20.0, 0.20),
-    "claude-sonnet-5-5": (2.0, 10.0, 0.20),
-    "claude-haiku-5-5": (0.10, 0.50, 0.10),
+    "claude-sonnet-5-5": (2.0, 10.0, 0.10),
+    "claude-haiku-5-5": (0.10, 0.50, 0.01),
 }
+LONG_PROMPTS = {"claude-haiku-5-5": (100_000, 5.0)}  # from so many tokens on, everything costs so many times as much
 REPLY_TOKENS = 32_000  # of one reply, thinking included
 TIMEOUT_S = 600.0  # without a byte from the server
 PATIENCE_S = 60.0  # longest pause between two attempts if the server names none
@@ -283,4 +284,6 @@ def usd_of(model: str, tokens: dict) -> float | None:
         return None
     price_in, price_out, price_read = PRICES[model]
     rates = {"input": price_in, "cache_write": 2 * price_in, "cache_read": price_read, "output": price_out}
-    return sum(count * rates[name] for name, count in tokens.items()) / 1e6
+    long_tokens, factor = LONG_PROMPTS.get(model, (0, 1.0))
+    read = sum(count for name, count in tokens.items() if name != "output")
+    return (factor if read > long_tokens else 1.0) * sum(count * rates[name] for name, count in tokens.items()) / 1e6

@@ -14,11 +14,8 @@ from lab.git import Repository
 from lab.journal import Journal, interrupts
 from lab.records import Proposal, Result, Run, clean, log_tail, one_line, run_of, trouble
 
-HARNESS = {
-    "constants.py": "constants.py",
-    "prepare.py": "prepare.py",
-    "score.py": "lab/score.py",
-}  # frozen with the night
+# Frozen with the night: name there, place in the checkout.
+HARNESS = {"constants.py": "constants.py", "prepare.py": "prepare.py", "score.py": "lab/score.py"}
 RESULT_BYTES = 64_000  # a result.json over this is neither read nor kept
 STUCK_AFTER = 15  # experiments without a keep before a new direction is asked for
 MAX_REPAIRS = 2  # attempts to mend one crashed idea

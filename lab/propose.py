@@ -147,9 +147,7 @@ class Replay:
         """proposals: each with the source of its parent in its own night."""
         self.night = night
         own = [row for row in night.journal.of("proposal", "reject") if row["proposer"] == self.name]
-        rejected = sum(
-            row["event"] == "reject" and "proposal" not in row for row in own
-        )  # at once; later ones were proposals
+        rejected = sum(row["event"] == "reject" and "proposal" not in row for row in own)  # at once
         self.queue = proposals[rejected + len({row["id"] for row in own if row["event"] == "proposal"}) :]
 
     def propose(self, source: str, history: History, feedback: list[str]) -> Proposal | None:

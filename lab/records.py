@@ -41,13 +41,9 @@ class Run:
     distrust: str  # why the scorer does not trust the number; else empty
     metrics: dict  # what the run says of itself: shown; it can make its own verdict worse, never better
     run_seconds: float  # start to exit
-    clock_seconds: (
-        float | None
-    )  # of them those from clock start to exit, by our own watch; None if the clock never started
+    clock_seconds: float | None  # from clock start to exit, by our own watch; None if the clock never started
     scoring_seconds: float | None
-    idle_seconds: (
-        float | None
-    )  # from the last child's exit to this one's start, while nothing trained; None for a first run
+    idle_seconds: float | None  # from the last child's exit to this one's start; None for a first run
     free_mb: float | None = None  # free memory of the card before it started
 
     @property
@@ -75,9 +71,7 @@ class Result:
     repairs: int | None
     verdict: Verdict
     run: Run
-    second: (
-        tuple[float | None, float | None] | None
-    )  # val_bpb on the second seed, its own and the incumbent's; None: not run
+    second: tuple[float | None, float | None] | None  # val_bpb on the second seed, its own and the incumbent's
     commit: str
     fingerprint: str  # of the program: no proposal repeats it
 
@@ -103,10 +97,8 @@ def run_of(row: dict) -> Run:
 # ---------------------------------------------------------------------------
 # Which runs count
 
-STARTUP_FACTOR, STARTUP_S = (
-    3.0,
-    60.0,
-)  # the baseline's start-up times this, since each halving of the micro-batch compiles anew, and this
+# A start without a sandbox may take the baseline's times this, since each halving of the micro-batch compiles anew, and this.
+STARTUP_FACTOR, STARTUP_S = 3.0, 60.0
 
 
 def trouble(run: Run, baseline: Run | None, budget_s: float, sandboxed: bool = True) -> str:

@@ -112,12 +112,8 @@ def measure(night: Night, view, source: str, seed: int, title: str, fresh: bool 
 
 def measure_once(night: Night, view, source: str, seed: int, title: str) -> Run:
     """One training and one scoring. What outlasts the bounds that the baseline sets is ended: it would not count."""
-    settings, baseline, on_night_seed, program = (
-        night.settings,
-        night.baseline_run,
-        seed == constants.SEED,
-        sha256(source),
-    )
+    settings, baseline = night.settings, night.baseline_run
+    on_night_seed, program = seed == constants.SEED, sha256(source)
     wait_until_ready(night)
     folder = night.run_folder(len(night.results)) if on_night_seed else night.folder / "trial"
     make_folder(night, folder, source, seed)
@@ -136,8 +132,10 @@ def measure_once(night: Night, view, source: str, seed: int, title: str) -> Run:
 
     view.begin(title, folder)
     command = child_command("train", folder, night.sandbox)
-    ended = run_child(command, folder / "run.log", limit_s, clock_limit_s, on_clock)
-    text.take_back(night, folder)
+    try:
+        ended = run_child(command, folder / "run.log", limit_s, clock_limit_s, on_clock)
+    finally:
+        text.take_back(night, folder)
     crash, metrics = ended.why or crash_reason(ended.status, folder / "run.log"), {}
     if not crash:
         try:
@@ -177,9 +175,8 @@ def wait_until_ready(night: Night) -> None:
     check_disk(night.folder)
     peak_mb = night.incumbent.run.metrics.get("peak_vram_mb") if night.incumbent else None
     if peak_mb is not None:
-        needed_mb = min(
-            peak_mb + CARD_CONTEXT_MB, 0.98 * (night.incumbent.run.free_mb or math.inf)
-        )  # it ran in that much
+        ran_in_mb = 0.98 * (night.incumbent.run.free_mb or math.inf)
+        needed_mb = min(peak_mb + CARD_CONTEXT_MB, ran_in_mb)
         wait_for_card(needed_mb, night.say, night.out_of_time)
 
 

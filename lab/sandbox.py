@@ -24,9 +24,8 @@ from lab.records import log_tail
 SCRATCH_BYTES = 2 * 2**30  # a child's /tmp, in memory
 FILE_BYTES = 4 * 2**30  # the largest file that a child may write; the weights of the gpu profile take under 1 GB
 TRIAL_LIMIT_S = 120.0  # the trial child: importing torch from a cold disk
-CACHE = Path(
-    "/cache"
-)  # a child's compile cache in its eyes: Triton stores absolute paths, and each run has another folder
+# A child's compile cache in its eyes: Triton stores absolute paths, and each run has another folder.
+CACHE = Path("/cache")
 SYSTEM = (  # of the machine, as patterns
     "/usr /bin /sbin /lib /lib32 /lib64 /libx32 /sys /opt/rocm* /etc/ld.so.* /etc/alternatives /etc/passwd /etc/group /etc/nsswitch.conf "
     "/etc/localtime"
@@ -111,20 +110,23 @@ def make_sandbox(here: Path, runs: Path, settings: Settings, repository: Reposit
     libraries = [Path(name).absolute() for name in os.environ.get("LD_LIBRARY_PATH", "").split(":") if name]
     libraries = [path for path in libraries if not any(place.is_relative_to(path.resolve()) for place in secret)]
     asked = [Path(name).absolute() for name in os.environ.get("AUTORESEARCH_SHOW", "").split(":") if name]
+    if Path("/") in asked:
+        raise Problem("AUTORESEARCH_SHOW takes folders, not the whole machine: name the one that a run lacks")
     places = [Path(name) for pattern in SYSTEM for name in glob.glob(pattern)]
     shown = {path for path in (*places, *interpreter(), *libraries, *asked) if path.exists()}
     shown |= {path.resolve() for path in shown}
-    pairs = ((place, path) for place in shown for path in secret if path.is_relative_to(place.resolve()))
+    folders = [path for path in shown if not path.is_symlink()]
+    pairs = ((place, path) for place in folders for path in secret if path.is_relative_to(place.resolve()))
     hidden = {place / path.relative_to(place.resolve()) for place, path in pairs}  # under each name that leads to it
-    needed = {
-        path
-        for path in shown - hidden
-        if next((above for above in path.parents if above in shown | hidden), None) not in shown - hidden
-    }
+    needed = {path for path in shown - hidden if nearest_above(path, shown | hidden) not in shown - hidden}
     nodes = (*sorted(glob.glob("/dev/nvidia*")), "/dev/dxg", "/dev/kfd", "/dev/dri")
     devices = () if settings.device == "cpu" else nodes
     sized = "--size" in subprocess.run(["bwrap", "--help"], capture_output=True, text=True).stdout
     return Sandbox(False, tuple(needed), tuple(hidden), devices, Path(settings.data).resolve(), sized)
+
+
+def nearest_above(path: Path, places: set[Path]) -> Path | None:
+    return next((above for above in path.parents if above in places), None)
 
 
 def shown_as(path: Path) -> list[str]:
@@ -159,13 +161,8 @@ def trial(night: Night, sandbox: Sandbox, forbidden: list[Path]) -> str:
     stranger = subprocess.Popen(["sleep", "600"], env={"AUTORESEARCH_CANARY": canary}, start_new_session=True)
     try:
         needed = compiler_and_header(settings.device) if settings.compile else None
-        own = {
-            "device": settings.device,
-            "forbidden": [*map(str, forbidden)],
-            "stranger": stranger.pid,
-            "canary": canary,
-            "compiler": needed,
-        }
+        own = {"forbidden": [*map(str, forbidden)], "stranger": stranger.pid, "canary": canary}
+        own |= {"device": settings.device, "compiler": needed}
         (folder / "trial.json").write_text(json.dumps(own))
         status = run_child(child_command("trial", folder, sandbox), folder / "run.log", TRIAL_LIMIT_S).status
     finally:
@@ -190,22 +187,11 @@ def choose_sandbox(night: Night, here: Path, runs: Path, args) -> Sandbox | None
     if args.no_sandbox:
         print(f"warning: no sandbox: {EXPOSED}{', and you are root' if os.geteuid() == 0 else ''}")
         return None
-    data = Path(night.settings.data)
     try:
         sandbox = make_sandbox(here, runs, night.settings, night.repository)
-        forbidden = [
-            data / "val.bin",
-            data / "test.bin",
-            data / night.settings.train_file,
-            night.rows,
-            *texts(night.settings),
-        ]
-        forbidden += [
-            night.folder / "journal.jsonl",
-            here / "agent.py",
-            night.repository.common_dir,
-            Path("/etc/hostname"),
-        ]
+        data = [Path(night.settings.data, name) for name in ("val.bin", "test.bin", night.settings.train_file)]
+        forbidden = [*data, night.rows, *texts(night.settings), night.folder / "journal.jsonl", here / "agent.py"]
+        forbidden += [night.repository.common_dir, Path("/etc/hostname")]
         for shared_processes in (False, True):
             sandbox = replace(sandbox, shared_processes=shared_processes)
             refused = trial(night, sandbox, forbidden)
@@ -238,7 +224,6 @@ def child_command(action: str, folder: Path, sandbox: Sandbox | None, more: tupl
     """The command of a child that trains, scores or tries the sandbox in a run folder. The one place for isolation.
 
     "score" runs none of the folder's code; the two children that it launches do, "evaluate" and "answer".
-
     The environment is an allow-list: no key of the user's reaches code that an LLM wrote.
     """
     harness, compiled = folder.parent / "harness", str(folder / "cache")

@@ -314,10 +314,9 @@ def main() -> None:
         "--below", type=float, default=math.inf, metavar="BPB", help="probe and test only a val_bpb under it"
     )
     parser.add_argument("--no-test", action="store_true", help="leave test out")
-    parser.add_argument(
-        "--children", metavar="JSON", help=argparse.SUPPRESS
-    )  # the agent: the commands of both children
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # such a child
+    # The agent gives the commands of both children, which it runs with --serve.
+    parser.add_argument("--children", metavar="JSON", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     try:
         if args.serve:

@@ -118,8 +118,10 @@ def test_a_cheat_that_behaves_on_the_first_seed_only_is_caught_on_the_second(che
 def test_the_baseline_is_measured_on_both_seeds(checkout):
     """Not in the demo, nor in a try that confirms nothing; history and summary say how far apart they are."""
     night = open_here(checkout)
-    run_here(night, 1, second_seed=True)
+    view = Quiet()
+    run_here(night, 1, second_seed=True, view=view)
     assert night.baseline_second is not None and len(seconds(night)) == 1
+    assert view.lines == [f"      {night.noise_text}"]  # as soon as it is known
     assert f"{night.baseline_second:.6f}" in night.history().noise
     run_here(open_here(checkout), 2, second_seed=True)
     assert len(rows_of(checkout, "run")) == 4  # three experiments and that one: it is not repeated
@@ -276,6 +278,11 @@ def test_try_runs_the_checkout_against_the_committed_baseline(checkout):
         "2",
     ]  # its own experiment and the incumbent, not the whole night
     assert "put back   git checkout autoresearch/t -- train.py" in output
+    (checkout.folder / "train.py").write_text(STUB.replace("lr=0.4", "lr=0.7"))
+    output = checkout.agent(*flags, "still \x1b[31mtoo\nhigh")
+    table = [line for line in output.splitlines() if line[:4].strip().isdigit()]
+    assert [line.split()[0] for line in table] == ["1", "3"]
+    assert checkout.git("log", "-1", "--format=%B", "refs/autoresearch/t/0003").startswith("still too high (discard, ")
     (checkout.folder / "train.py").write_text(STUB + "import os\n")
     bad = checkout.agent(*flags, "imports os", expect=1)
     assert "`os` is refused" in bad and "Traceback" not in bad

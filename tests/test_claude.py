@@ -274,6 +274,28 @@ def test_after_fifteen_discards_a_new_direction_is_asked_for(night):
     assert "When stuck" not in asks[10] and "When stuck" in asks[-1]
 
 
+@pytest.mark.parametrize(
+    ("model", "tokens", "usd"),
+    [
+        (
+            MODEL,
+            {"input": 1_000, "cache_write": 30_000, "cache_read": 20_000, "output": 10_000},
+            0.004 + 0.24 + 0.004 + 0.2,
+        ),
+        ("claude-sonnet-5-5", {"cache_read": 1_000_000, "output": 1_000}, 0.1 + 0.01),
+        ("claude-haiku-5-5", {"input": 40_000, "cache_read": 60_000, "output": 2_000}, 0.004 + 0.0006 + 0.001),
+        (
+            "claude-haiku-5-5",
+            {"input": 40_000, "cache_read": 60_001, "output": 2_000},
+            5 * (0.004 + 0.00060001 + 0.001),
+        ),
+        ("another", {"input": 1}, None),
+    ],
+)
+def test_a_call_costs_what_the_table_says(model, tokens, usd):
+    assert usd_of(model, tokens) == (usd if usd is None else pytest.approx(usd))
+
+
 def test_another_server_that_lacks_options_is_taken_as_it_is(night):
     script = [
         ("status", (400, [], "output_config: unknown field")),

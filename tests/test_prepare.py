@@ -317,6 +317,7 @@ def test_the_rows_with_most_shards_are_found(tmp_path, monkeypatch):
     [
         ({"AUTORESEARCH_PROFILE": "tpu"}, "unknown profile 'tpu'"),
         ({"AUTORESEARCH_PROFILE": "cpu", "AUTORESEARCH_DATASET": "web"}, "there is no dataset and no path 'web'"),
+        ({"AUTORESEARCH_PROFILE": "cpu", "AUTORESEARCH_CACHE": "/etc/passwd"}, "AUTORESEARCH_CACHE have to be folders"),
     ],
 )
 def test_bad_environment_is_one_clear_line(environment, message, tmp_path):

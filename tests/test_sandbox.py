@@ -26,6 +26,7 @@ from conftest import (
     settings_for,
 )
 
+from constants import Problem
 from lab.git import Repository
 from lab.sandbox import child_command, inherited_names, make_sandbox
 from lab.score import load_model
@@ -143,6 +144,13 @@ def test_what_lies_below_a_folder_that_is_shown_is_hidden_all_the_same(scattered
         assert found == ([str(open_folder / "library")] if variable == "AUTORESEARCH_SHOW" else [])
     finally:
         shutil.rmtree(open_folder)
+
+
+@sandboxed
+def test_the_whole_machine_is_not_shown(checkout, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_SHOW", "/opt:/")
+    with pytest.raises(Problem, match="not the whole machine"):
+        make_sandbox(checkout.folder, checkout.folder / "runs", settings_for(checkout), Repository(checkout.folder))
 
 
 def test_a_library_path_without_secrets_is_shown_and_each_link_to_the_interpreter(checkout, tmp_path, monkeypatch):
@@ -537,6 +545,7 @@ import json, sys
 sys.path.insert(0, ROOT)
 from pathlib import Path
 from dataclasses import replace
+from constants import Problem
 from lab.git import Repository
 from lab.sandbox import child_command, make_sandbox
 from lab.score import serving, settings_of_folder

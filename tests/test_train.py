@@ -582,8 +582,6 @@ def by_hand(real_checkout, seconds, **environment):
 
 def test_a_run_by_hand_learns_and_its_score_agrees(real_checkout, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(real_checkout.cache))
-    train_file = real_checkout.folder / "train.py"
-    train_file.write_text(small(train_file.read_text()))
     status, output = by_hand(real_checkout, 3)
     assert status == 0, output
     closing = output[output.rindex("---\n") :].splitlines()
@@ -601,7 +599,13 @@ def test_a_run_by_hand_learns_and_its_score_agrees(real_checkout, monkeypatch):
     said = dict(line.split(":", 1) for line in done.stdout.splitlines() if "_bpb:" in line)
     assert float(said["val_bpb"]) == pytest.approx(result["val_bpb"], rel=1e-4) and 1 < float(said["test_bpb"]) < 4
     assert "as you" in done.stdout and "it writes:\n" in done.stdout
-    assert real_checkout.git("status", "--short") == " M train.py"
+    assert real_checkout.git("status", "--short") == ""
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_line(real_checkout):
+    (real_checkout.folder / "runs").write_text("a file")
+    status, output = by_hand(real_checkout, 3)
+    assert status == 1 and "runs/ and AUTORESEARCH_CACHE have to be folders" in output and "Traceback" not in output
 
 
 def test_a_loss_that_is_no_number_ends_the_run_at_once(real_checkout):
