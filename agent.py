@@ -26,10 +26,11 @@ from pathlib import Path
 
 import constants
 from constants import CONFIRM_SEED, SEED, Problem, locked
+from lab import cache
 from lab.arguments import choose_tag, parse_arguments, restore_arguments, restore_setting
 from lab.check import CHECK_SEEDS, ablate, check
 from lab.child import end_processes, guard_this_process
-from lab.claude import MODEL, Claude
+from lab.claude import MODEL, Claude, take_credentials
 from lab.files import remove
 from lab.git import Repository
 from lab.journal import interrupts, night_runs, read_journal, seconds_of, seconds_of_earlier_starts
@@ -282,27 +283,31 @@ def refuse_crashes_in_a_row(night: Night) -> None:
 # The command
 
 
-def make_proposer(night: Night, args, key: str, replayed):
+def make_proposer(night: Night, args, credentials: dict, replayed):
     """Who proposes. Raises Problem if that cannot work, for Claude by asking the API."""
     if args.describe:
         return Try(args.describe, read_checkout(HERE, "train.py"))
     if replayed:
         return Replay(night, replayed)
     if args.proposer == "claude":
-        return Claude(night, HERE, key, args.model or MODEL, args.max_usd)
+        return Claude(night, HERE, credentials, args.model or MODEL, args.max_usd)
     return Random(night.tag, night.settings.profile.sizes)
 
 
-def at_work(night: Night, args, proposer, key: str) -> tuple[str, str]:
+def at_work(night: Night, args, proposer) -> tuple[str, str]:
     """What the command asks for, with the device locked; returns why it ended, and the flag with which it would go on."""
     shown = night.keeps[-1:] if args.describe else night.results if proposer else []
     with View(night, proposer, shown) as view:
         night.say = view.say
         measured = partial(measure, night, view)
-        if args.check:
-            return check(night, args.seeds or CHECK_SEEDS, measured, view.say), ""
-        if args.ablate:
-            return ablate(night, measured, view.say), ""
+        if args.check or args.ablate:
+            why = (
+                check(night, args.seeds or CHECK_SEEDS, measured, view.say)
+                if args.check
+                else ablate(night, measured, view.say)
+            )
+            cache.settle(night.folder, None)
+            return why, ""
         earlier_s = seconds_of_earlier_starts(night.journal.rows)
         experiments, hours = (None, None) if args.describe else (args.experiments, args.hours)
         limits = Limits(experiments, hours, time.perf_counter() - earlier_s)
@@ -310,12 +315,12 @@ def at_work(night: Night, args, proposer, key: str) -> tuple[str, str]:
         return run_night(night, proposer, limits, measured, view, second_seed), limits.larger(night)
 
 
-def start_and_work(args, key: str) -> None:
+def start_and_work(args, credentials: dict) -> None:
     """Open the night that the arguments mean, under its locks; do what they ask for; print the summary. Raises Problem."""
     repository, tag = Repository(HERE), choose_tag(args, RUNS)
     folder, new = RUNS / tag, not (RUNS / tag).exists()
     if not args.demo:
-        restore_arguments(args, read_journal(folder / "journal.jsonl")[0], key)
+        restore_arguments(args, read_journal(folder / "journal.jsonl")[0], bool(credentials))
     replayed = []
     if args.replay:
         rows = rows_to_replay(RUNS, args.replay)
@@ -334,14 +339,14 @@ def start_and_work(args, key: str) -> None:
             locks.enter_context(locked(constants.device_lock(night.device_id), device, f"agent.py, tag {tag}"))
             locks.enter_context(rows_of_the_night(night))
             night.sandbox = choose_sandbox(night, HERE, RUNS, args)
-            proposer = None if args.check or args.ablate else make_proposer(night, args, key, replayed)
+            proposer = None if args.check or args.ablate else make_proposer(night, args, credentials, replayed)
             journal_start(night, args, inherited_names())
         except BaseException:
             if new:  # no later command is to take up a night that never began
                 remove(folder)
             raise
         try:
-            why, more = at_work(night, args, proposer, key)
+            why, more = at_work(night, args, proposer)
             if proposer and not args.describe:
                 night.journal.append("end", reason=why)
         except KeyboardInterrupt:
@@ -355,19 +360,19 @@ def start_and_work(args, key: str) -> None:
 def main() -> None:
     args = parse_arguments(__doc__)
     guard_this_process()
-    key = os.environ.pop("ANTHROPIC_API_KEY", None) or ("none" if os.environ.get("ANTHROPIC_BASE_URL") else "")
+    credentials = take_credentials()
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi and torch number the cards alike
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupts)
     try:
-        start_and_work(args, key)
+        start_and_work(args, credentials)
     except (Problem, Rejected) as problem:
         sys.exit(f"error: {problem}")
     except OSError as error:
         sys.exit(f"error: {constants.file_trouble(error, f'free space, {RUN_AGAIN}')}")
     except subprocess.CalledProcessError as error:
-        said = clean(error.stderr or b"").strip().replace("\n", "; ")
-        sys.exit(f"error: {' '.join(map(str, error.cmd))} failed: {said}; mend that, {RUN_AGAIN}")
+        message = clean(error.stderr or b"").strip().replace("\n", "; ")
+        sys.exit(f"error: {' '.join(map(str, error.cmd))} failed: {message}; mend that, {RUN_AGAIN}")
     except KeyboardInterrupt:
         print("interrupted")
 

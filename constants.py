@@ -117,19 +117,19 @@ class Settings:
         return json.dumps(asdict(self), indent=1)
 
     @staticmethod
-    def made(facts: dict, profile: str, budget_s: float, **others) -> "Settings":
+    def made(host: dict, profile: str, budget_s: float, **others) -> "Settings":
         """Of what lab.machine.machine() says, the name of a profile, and the other fields."""
-        facts = dict(facts)
-        own = {name: facts.pop(name) for name in ("sizes", "dtype", "peak_tflops", "memory_gb")}
-        compiles = facts.pop("compiler") and budget_s >= COMPILE_FROM_S
+        host = dict(host)
+        own = {name: host.pop(name) for name in ("sizes", "dtype", "peak_tflops", "memory_gb")}
+        compiles = host.pop("compiler") and budget_s >= COMPILE_FROM_S
         profile = replace(PROFILES[profile], **own)
         rows = Path(others["data"], others["train_file"]).stat().st_size // (2 * (profile.max_seq_len + 1))
-        return Settings(profile=profile, train_rows=rows, budget_s=budget_s, compile=compiles, **facts, **others)
+        return Settings(profile=profile, train_rows=rows, budget_s=budget_s, compile=compiles, **host, **others)
 
     @staticmethod
     def of(text: str) -> "Settings":
-        facts = json.loads(text)
-        return Settings(**{**facts, "profile": Profile(**facts["profile"])})
+        values = json.loads(text)
+        return Settings(**{**values, "profile": Profile(**values["profile"])})
 
     @property
     def text(self) -> str:

@@ -146,16 +146,16 @@ def download_shard(url: str, path: Path, advance=lambda amount: None, tries: int
                 file.flush()
                 if file.tell() != size:
                     raise OSError(f"the server sent {file.tell():,} of {size:,} bytes")
-                found = sha256_of(Path(file.name))
-                if sha256 and found != sha256:
-                    raise OSError(f"its sha256 is {found[:12]}..., the hub names {sha256[:12]}...")
+                digest = sha256_of(Path(file.name))
+                if sha256 and digest != sha256:
+                    raise OSError(f"its sha256 is {digest[:12]}..., the hub names {sha256[:12]}...")
                 if not looks_like_parquet(Path(file.name)):
                     raise OSError("what the server sent is not a parquet file (a proxy's page?)")
             return
         except ValueError as error:  # of requests: an address, a proxy or a token that cannot be one
-            said, how = str(error) or type(error).__name__, "pip install 'requests[socks]'"
+            reason, how = str(error) or type(error).__name__, "pip install 'requests[socks]'"
             mend = "mend ALL_PROXY, HTTPS_PROXY, HF_ENDPOINT or HF_TOKEN"
-            raise Problem(f"{url} cannot be asked ({said}); {mend}; for SOCKS run: {how}") from None
+            raise Problem(f"{url} cannot be asked ({reason}); {mend}; for SOCKS run: {how}") from None
         except (requests.RequestException, OSError) as error:
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise
@@ -605,13 +605,13 @@ def settings_by_hand(profile: str | None = None, dataset: str | None = None) -> 
         budget_s = 0.0
     if not 0 < budget_s < math.inf:
         raise Problem("AUTORESEARCH_TIME_BUDGET takes seconds, such as 300")
-    facts = machine(name)  # a missing GPU is said before gigabytes are fetched
-    found = prepared(constants.PROFILES[name], dataset)
-    if found is None:
+    host = machine(name)  # a missing GPU is said before gigabytes are fetched
+    place = prepared(constants.PROFILES[name], dataset)
+    if place is None:
         how = f"python prepare.py --profile {name} --dataset {shlex.quote(dataset)}"
         raise Problem(f"no prepared data in {constants.cache_dir()} for profile {name}, dataset {dataset}; run: {how}")
-    data, train_file = map(str, found)
-    return Settings.made(facts, name, budget_s, dataset=dataset, data=data, train_file=train_file)
+    data, train_file = map(str, place)
+    return Settings.made(host, name, budget_s, dataset=dataset, data=data, train_file=train_file)
 
 
 def open_rows(path: Path, profile: Profile) -> np.ndarray:
@@ -729,7 +729,7 @@ class Run:
         self.clock, self.startup_seconds, self.loader_wait_seconds = None, None, 0.0
         self.curve, self.window = [], []  # [seconds, tokens, mean loss of the window]; the losses of the present window
         self.smoothed = None  # running mean of the loss
-        self.said = (0.0, 0)  # seconds and tokens at the last line of progress
+        self.reported = (0.0, 0)  # seconds and tokens at the last line of progress
         self.lock = None  # on the device, by hand; under the agent the agent holds it
 
     @property
@@ -838,9 +838,9 @@ class Run:
             self.curve.append([round(seconds, 2), tokens, round(sum(self.window) / len(self.window), 4)])
             self.window = []
         self.smoothed = loss if self.smoothed is None else 0.9 * self.smoothed + 0.1 * loss
-        since = seconds - self.said[0]
+        since = seconds - self.reported[0]
         if since > (0.5 if terminal else 2.0):
-            fresh, self.said = tokens - self.said[1], (seconds, tokens)
+            fresh, self.reported = tokens - self.reported[1], (seconds, tokens)
             mfu = self.mfu_percent(flops_per_token, fresh, since)
             line = (
                 f"step {step:5d}  {min(100.0, 100 * seconds / self.settings.budget_s):5.1f}%  loss {self.smoothed:.4f}  {fresh / since:9,.0f} tok/s"
@@ -1095,9 +1095,9 @@ def main() -> None:
         name, dataset = choose(args.profile, args.dataset)
         profile = constants.PROFILES[name]
         if args.machine:
-            facts, found = machine(name), prepared(profile, dataset) or ("", None)
-            facts |= {"profile": name, "dataset": dataset, "data": str(found[0]), "train_file": found[1]}
-            print(json.dumps(facts | {"device_id": device_id(facts["device"])}))
+            host, place = machine(name), prepared(profile, dataset) or ("", None)
+            host |= {"profile": name, "dataset": dataset, "data": str(place[0]), "train_file": place[1]}
+            print(json.dumps(host | {"device_id": device_id(host["device"])}))
             return
         shards = args.num_shards if args.num_shards is not None else profile.default_shards
         if args.num_shards is not None and dataset != "climbmix":

@@ -272,8 +272,8 @@ class NgramTable(nn.Module):
 
     def learn(self, rows):
         """Takes the most frequent n-grams of (N, T+1) rows of text: which they are, nothing of what follows them."""
-        found, counts = self.number(torch.from_numpy(rows[:, :-1].astype("int64"))).unique(return_counts=True)
-        frequent = found[counts.topk(min(len(self.known), len(found))).indices].sort().values
+        numbers, counts = self.number(torch.from_numpy(rows[:, :-1].astype("int64"))).unique(return_counts=True)
+        frequent = numbers[counts.topk(min(len(self.known), len(numbers))).indices].sort().values
         self.known[: len(frequent)] = frequent
 
     def forward(self, idx):

@@ -133,8 +133,8 @@ def restore_setting(args, rows: list[dict]) -> None:
         setattr(args, name, getattr(args, name) or first_start(rows).get(name))
 
 
-def restore_arguments(args, rows: list[dict], key: str) -> None:
-    """Flags that were not given come from the night's last start. Raises Problem if nobody is there to propose."""
+def restore_arguments(args, rows: list[dict], key: bool) -> None:
+    """Flags that were not given come from the night's last start. key: whether the API can be asked. Raises Problem if nobody proposes."""
     stored, of_claude = last_start(rows), args.max_usd or args.model
     named = args.proposer or args.replay or args.describe or args.check or args.ablate
     names = "experiments hours no_sandbox model max_usd confirm kept" + ("" if named else " proposer replay")

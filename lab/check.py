@@ -19,20 +19,20 @@ def check(night: Night, seeds: int, measure, say) -> str:
     first, best = night.results[0], night.incumbent
     if first is best:
         raise Problem(f"night {night.tag} kept nothing but its baseline: there is no gain to check; {REVIEW}")
-    sources, found = (
+    sources, numbers = (
         {"baseline": night.source(first), "incumbent": night.source(best)},
         {"baseline": [], "incumbent": []},
     )
     for i in range(seeds):
         for name in list(sources)[:: 1 if i % 2 == 0 else -1]:
-            title = f"{name} on seed {CHECK_SEED + i}, run {1 + sum(map(len, found.values()))} of {2 * seeds}"
-            found[name].append(test_bpb(night, measure(sources[name], CHECK_SEED + i, title), title, say))
-    a, b = found.values()
+            title = f"{name} on seed {CHECK_SEED + i}, run {1 + sum(map(len, numbers.values()))} of {2 * seeds}"
+            numbers[name].append(test_bpb(night, measure(sources[name], CHECK_SEED + i, title), title, say))
+    a, b = numbers.values()
     mean = sum(a) / seeds - sum(b) / seeds
     interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
     low, high = (mean if math.isnan(bound) else float(bound) for bound in (interval.low, interval.high))
     claimed = first.run.val_bpb - best.run.val_bpb
-    night.journal.append("check", seeds=seeds, **found, claimed=claimed, mean=mean, welch=[low, high])
+    night.journal.append("check", seeds=seeds, **numbers, claimed=claimed, mean=mean, welch=[low, high])
     say(f"claimed by one seed, on val: {claimed:.6f} (experiment {best.number})")
     say(f"on {seeds} fresh seeds, on test: {mean:+.6f}, Welch's 95 % interval {low:+.6f} to {high:+.6f}")
     if low <= 0 <= high:
@@ -92,9 +92,9 @@ def words(without: list[float], reference: list[float]) -> list[str]:
     n, mean = len(reference), sum(reference) / len(reference)
     noise = max(1e-9, math.sqrt(sum((bpb - mean) ** 2 for bpb in reference) / (n - 1)))
     p_values = [2 * float(stats.t.sf(abs(bpb - mean) / (noise * math.sqrt(1 + 1 / n)), n - 1)) for bpb in without]
-    told, order = ["cannot tell"] * len(without), sorted(range(len(without)), key=lambda i: p_values[i])
+    verdicts, order = ["cannot tell"] * len(without), sorted(range(len(without)), key=lambda i: p_values[i])
     for rank, i in enumerate(order):
         if p_values[i] > 0.05 / (len(without) - rank):
             break
-        told[i] = "carries weight" if without[i] > mean else "hurts"
-    return told
+        verdicts[i] = "carries weight" if without[i] > mean else "hurts"
+    return verdicts

@@ -1,5 +1,6 @@
 """The researcher over the Anthropic Messages API: replies, cost, outages. Not covered: tools, images, batches."""
 
+import os
 import random
 import re
 import time
@@ -41,8 +42,8 @@ def parse_reply(text: str, source: str) -> tuple[Proposal, str | None]:
     if not blocks:
         raise Rejected(f"the reply has no SEARCH/REPLACE block.\n{REPLY_FORM}")
     head, tail = text[: blocks[0].start()], text[blocks[-1].end() :]
-    said = re.search(r"^DESCRIPTION:[ \t]*(\S.*)$", head, re.MULTILINE)
-    if not said:
+    title = re.search(r"^DESCRIPTION:[ \t]*(\S.*)$", head, re.MULTILINE)
+    if not title:
         raise Rejected(f"the reply has no DESCRIPTION line before its first block.\n{REPLY_FORM}")
     why = re.search(r"^HYPOTHESIS:\s*(.*)", head, re.MULTILINE | re.DOTALL)
     why = clean(why[1].replace("```", "").strip())[:2000] if why else ""
@@ -50,7 +51,7 @@ def parse_reply(text: str, source: str) -> tuple[Proposal, str | None]:
     notes = "".join(re.findall(r"\S+\s*", notes[1])[:400]).strip() if notes else None
     for number, block in enumerate(blocks, 1):
         source = replaced(source, block[1], block[2], number)
-    return Proposal(clean(said[1].strip())[:200], why, source), notes
+    return Proposal(clean(title[1].strip())[:200], why, source), notes
 
 
 def replaced(source: str, search: str, replacement: str, number: int) -> str:
@@ -70,12 +71,20 @@ def replaced(source: str, search: str, replacement: str, number: int) -> str:
 # The API
 
 
+def take_credentials() -> dict:
+    """What the client is made with, taken out of the environment: a key, else a token, else nothing, which other servers may accept."""
+    key, token = (os.environ.pop(name, "") for name in ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"))
+    if key or token:
+        return {"api_key": key} if key else {"auth_token": token}
+    return {"api_key": "none"} if os.environ.get("ANTHROPIC_BASE_URL") else {}
+
+
 class Claude:
     """Asks a model for one proposal at a time. Called from the background thread; `status` is what the live view shows of it."""
 
     name, inline = "claude", False
 
-    def __init__(self, night: Night, here: Path, key: str, model: str, max_usd: float | None):
+    def __init__(self, night: Night, here: Path, credentials: dict, model: str, max_usd: float | None):
         if max_usd is not None and model not in PRICES:
             raise Problem(
                 f"--max-usd needs the price of {model}, which PRICES in lab/claude.py lacks; add it, or leave --max-usd out"
@@ -88,11 +97,11 @@ class Claude:
             ImportError,
             ValueError,
         ) as error:  # a proxy of a kind that it does not know, such as ALL_PROXY=socks5://
-            said, how = str(error).split(". ")[0], "pip install 'httpx2[socks]'"
+            reason, how = str(error).split(". ")[0], "pip install 'httpx2[socks]'"
             raise Problem(
-                f"the proxy that the environment names cannot be used ({said})\nmend ALL_PROXY or HTTPS_PROXY; for SOCKS run: {how}"
+                f"the proxy that the environment names cannot be used ({reason})\nmend ALL_PROXY or HTTPS_PROXY; for SOCKS run: {how}"
             ) from None
-        self.client = Anthropic(api_key=key, max_retries=0, timeout=TIMEOUT_S, http_client=transport)
+        self.client = Anthropic(**credentials, max_retries=0, timeout=TIMEOUT_S, http_client=transport)
         self.night, self.here, self.model, self.max_usd = night, here, model, max_usd
         self.options, self.cached = {"output_config": {"effort": "high"}}, True  # what the server takes
         self.lines = HISTORY_LINES
@@ -122,17 +131,19 @@ class Claude:
         try:
             self.client.models.retrieve(self.model)
         except (AuthenticationError, PermissionDeniedError) as error:
-            raise Problem(f"the API refuses the key ({error_text(error)}); check ANTHROPIC_API_KEY") from None
+            raise Problem(
+                f"the API refuses the key ({error_text(error)}); check ANTHROPIC_API_KEY or ANTHROPIC_AUTH_TOKEN"
+            ) from None
         except NotFoundError as error:
-            said = error_text(error)
-            if "model" in said:  # another server may not know the path at all
+            reason = error_text(error)
+            if "model" in reason:  # another server may not know the path at all
                 raise Problem(
-                    f"the API does not know the model {self.model} ({said}); choose one with --model"
+                    f"the API does not know the model {self.model} ({reason}); choose one with --model"
                 ) from None
         except APIConnectionError as error:
-            said, url = clean(str(error.__cause__ or error))[:200], self.client.base_url
+            reason, url = clean(str(error.__cause__ or error))[:200], self.client.base_url
             raise Problem(
-                f"{url} cannot be reached ({said}); check ANTHROPIC_BASE_URL and the proxy, then run the same command"
+                f"{url} cannot be reached ({reason}); check ANTHROPIC_BASE_URL and the proxy, then run the same command"
             ) from None
         except APIStatusError:
             pass  # an outage is waited out later; other servers may lack this path
@@ -186,10 +197,10 @@ class Claude:
             usage, start, self.status = {}, time.perf_counter(), "thinking"
             try:
                 message = self.stream(system, turns, usage)
-                said = "".join(block.text for block in message.content if block.type == "text")
+                reply = "".join(block.text for block in message.content if block.type == "text")
                 cut = message.stop_reason is None
                 bound = {"bound_usd": worst} if cut else {}
-                self.close_call(call, usage, start, at_least=cut, stop=message.stop_reason, reply=said, **bound)
+                self.close_call(call, usage, start, at_least=cut, stop=message.stop_reason, reply=reply, **bound)
             except (APIError, HTTPError) as error:
                 status = error.status_code if isinstance(error, APIStatusError) else None
                 answered = status is not None and status >= 400  # and so not begun; what broke off may have cost all
@@ -205,7 +216,7 @@ class Claude:
                     self.night.say(f"waiting for the API: {error_text(error)}")
                 time.sleep(delay)
                 continue
-            text, self.status = text + said, ""
+            text, self.status = text + reply, ""
             if message.stop_reason == "pause_turn":
                 turns.append({"role": "assistant", "content": message.content})
                 continue
@@ -213,9 +224,9 @@ class Claude:
                 self.lines //= 2
             return text, message.stop_reason
 
-    def close_call(self, call: dict, usage: dict, start: float, **facts) -> None:
+    def close_call(self, call: dict, usage: dict, start: float, **more) -> None:
         seconds, usd = time.perf_counter() - start, usd_of(self.model, usage)
-        self.night.journal.append("call", **call, tokens=usage, usd=usd, seconds=seconds, **facts)
+        self.night.journal.append("call", **call, tokens=usage, usd=usd, seconds=seconds, **more)
 
     def stream(self, system: list[str], turns: list[dict], usage: dict):
         """One streamed reply. `usage` holds what was reported last, also when the stream breaks."""
@@ -232,17 +243,17 @@ class Claude:
         ) as events:
             for event in events:
                 if event.type in ("message_start", "message_delta"):
-                    told = event.message.usage if event.type == "message_start" else event.usage
+                    counts = event.message.usage if event.type == "message_start" else event.usage
                     for name, attribute in (names | {"output": "output_tokens"}).items():
-                        if getattr(told, attribute, None) is not None:
-                            usage[name] = getattr(told, attribute)
+                        if getattr(counts, attribute, None) is not None:
+                            usage[name] = getattr(counts, attribute)
             return events.get_final_message()
 
-    def adapt(self, said: str) -> bool:
+    def adapt(self, message: str) -> bool:
         """Drops what another server of the same protocol does not know, once each; True if it is worth another try."""
-        if "output_config" in said and self.options:
+        if "output_config" in message and self.options:
             self.options, dropped = {}, "output_config"
-        elif "cache_control" in said and self.cached:
+        elif "cache_control" in message and self.cached:
             self.cached, dropped = False, "cache_control"
         else:
             return False
@@ -251,17 +262,19 @@ class Claude:
 
     def refuse_to_go_on(self, status: int | None, error) -> None:
         """Raises Problem for what no waiting mends: key, credit, model, a request that the server does not take."""
-        said = error_text(error)
+        message = error_text(error)
         if status in (401, 403):
-            raise Problem(f"the API refuses the key ({said}); check ANTHROPIC_API_KEY, {RUN_AGAIN}")
-        if status == 402 or "credit balance" in said:
-            raise Problem(f"the API account has no credit ({said}); add some, {RUN_AGAIN}")
+            raise Problem(
+                f"the API refuses the key ({message}); check ANTHROPIC_API_KEY or ANTHROPIC_AUTH_TOKEN, {RUN_AGAIN}"
+            )
+        if status == 402 or "credit balance" in message:
+            raise Problem(f"the API account has no credit ({message}); add some, {RUN_AGAIN}")
         if status == 404:
             raise Problem(
-                f"the API does not know the model {self.model} or the path ({said}); choose one with --model, {RUN_AGAIN}"
+                f"the API does not know the model {self.model} or the path ({message}); choose one with --model, {RUN_AGAIN}"
             )
         if status in (400, 413, 422):
-            raise Problem(f"the API does not take the request ({said}); {RUN_AGAIN.removeprefix('then ')}")
+            raise Problem(f"the API does not take the request ({message}); {RUN_AGAIN.removeprefix('then ')}")
 
 
 def error_text(error) -> str:

@@ -35,12 +35,12 @@ def copy_regular_files(source: Path, target: Path, most_bytes: int, most_files: 
                 opened = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=descriptor)
             except OSError:
                 continue  # a link, or gone
-            facts = os.fstat(opened)
-            if not stat.S_ISREG(facts.st_mode):
+            info = os.fstat(opened)
+            if not stat.S_ISREG(info.st_mode):
                 os.close(opened)
                 continue
             with open(opened, "rb") as file, contextlib.ExitStack() as stack:
-                left, most_bytes, most_files = facts.st_size, most_bytes - facts.st_size, most_files - 1
+                left, most_bytes, most_files = info.st_size, most_bytes - info.st_size, most_files - 1
                 if most_bytes < 0 or most_files < 0:
                     return
                 try:
@@ -80,10 +80,10 @@ def folder_bytes(folder: Path) -> int:
 def file_stamp(path: Path) -> tuple | None:
     """Size, inode and times: what changes if a file does; None if it is gone."""
     try:
-        facts = path.stat()
+        info = path.stat()
     except OSError:
         return None
-    return facts.st_size, facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns
+    return info.st_size, info.st_ino, info.st_mtime_ns, info.st_ctime_ns
 
 
 def remove(path: Path) -> None:

@@ -47,11 +47,11 @@ class Repository:
             )  # fmt: skip
             running.add(process.pid)
         try:
-            output, said = process.communicate(data or b"")
+            output, errors = process.communicate(data or b"")
         finally:
             running.discard(process.pid)
         if process.returncode:
-            raise subprocess.CalledProcessError(process.returncode, command, output, said)
+            raise subprocess.CalledProcessError(process.returncode, command, output, errors)
         return output.decode() if whole else output.decode().removesuffix("\n")
 
     def resolve(self, name: str) -> str | None:
@@ -83,8 +83,8 @@ class Repository:
         try:
             self.git("update-ref", ref, new, old or "0" * len(new))
         except subprocess.CalledProcessError as error:
-            said = error.stderr.decode(errors="replace").strip()
-            raise Problem(f"{ref} is not where this night left it ({said}); move it back, or use --tag NEW") from None
+            reason = error.stderr.decode(errors="replace").strip()
+            raise Problem(f"{ref} is not where this night left it ({reason}); move it back, or use --tag NEW") from None
 
     def refs(self, tag: str) -> dict[str, str]:
         """The commits of a night's branch and experiments, by the refs' full names."""
@@ -99,14 +99,14 @@ class Repository:
         try:
             self.git("update-ref", "--stdin", data="\n".join(lines).encode())
         except subprocess.CalledProcessError as error:
-            said = error.stderr.decode(errors="replace").strip().removeprefix("fatal: prepare: ")
-            blocked = re.search("Read-only|Permission denied|No space", said)
+            reason = error.stderr.decode(errors="replace").strip().removeprefix("fatal: prepare: ")
+            blocked = re.search("Read-only|Permission denied|No space", reason)
             how = (
                 f"see that you may write to {self.common_dir}"
                 if blocked
                 else "rename what is in the way: git branch -m OLD NEW"
             )
-            raise Problem(f"git cannot make this night's refs ({said}); {how}") from None
+            raise Problem(f"git cannot make this night's refs ({reason}); {how}") from None
 
     def refuse_checked_out(self, branch: str) -> None:
         """Raises Problem if a checkout is on the night's branch: moving it would dirty that checkout."""

@@ -82,11 +82,11 @@ class Journal:
             print(f"dropped a torn last line of {path}: {path.stat().st_size - length} bytes")
             os.truncate(path, length)
 
-    def append(self, event: str, **facts) -> dict:
+    def append(self, event: str, **fields) -> dict:
         """Writes one row, or nothing: a disk that is full leaves no part of it behind."""
         at = datetime.now().astimezone().isoformat(timespec="milliseconds")
         with interrupts.held(), self.lock, open(self.path, "ab") as file:
-            row = {"event": event, "at": at, "uptime": round(time.perf_counter() - self.began, 3), **facts}
+            row = {"event": event, "at": at, "uptime": round(time.perf_counter() - self.began, 3), **fields}
             length = file.seek(0, os.SEEK_END)
             try:
                 file.write(json.dumps(row, allow_nan=False).encode() + b"\n")

@@ -56,21 +56,21 @@ def card_trouble(torch) -> str:
                 torch.ones(8, device="cuda").sum().item()
                 return ""
             except RuntimeError as error:
-                said, card = first_line(error), torch.cuda.get_device_properties(0)
-            if "no kernel image" not in said:
-                return f"{card.name} does not work: {said}; see what nvidia-smi says of it"
+                reason, card = first_line(error), torch.cuda.get_device_properties(0)
+            if "no kernel image" not in reason:
+                return f"{card.name} does not work: {reason}; see what nvidia-smi says of it"
             name = f"{card.name} (compute capability {card.major}.{card.minor})"
             wheel = "cu126" if card.major < 8 else "cu130"  # older cards are in the one, newer ones in the other
             return f"this torch has no kernels for {name}; run: {TORCH_OF} --index-url {TORCH_WHEELS}/{wheel}"
         try:
             torch.cuda.init()
-            said = "no card is visible"
+            reason = "no card is visible"
         except Exception as error:
-            said = first_line(error)
-    if "too old" in said:
+            reason = first_line(error)
+    if "too old" in reason:
         needs = f"the NVIDIA driver is too old for CUDA {torch.version.cuda}, which this torch brings"
         return f"{needs}; update it (580 and newer), or from 525 on run: {TORCH_OF} --index-url {TORCH_WHEELS}/cu126"
-    return f"torch sees no GPU ({said}); check with nvidia-smi (a container needs --gpus all)"
+    return f"torch sees no GPU ({reason}); check with nvidia-smi (a container needs --gpus all)"
 
 
 def first_line(error: BaseException) -> str:
@@ -80,9 +80,9 @@ def first_line(error: BaseException) -> str:
 def compiler_and_header(device: str) -> tuple[list[str], str]:
     """(the compiler that torch.compile takes, empty if there is none, the path of Python.h, there or not)"""
     variable, names = ("CC", ("gcc", "clang")) if device == "cuda" else ("CXX", ("g++", "clang++"))
-    found = filter(None, map(shutil.which, os.environ.get(variable, "").split()[:1] or names))
+    compilers = filter(None, map(shutil.which, os.environ.get(variable, "").split()[:1] or names))
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # where Debian keeps its headers
-    return [*found][:1], str(Path(sysconfig.get_path("include", scheme)) / "Python.h")
+    return [*compilers][:1], str(Path(sysconfig.get_path("include", scheme)) / "Python.h")
 
 
 def compiler_trouble(device: str) -> str:
@@ -209,26 +209,26 @@ def machine(profile: str) -> dict:
 
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     flash = ("flash-attn-3", "flash-attn-4")
-    facts = {"torch": torch.__version__, "threads": threads, "peak_tflops": None, "memory_gb": None, "capability": None}
-    facts |= {"sizes": constants.PROFILES[profile].sizes, "sizes_reason": "", "compiler": False, "compiler_trouble": ""}
-    facts["flash_attention"] = {name: version(name) for name in flash if version(name)}
+    host = {"torch": torch.__version__, "threads": threads, "peak_tflops": None, "memory_gb": None, "capability": None}
+    host |= {"sizes": constants.PROFILES[profile].sizes, "sizes_reason": "", "compiler": False, "compiler_trouble": ""}
+    host["flash_attention"] = {name: version(name) for name in flash if version(name)}
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi numbers them
     trouble = card_trouble(torch) if profile == "gpu" else ""
     if profile == "gpu" and not trouble:
-        return facts | card_facts(torch)
+        return host | card_facts(torch)
     if profile == "gpu" and not torch.backends.mps.is_available():
         raise Problem(f"profile gpu: {trouble}; to train on the CPU, {ON_CPU}")
     if profile == "gpu":
         device = {"device": "mps", "device_name": "mps", "dtype": "float32"}
-        return facts | device | {"sizes": "small", "sizes_reason": "of Apple's GPUs"}
-    facts |= {"device": "cpu", "device_name": "cpu", "compiler_trouble": compiler_trouble("cpu")}
+        return host | device | {"sizes": "small", "sizes_reason": "of Apple's GPUs"}
+    host |= {"device": "cpu", "device_name": "cpu", "compiler_trouble": compiler_trouble("cpu")}
     torch.set_num_threads(threads)
     bf16, fp32 = torch.bfloat16, torch.float32
     rates = {bf16: 0.0, fp32: 0.0}
     for dtype in (bf16, fp32) * 5:  # in turn: whatever else runs slows both
         rates[dtype] = max(rates[dtype], tflops(torch, "cpu", dtype, 1024, 0.05, at_once=1))
     dtype = "bfloat16" if rates[bf16] > 1.3 * rates[fp32] else "float32"
-    return facts | {"dtype": dtype, "compiler": not facts["compiler_trouble"]}
+    return host | {"dtype": dtype, "compiler": not host["compiler_trouble"]}
 
 
 def card_facts(torch) -> dict:

@@ -131,10 +131,10 @@ class Night:
     def counts(self, run: Run) -> bool:
         return not self.trouble(run)
 
-    def add_proposal(self, proposal: Proposal, number: int, **facts) -> Proposal:
+    def add_proposal(self, proposal: Proposal, number: int, **more) -> Proposal:
         """Journals a proposal for experiment `number`, with its id. Any thread may."""
         proposal = replace(proposal, id=len({row["id"] for row in self.journal.of("proposal")}))
-        self.journal.append("proposal", number=number, **asdict(proposal), **facts)
+        self.journal.append("proposal", number=number, **asdict(proposal), **more)
         return proposal
 
     def unused_proposal(self, proposer: str, besides: Proposal | None = None) -> Proposal | None:
@@ -215,8 +215,8 @@ class Night:
         last, best = self.results[-1], self.incumbent
         remove(self.run_folder(last.number) / "cache")
         for path in (self.run_folder(last.number) / "out").glob("*"):
-            facts = path.lstat()
-            small = stat.S_ISREG(facts.st_mode) and facts.st_size <= RESULT_BYTES
+            info = path.lstat()
+            small = stat.S_ISREG(info.st_mode) and info.st_size <= RESULT_BYTES
             if not (path.name == "result.json" and small) and not (last is best and path.name == "model.pt"):
                 remove(path)
         for earlier in self.keeps[:-1]:

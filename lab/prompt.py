@@ -56,8 +56,8 @@ def diff(old: str, new: str) -> str:
 
 def history_text(history: History, lines: int = HISTORY_LINES) -> str:
     """One line for each of the last experiments, the older ones in groups of fifty with their keeps and near-misses."""
-    told = [(result, history_line(history, result)) for result in history.results]
-    older, recent = told[:-lines], told[-lines:]
+    written = [(result, history_line(history, result)) for result in history.results]
+    older, recent = written[:-lines], written[-lines:]
     groups = []
     for begin in range(0, len(older), 50):
         group = older[begin : begin + 50]
@@ -132,9 +132,9 @@ def experiment_text(history: History, result: Result) -> str:
 
 def metrics_text(metrics: dict) -> str:
     """How far a run came, as one line: steps, tokens, epochs, parameters, memory, FLOPs and a few losses."""
-    told = [f"{name} {value:.4g}" for name, value in metrics.items() if type(value) in (int, float) and name != "seed"]
+    parts = [f"{name} {value:.4g}" for name, value in metrics.items() if type(value) in (int, float) and name != "seed"]
     losses = ", ".join(f"{loss:.3f} at {seconds:.0f} s" for seconds, _, loss in metrics.get("losses", [])[::4])
-    return ", ".join(told) + (f"; training loss, mean of a window: {losses}" if losses else "")
+    return ", ".join(parts) + (f"; training loss, mean of a window: {losses}" if losses else "")
 
 
 def verdict_counts(results: list[Result]) -> dict[str, int]:

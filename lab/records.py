@@ -77,10 +77,8 @@ class Result:
 
     def row(self) -> dict:
         """One flat dict, as the journal has it: `verdict` is the word, `reason` its reason; the run's fields stand beside them."""
-        facts = {
-            field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("verdict", "run")
-        }
-        return {**facts, "verdict": self.verdict.word, "reason": self.verdict.reason, **asdict(self.run)}
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("verdict", "run")}
+        return {**own, "verdict": self.verdict.word, "reason": self.verdict.reason, **asdict(self.run)}
 
     @staticmethod
     def of(row: dict) -> "Result":

@@ -204,15 +204,15 @@ def score(night: Night, run: Run, folder: Path, limit_s: float, below: float, te
     if crash:
         return replace(run, crash=f"scoring: {crash}")
     try:
-        facts = json.loads(log.read_bytes().splitlines()[-1])
+        scores = json.loads(log.read_bytes().splitlines()[-1])
         for name in ("val_bpb", "test_bpb"):
-            none = facts[name] is None and name == "test_bpb"
-            if not none and not (isinstance(facts[name], float) and 0 < facts[name] < 64):
-                raise ValueError(f"{name} is {facts[name]!r}")
+            none = scores[name] is None and name == "test_bpb"
+            if not none and not (isinstance(scores[name], float) and 0 < scores[name] < 64):
+                raise ValueError(f"{name} is {scores[name]!r}")
     except (IndexError, KeyError, TypeError, ValueError) as error:
         return replace(run, crash=f"scoring gave no number: {error}")
-    write_atomically(folder / "score.json", json.dumps(facts))
+    write_atomically(folder / "score.json", json.dumps(scores))
     return replace(
-        run, val_bpb=facts["val_bpb"], test_bpb=facts["test_bpb"], distrust=clean(str(facts["invalid"]))[:500],
+        run, val_bpb=scores["val_bpb"], test_bpb=scores["test_bpb"], distrust=clean(str(scores["invalid"]))[:500],
         scoring_seconds=ended.seconds,
     )  # fmt: skip

@@ -173,11 +173,11 @@ def trial(night: Night, sandbox: Sandbox, forbidden: list[Path]) -> str:
         check_disk(night.folder)
     remove(folder)
     if status != 0:
-        said = lines[-1] if lines else f"exit status {status}"
-        if "bwrap" not in said:
-            return f"a child does not work inside it: {said}\nif it lacks a folder, show it: AUTORESEARCH_SHOW=FOLDER[:FOLDER]"
-        refused = re.search(r"uid map|namespace|not permitted|Permission denied", said)
-        return f"{said}\n{NO_NAMESPACES}" if refused else said
+        message = lines[-1] if lines else f"exit status {status}"
+        if "bwrap" not in message:
+            return f"a child does not work inside it: {message}\nif it lacks a folder, show it: AUTORESEARCH_SHOW=FOLDER[:FOLDER]"
+        refused = re.search(r"uid map|namespace|not permitted|Permission denied", message)
+        return f"{message}\n{NO_NAMESPACES}" if refused else message
     leaks = json.loads(lines[-1])
     return f"it does not hide {', '.join(leaks)}" if leaks else ""
 

@@ -55,7 +55,7 @@ def score(settings: Settings, below: float, test: bool, launch) -> dict:
     """
     profile, began, seconds = settings.profile, perf_counter(), {}
     token_bytes = token_byte_lengths(load_tokenizer(Path(settings.data, "tokenizer.txt")))
-    facts = {"val_bpb": None, "test_bpb": None, "val_tokens": None, "invalid": "", "seconds": seconds}
+    scores = {"val_bpb": None, "test_bpb": None, "val_tokens": None, "invalid": "", "seconds": seconds}
     scored, stated = [], []  # rows of val and test, and the nats that the first process states for them
     with launch("evaluate") as connection:
         for split in ("val", "test") if test else ("val",):
@@ -64,20 +64,20 @@ def score(settings: Settings, below: float, test: bool, launch) -> dict:
             if not (np.isfinite(nats).all() and nats.min() > -1e-6):
                 raise ValueError("the process that evaluates states losses that no model has")
             nats = np.where(token_bytes[rows[:, 1:]] > 0, nats, 0)
-            facts[f"{split}_bpb"] = bits_per_byte(nats, rows, token_bytes)
+            scores[f"{split}_bpb"] = bits_per_byte(nats, rows, token_bytes)
             scored, stated = [*scored, rows], [*stated, nats]
             seconds[split] = perf_counter() - began - sum(seconds.values())
-            if not facts["val_bpb"] < below:
+            if not scores["val_bpb"] < below:
                 break
-    facts["val_tokens"] = stated[0].size
-    if facts["val_bpb"] < below:
+    scores["val_tokens"] = stated[0].size
+    if scores["val_bpb"] < below:
         rows, nats, random = np.concatenate(scored), np.concatenate(stated), np.random.default_rng()
         with launch("answer") as connection:
-            drawn, asks = draw_probe(nats, random), partial(ask, connection)
-            facts["probe"] = compare(asks, rows, nats, token_bytes, profile.eval_batch_rows, *drawn, random)
+            drawn, asking = draw_probe(nats, random), partial(ask, connection)
+            scores["probe"] = compare(asking, rows, nats, token_bytes, profile.eval_batch_rows, *drawn, random)
         seconds["probe"] = perf_counter() - began - sum(seconds.values())
-        facts["invalid"] = found_out(facts["probe"], profile.dtype)
-    return facts
+        scores["invalid"] = found_out(scores["probe"], profile.dtype)
+    return scores
 
 
 def found_out(probe: dict, dtype: str) -> str:
@@ -119,9 +119,9 @@ def compare(ask, rows, nats, token_bytes, batch_rows: int, chosen, cuts, random)
             raise ValueError("forward returned logits that are not finite")
         targets = np.take_along_axis(rows[batch], at + 1, 1).astype(np.int64)
         logits -= logits.max(-1, keepdims=True)
-        found = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], 2)[..., 0]
-        found[token_bytes[targets] == 0] = 0
-        change = found - np.take_along_axis(nats[batch], at, 1)
+        again = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], 2)[..., 0]
+        again[token_bytes[targets] == 0] = 0
+        change = again - np.take_along_axis(nats[batch], at, 1)
         moved.append(change[at < cut])
         last.append(change[at == cut - 1])  # its target is the first token out of sight
     moved, last = np.concatenate(moved), np.concatenate(last)
@@ -182,8 +182,8 @@ def serve(connection) -> None:
         pass  # no more questions
     except Exception as error:
         traceback.print_exc()
-        said = str(error) if isinstance(error, (Problem, ValueError)) else f"{type(error).__name__}: {error}"
-        connection.send_bytes(said[:ERROR_CHARS].encode())
+        message = str(error) if isinstance(error, (Problem, ValueError)) else f"{type(error).__name__}: {error}"
+        connection.send_bytes(message[:ERROR_CHARS].encode())
 
 
 def load_model(settings: Settings, folder: Path):
@@ -207,8 +207,8 @@ def load_model(settings: Settings, folder: Path):
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        said = str(error).split("\n", 2)[1].strip() if "\n" in str(error) else str(error)
-        raise Problem(f"{saved} does not hold the weights of {source}: {said}") from None
+        reason = str(error).split("\n", 2)[1].strip() if "\n" in str(error) else str(error)
+        raise Problem(f"{saved} does not hold the weights of {source}: {reason}") from None
     return model
 
 
@@ -289,17 +289,17 @@ def score_by_hand(settings: Settings, folder: Path, below: float, test: bool) ->
     def launch(kind: str):
         return serving([sys.executable, __file__, "--serve"], settings, folder)
 
-    facts = score(settings, below, test, launch)
+    scores = score(settings, below, test, launch)
     for name in ("val_bpb", "test_bpb"):
-        print(f"{name + ':':18}{'not measured' if facts[name] is None else f'{facts[name]:.6f}'}")
-    if probe := facts.get("probe"):
+        print(f"{name + ':':18}{'not measured' if scores[name] is None else f'{scores[name]:.6f}'}")
+    if probe := scores.get("probe"):
         print(
             f"probe:            {probe['tokens']:,} tokens of {probe['rows']:,} rows, {probe['mean_nats']:+.1e} nats on average, "
             f"{probe['last_mean_nats']:+.1e} at the edge, {probe['largest_nats']:.1e} at most"
         )
-    print("seconds:          " + ", ".join(f"{name} {value:.1f}" for name, value in facts["seconds"].items()))
-    if facts["invalid"]:
-        raise Problem(f"this number cannot be trusted: {facts['invalid']}")
+    print("seconds:          " + ", ".join(f"{name} {value:.1f}" for name, value in scores["seconds"].items()))
+    if scores["invalid"]:
+        raise Problem(f"this number cannot be trusted: {scores['invalid']}")
     with launch("evaluate") as connection:
         connection.send(("text",))
         print("\n" + connection.recv_bytes().decode(errors="replace"))
@@ -336,10 +336,10 @@ def main() -> None:
             ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: what a child leaves becomes ours
         if args.children:
             commands = json.loads(args.children)
-            facts = score(
+            scores = score(
                 settings, args.below, not args.no_test, lambda kind: serving(commands[kind], settings, folder)
             )
-            print("\n" + json.dumps(facts))  # the last line: both children have ended
+            print("\n" + json.dumps(scores))  # the last line: both children have ended
         else:
             with hold_device(settings.device, "python -m lab.score"):  # beside a night it would slow its runs
                 score_by_hand(settings, folder, args.below, not args.no_test)

@@ -45,24 +45,24 @@ def create_night(here: Path, folder: Path, args, repository: Repository) -> tupl
         )
     repository.refuse_blocked(f"refs/heads/autoresearch/{tag}", f"refs/autoresearch/{tag}/0000")
     flags = [word for name in ("profile", "dataset") if (value := getattr(args, name)) for word in (f"--{name}", value)]
-    facts = ask_prepare(here, *flags)  # first: it says if there is no GPU
-    if facts["train_file"] is None:
-        command = ["prepare.py", "--profile", facts["profile"], "--dataset", facts["dataset"]]
-        if facts["dataset"] == "climbmix" and facts["profile"] == "gpu":
+    host = ask_prepare(here, *flags)  # first: it says if there is no GPU
+    if host["train_file"] is None:
+        command = ["prepare.py", "--profile", host["profile"], "--dataset", host["dataset"]]
+        if host["dataset"] == "climbmix" and host["profile"] == "gpu":
             command += ["--num-shards", str(START_SHARDS)]
         if subprocess.run([sys.executable, *command], cwd=here).returncode:
             raise Problem(f"the data could not be prepared; run: python {' '.join(command)}")
-        facts = ask_prepare(here, *flags)
+        host = ask_prepare(here, *flags)
     budget_s, harness = args.budget or constants.TIME_BUDGET_S, folder / "harness"
     remove(harness)  # of a start that ended before its baseline
     harness.mkdir(parents=True)
     for name, place in HARNESS.items():
         shutil.copyfile(here / place, harness / name)
         (harness / name).chmod(0o444)
-    device_id, profile, place, train_file = (facts.pop(name) for name in ("device_id", "profile", "data", "train_file"))
+    device_id, profile, place, train_file = (host.pop(key) for key in ("device_id", "profile", "data", "train_file"))
     names = (train_file, *DATA_FILES)
     settings = Settings.made(
-        facts, profile, budget_s, data=place, train_file=train_file, tag=tag, head=repository.resolve("HEAD"),
+        host, profile, budget_s, data=place, train_file=train_file, tag=tag, head=repository.resolve("HEAD"),
         harness_sha256={name: sha256_of(harness / name) for name in HARNESS},
         data_sha256={name: sha256_of(Path(place) / name) for name in names},
     )  # fmt: skip
@@ -89,13 +89,13 @@ def resume_night(here: Path, folder: Path, args, journal: Journal) -> tuple[Sett
         if sha256_of(here / place) != settings.harness_sha256[name]:
             how = f"git checkout autoresearch/{settings.tag} -- {place}"
             raise Problem(f"{place} differs from the one night {settings.tag} began with; run: {how}, or {another}")
-    facts = ask_prepare(here, "--profile", settings.profile.name, "--dataset", settings.dataset)
+    host = ask_prepare(here, "--profile", settings.profile.name, "--dataset", settings.dataset)
     for name in ("device_name", "torch", "flash_attention", "capability"):
-        if facts[name] != getattr(settings, name):
+        if host[name] != getattr(settings, name):
             raise Problem(
-                f"night {settings.tag} ran with {name} {getattr(settings, name)}, here it is {facts[name]}; {another}"
+                f"night {settings.tag} ran with {name} {getattr(settings, name)}, here it is {host[name]}; {another}"
             )
-    return settings, facts["device_id"]
+    return settings, host["device_id"]
 
 
 def open_night(here: Path, folder: Path, args, repository: Repository) -> Night:

@@ -15,18 +15,18 @@ from pathlib import Path
 
 def reached(own: dict) -> list[str]:
     """The forbidden things that this process can read, and the networks that it has."""
-    found = [name for _, name in socket.if_nameindex() if name != "lo"]
+    seen = [name for _, name in socket.if_nameindex() if name != "lo"]
     for name in own["forbidden"]:
         with suppress(OSError):
             if os.path.isdir(name):
-                found += [name] if os.listdir(name) else []
+                seen += [name] if os.listdir(name) else []
             else:
                 with open(name, "rb") as file:
-                    found += [name] if file.read(1) else []
+                    seen += [name] if file.read(1) else []
     with suppress(OSError):
         if own["canary"].encode() in Path(f"/proc/{own['stranger']}/environ").read_bytes():
-            found.append("the environment of other processes")
-    return found
+            seen.append("the environment of other processes")
+    return seen
 
 
 def name_a_thread() -> None:

@@ -91,11 +91,11 @@ class View:
         if self.folder is None:
             return Text("")
         line = next((line for line in reversed(log_tail(self.folder / "run.log")) if "tok/s" in line), "")
-        facts = re.search(r"step +(\d+) +([\d.]+)% +loss ([\d.naif]+) +([\d,]+) tok/s", line)
+        match = re.search(r"step +(\d+) +([\d.]+)% +loss ([\d.naif]+) +([\d,]+) tok/s", line)
         phase = self.phase
-        if facts and self.phase == "training":
-            done = float(facts[2]) / 100
-            phase = f"{'━' * round(20 * done):─<20} {done:4.0%}  loss {facts[3]}  {facts[4]} tok/s"
+        if match and self.phase == "training":
+            done = float(match[2]) / 100
+            phase = f"{'━' * round(20 * done):─<20} {done:4.0%}  loss {match[3]}  {match[4]} tok/s"
         if self.proposer and not self.proposer.inline:
             phase += f"  {self.proposer.status or 'next proposal ready'}, ${self.proposer.spent_usd:.2f}"
         text = f"{len(self.night.results):4d}  {phase}  {time.perf_counter() - self.since:.0f} s  {self.title}"

@@ -31,10 +31,14 @@ def main() -> None:
     settings = replace(prepare.settings_by_hand("cpu"), compile=True)
     torch.set_num_threads(settings.threads)
     prepare.keep_freed_memory()
-    run, config = prepare.Run(settings, 1, Path(tempfile.mkdtemp()), by_hand=True), train.config_of(settings.profile)
+    text, config = Path(settings.data, settings.train_file), train.config_of(settings.profile)
+    run, text_rows = (
+        prepare.Run(settings, 1, Path(tempfile.mkdtemp()), True, text),
+        prepare.open_rows(text, settings.profile),
+    )
     T = settings.profile.max_seq_len
 
-    batches = run.batches(run._rows, config.micro_rows)
+    batches = run.batches(text_rows, config.micro_rows)
     next(batches)
     loader = seconds_of(lambda: [next(batches) for _ in range(50)], 20)
     rate = 50 * config.micro_rows * T / min(loader)
@@ -52,7 +56,7 @@ def main() -> None:
         start = time.perf_counter()
         rows = train.warm_up(run, model, optimizers, loss_fn, config)
         print(f"{name}: warm-up {time.perf_counter() - start:.1f} s")
-        made[name] = (loss_fn, optimizers, run.batches(run._rows, rows), config.step_tokens // T // rows)
+        made[name] = (loss_fn, optimizers, run.batches(text_rows, rows), config.step_tokens // T // rows)
     taken = {"eager": [], "compiled": [], "optimizers": []}
     for _ in range(steps):
         for name, (loss_fn, optimizers, batches, accumulate) in made.items():

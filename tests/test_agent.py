@@ -345,14 +345,14 @@ def test_a_night_changes_its_proposer(monkeypatch):
     """What only goes with Claude is forgotten, unless it is given."""
     rows = [{"event": "night", "arguments": {"proposer": "claude", "max_usd": 9.0, "model": "m", "hours": 3.0}}]
     args = arguments(monkeypatch, "--tag", "t", "--proposer", "random")
-    agent.restore_arguments(args, rows, "")
+    agent.restore_arguments(args, rows, False)
     assert (args.proposer, args.max_usd, args.model, args.hours) == ("random", None, None, 3.0)
     args = arguments(monkeypatch, "--tag", "t")
-    agent.restore_arguments(args, rows, "key")
+    agent.restore_arguments(args, rows, True)
     assert (args.proposer, args.max_usd, args.hours) == ("claude", 9.0, 3.0)
     tried = [*rows, {"event": "night", "arguments": {"describe": "x"}}, {"event": "night", "arguments": {"check": "t"}}]
     args = arguments(monkeypatch, "--tag", "t")
-    agent.restore_arguments(args, tried, "key")
+    agent.restore_arguments(args, tried, True)
     assert args.proposer == "claude" and args.describe is None
 
 

@@ -1,5 +1,6 @@
 """Claude as the researcher, against a real local server that speaks the streaming Messages API; and the prompt that it gets."""
 
+import os
 import re
 import signal
 import time
@@ -11,7 +12,7 @@ from messages_server import MessagesServer
 from test_records import METRICS, RUN
 
 from constants import Problem
-from lab.claude import Claude, parse_reply, usd_of
+from lab.claude import Claude, parse_reply, take_credentials, usd_of
 from lab.journal import spent_usd
 from lab.night import History
 from lab.prompt import DIVIDER, REPLACE, SEARCH, diff, fenced, history_text, request_text, schedule_of
@@ -58,7 +59,7 @@ def night(checkout):
             patch.setenv("ANTHROPIC_BASE_URL", server.url)
             here = open_here(checkout, tag)
             try:
-                claude = Claude(here, ROOT, key, model, max_usd)
+                claude = Claude(here, ROOT, {"api_key": key}, model, max_usd)
                 measure = fake_measure(here, lambda source, seed: time.sleep(train_s))
                 outcome = run_here(here, experiments, claude, hours, measure=measure)
             except Problem as problem:
@@ -294,6 +295,17 @@ def test_after_fifteen_discards_a_new_direction_is_asked_for(night):
 )
 def test_a_call_costs_what_the_table_says(model, tokens, usd):
     assert usd_of(model, tokens) == (usd if usd is None else pytest.approx(usd))
+
+
+def test_a_token_is_taken_like_a_key_and_neither_stays_in_the_environment(monkeypatch):
+    names = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_BASE_URL")
+    for given, wanted in (
+        (("key", "token", ""), {"api_key": "key"}), (("", "token", "http://here"), {"auth_token": "token"}),
+        (("", "", "http://here"), {"api_key": "none"}), (("", "", ""), {}),
+    ):  # fmt: skip
+        for name, value in zip(names, given, strict=True):
+            monkeypatch.setenv(name, value)
+        assert take_credentials() == wanted and not {"key", "token"} & set(os.environ.values())
 
 
 def test_another_server_that_lacks_options_is_taken_as_it_is(night):
