@@ -162,7 +162,8 @@ class Claude:
         else:
             missed = f"Your last proposal was not run: {feedback[-1]}" if feedback else ""
             self.turns = [{"role": "user", "content": request_text(source, history, operator, missed, self.lines)}]
-        reply = self.ask(system_text(self.here, self.night.folder / "harness"), history.number)
+        profile = self.night.settings.profile.name
+        reply = self.ask(system_text(self.here, self.night.folder / "harness", profile, source), history.number)
         if reply is None:
             return None
         text, stop = reply
@@ -231,8 +232,8 @@ class Claude:
     def stream(self, system: list[str], turns: list[dict], usage: dict):
         """One streamed reply. `usage` holds what was reported last, also when the stream breaks."""
         blocks = [{"type": "text", "text": text} for text in system]
-        if self.cached:
-            blocks[-1]["cache_control"] = {"type": "ephemeral", "ttl": "1h"}
+        for block in blocks if self.cached else ():
+            block["cache_control"] = {"type": "ephemeral", "ttl": "1h"}
         names = {
             "input": "input_tokens",
             "cache_write": "cache_creation_input_tokens",

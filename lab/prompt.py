@@ -6,8 +6,12 @@ from pathlib import Path
 
 from constants import Problem
 from lab.night import History, read_checkout
-from lab.records import Result, clean, one_line
+from lab.records import Result, clean, one_line, pace_text
 
+RUN_TIME, COMMAND = (
+    "# A run: what train.py gets\n",
+    "# ---------------------------------------------------------------------------\n# The command\n",
+)  # in prepare.py
 OPERATORS = ("improve", "simplify", "explore")
 HISTORY_LINES = 200  # experiments that the model sees one by one; older ones come in groups
 NEAR_MISS = 0.001  # x incumbent: a discard this close is worth combining
@@ -37,10 +41,23 @@ def schedule_of(program: str) -> list[str]:
     return words
 
 
-def system_text(here: Path, harness: Path) -> list[str]:
-    """What does not change from one request to the next: the programme, the form of a reply, the fixed rules."""
-    rules = [f"# {name} (fixed)\n\n{(harness / name).read_text()}" for name in ("constants.py", "prepare.py")]
-    return [f"{read_checkout(here, 'program.md')}\n\n# The form of a reply\n\n{REPLY_FORM}", "\n\n".join(rules)]
+def system_text(here: Path, harness: Path, profile: str, source: str) -> list[str]:
+    """What is cached: the programme, the form of a reply and what a run gets from prepare.py; and train.py of the incumbent."""
+    fixed = (harness / "prepare.py").read_text()
+    begin, end = fixed.find(RUN_TIME), fixed.find(COMMAND)
+    run_time = f"# prepare.py (fixed; what a run gets)\n\n{fixed[max(0, begin) : end if end > 0 else None].strip()}"
+    programme = programme_for(read_checkout(here, "program.md"), profile)
+    return [
+        f"{programme}\n\n# The form of a reply\n\n{REPLY_FORM}\n\n{run_time}",
+        f"# train.py of the incumbent\n\n{source}",
+    ]
+
+
+def programme_for(program: str, profile: str) -> str:
+    """program.md without what is for interactive coding agents, and without the directions of other profiles."""
+    sections = re.split(r"(?m)^(?=## )", program)
+    other = re.compile(rf"## (If you are an interactive|Directions with evidence, profile (?!{profile}\b))")
+    return "".join(section for section in sections if not other.match(section)).strip()
 
 
 def fenced(text: str) -> str:
@@ -68,24 +85,25 @@ def history_text(history: History, lines: int = HISTORY_LINES) -> str:
 
 
 def history_line(history: History, result: Result) -> str:
-    """`41 discard +0.00031 near-miss: 10 layers instead of 9`; the difference is to the incumbent of its time."""
+    """`41 discard +0.00031, tokens -6 % near-miss: 10 layers instead of 9`; both against the incumbent of its time."""
     number, word, bpb = result.number, result.verdict.word, result.run.val_bpb
     text = one_line(result.description)[:160]
     if bpb is None:
         return f"{number} {word} ({result.verdict.reason[:120]}): {text}"
     if result.parent is None:
         return f"{number} {word} {bpb:.5f}: {text}"
-    rival = history.results[result.parent].run.val_bpb
-    near = " near-miss" if word == "discard" and bpb - rival < NEAR_MISS * rival else ""
+    rival = history.results[result.parent].run
+    near = " near-miss" if word == "discard" and bpb - rival.val_bpb < NEAR_MISS * rival.val_bpb else ""
     reason = f" ({result.verdict.reason[:120]})" if word == "invalid" else ""
-    return f"{number} {word} {bpb - rival:+.5f}{near}{reason}: {text}"
+    pace = pace_text(result.run, rival)
+    return f"{number} {word} {bpb - rival.val_bpb:+.5f}{f', tokens {pace}' if pace else ''}{near}{reason}: {text}"
 
 
 def request_text(source: str, history: History, operator: str, missed: str = "", lines: int = HISTORY_LINES) -> str:
-    """What is asked for now: history, notes, the last experiments with their changes, the incumbent's train.py, the operator."""
+    """What is asked for now: history, notes, the last experiments with their changes, the incumbent's run, the operator."""
     parts = [f"# The setting\n\n{history.settings.text}\n{history.noise}".strip()]
     if history.results:
-        how = "Number, verdict, difference in val_bpb to the incumbent of its time (negative is better), description."
+        how = "Number, verdict, difference in val_bpb to the incumbent of its time (negative is better), tokens read against it, description."
         parts.append(f"# The night so far\n\n{how}\n\n{history_text(history, lines)}")
     if history.running:
         how = "Most experiments are discarded, so propose against the incumbent below; if this one is kept, your change is merged into it."
@@ -101,8 +119,8 @@ def request_text(source: str, history: History, operator: str, missed: str = "",
         )
     best = next((result for result in reversed(history.results) if result.verdict.word == "keep"), None)
     name = f"experiment {best.number}, val_bpb {best.run.val_bpb:.6f}" if best else "the baseline, now running"
-    reached = f"Its run: {metrics_text(best.run.metrics)}\n\n" if best else ""
-    parts.append(f"# train.py of the incumbent ({name})\n\n{reached}{source}")
+    reached = f" Its run: {metrics_text(best.run.metrics)}." if best else ""
+    parts.append(f"# The incumbent\n\n{name[:1].upper()}{name[1:]}; its train.py stands in the system prompt.{reached}")
     if history.repair:
         crash = history.repair
         ask = (

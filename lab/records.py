@@ -92,6 +92,12 @@ def run_of(row: dict) -> Run:
     return Run(**{field.name: row[field.name] for field in fields(Run)})
 
 
+def pace_text(run: Run, other: Run) -> str:
+    """How many more tokens a run read than another, as a share: `-6 %`; empty if one of them does not say."""
+    own, theirs = run.metrics.get("total_tokens_M"), other.metrics.get("total_tokens_M")
+    return f"{100 * (own / theirs - 1):+.0f} %" if own and theirs else ""
+
+
 # ---------------------------------------------------------------------------
 # Which runs count
 

@@ -12,7 +12,7 @@ from lab.journal import night_runs, seconds_of
 from lab.machine import speed_advice, speed_text
 from lab.night import Night
 from lab.prompt import OPERATORS, verdict_counts
-from lab.records import Result, log_tail, one_line
+from lab.records import Result, log_tail, one_line, pace_text
 
 STYLES = {"keep": "green", "discard": "", "crash": "red", "invalid": "magenta"}
 
@@ -37,7 +37,7 @@ class View:
         self.say(f"sandbox: {self.night.tier}, branch autoresearch/{self.night.tag}")
         if self.proposer:
             memory = "  memory" if self.night.settings.device == "cuda" else ""
-            self.say(f"{'no.':>4}  {'val_bpb':>9}  {'change':>9}  {'verdict':8}{memory}  description")
+            self.say(f"{'no.':>4}  {'val_bpb':>9}  {'change':>9}  {'tokens':>6}  {'verdict':8}{memory}  description")
         for result in self.shown:
             self.finished(result)
         if self.live:
@@ -68,14 +68,17 @@ class View:
     def finished(self, result: Result) -> None:
         """The line of a finished experiment, and the reason of its verdict; after the baseline, what the night runs on."""
         word, bpb = result.verdict.word, result.run.val_bpb
-        rival = None if result.parent is None else self.night.results[result.parent].run.val_bpb
+        other = None if result.parent is None else self.night.results[result.parent].run
+        rival, pace = (other.val_bpb, pace_text(result.run, other)) if other else (None, "")
         number = result.run.number or "-"
         change = "-" if bpb is None or rival is None else f"{bpb - rival:+.6f}"
         memory, megabytes = "", result.run.metrics.get("peak_vram_mb")
         if self.night.settings.device == "cuda":
             memory = f"{'-' if megabytes is None else f'{megabytes / 1024:.1f} GB':>8}"
         text = one_line(result.description)
-        self.say(f"{result.number:4d}  {number:>9}  {change:>9}  {word:8}{memory}  {text}", STYLES[word])
+        self.say(
+            f"{result.number:4d}  {number:>9}  {change:>9}  {pace or '-':>6}  {word:8}{memory}  {text}", STYLES[word]
+        )
         if result.verdict.reason and result.number:
             self.say(f"{'':6}{one_line(result.verdict.reason)}", STYLES[word])
         if result.number == 0 and word == "keep":

@@ -15,7 +15,7 @@ from constants import Problem
 from lab.claude import Claude, parse_reply, take_credentials, usd_of
 from lab.journal import spent_usd
 from lab.night import History
-from lab.prompt import DIVIDER, REPLACE, SEARCH, diff, fenced, history_text, request_text, schedule_of
+from lab.prompt import DIVIDER, REPLACE, SEARCH, diff, fenced, history_text, request_text, schedule_of, system_text
 from lab.records import Rejected, Result, Verdict
 
 LINE = "        lr=0.4,  # best at 0.1"
@@ -385,14 +385,29 @@ def test_the_history_tells_every_outcome_and_groups_what_is_old(long_night):
 
 
 def test_the_prompt_of_a_thousand_experiments_stays_small(long_night):
-    """Under 60k tokens at three characters a token, with the real files."""
+    """Under 45k tokens at three characters a token, with the real files."""
     results, settings = long_night
     real = (ROOT / "train.py").read_text()
     request = request_text(real, history_of(results, settings, notes="word " * 400), "improve")
-    fixed = sum(len((ROOT / name).read_text()) for name in ("program.md", "constants.py", "prepare.py"))
-    assert (len(request) + fixed) / 3 < 60_000
+    fixed = sum(map(len, system_text(ROOT, ROOT, "gpu", real)))
+    assert (len(request) + fixed) / 3 < 45_000
     small = request_text(real, history_of(results[:11], settings, notes="word " * 400), "improve")
     assert len(request) - len(small) < 45_000
+
+
+def test_what_is_cached_is_the_same_until_a_keep_and_holds_what_a_run_needs(tmp_path):
+    """The programme of the profile at hand, without the part for interactive agents; of prepare.py the half that train.py uses."""
+    first, second = system_text(ROOT, ROOT, "gpu", "x = 1\n"), system_text(ROOT, ROOT, "gpu", "x = 2\n")
+    assert first[0] == second[0] and first[1] == "# train.py of the incumbent\n\nx = 1\n"
+    assert (
+        "class Clock" in first[0]
+        and "def evaluate_bpb" in first[0]
+        and "def start_clock" in first[0]
+        and REPLACE in first[0]
+    )
+    assert "def download" not in first[0] and "def main" not in first[0] and "interactive coding agent" not in first[0]
+    assert "profile gpu" in first[0] and "Directions with evidence, profile cpu" not in first[0]
+    assert "Directions with evidence, profile cpu" in system_text(ROOT, ROOT, "cpu", "")[0]
 
 
 def test_a_change_is_shown_as_a_diff_of_its_lines():

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from lab.records import Result, Run, Verdict, clean, trouble
+from lab.records import Result, Run, Verdict, clean, pace_text, trouble
 
 METRICS = {"training_seconds": 300.0, "num_steps": 1000}
 RUN = Run("sha", 1, 1.0, 1.0, "", "", METRICS, 320.0, 301.0, 20.0, 0.1)
@@ -34,6 +34,14 @@ def test_without_the_sandbox_a_start_is_bound_by_the_baselines():
     for seconds, said in ((19 + 97, ""), (19 + 99, "started for 118 s, the baseline 19 s")):
         late = replace(RUN, run_seconds=301.0 + seconds)
         assert trouble(late, RUN, 300.0, sandboxed=False) == said and trouble(late, RUN, 300.0) == ""
+
+
+@pytest.mark.parametrize(
+    ("own", "theirs", "text"), [(94.0, 100.0, "-6 %"), (1.5, 1.0, "+50 %"), (None, 1.0, ""), (1.0, None, "")]
+)
+def test_the_pace_is_tokens_against_the_other_runs(own, theirs, text):
+    a, b = (replace(RUN, metrics={"total_tokens_M": tokens}) for tokens in (own, theirs))
+    assert pace_text(a, b) == text
 
 
 def test_a_result_comes_back_from_its_row():
