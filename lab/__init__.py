@@ -6,10 +6,13 @@ files      what a child may have made: copied, counted, deleted
 card       nvidia-smi: free memory, the wait for a full card
 git        commits, refs and merges by plumbing
 screen     what is refused before any training time is spent
+cache      compile caches: what a run begins with, and what of its own is kept
 journal    the record of a night: rows that are appended whole or not at all
 child      one child process, watched and ended with all that it started
 night      a night's folder and state; recording
+text       the training rows, in a run's folder while its clock runs
 start      a new night, or one that goes on
+trial      what a new sandbox has to prove, run inside it
 sandbox    what a child sees of the computer, and the trial child
 run        measure(): train and score one (source, seed)
 propose    proposers without a model

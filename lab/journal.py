@@ -14,6 +14,7 @@ from constants import Problem
 from lab.records import Run, run_of
 
 FORMAT = 3
+REVIEWS = {"check", "ablate"}  # the arguments of starts that train for no experiment
 
 
 # ---------------------------------------------------------------------------
@@ -116,7 +117,7 @@ def first_start(rows: list[dict]) -> dict:
 def last_start(rows: list[dict]) -> dict:
     """The arguments of a night's last start; of a --check, an --ablate or a --try only if there was no other."""
     starts = [row["arguments"] for row in rows if row["event"] == "night"]
-    others = [start for start in starts if not {"check", "ablate", "describe"} & set(start)]
+    others = [start for start in starts if not (REVIEWS | {"describe"}) & set(start)]
     return (others or starts or [{}])[-1]
 
 
@@ -125,7 +126,7 @@ def has_ended(rows: list[dict]) -> bool:
     words = [
         row["event"]
         for row in rows
-        if row["event"] == "end" or (row["event"] == "night" and not {"check", "ablate"} & set(row["arguments"]))
+        if row["event"] == "end" or (row["event"] == "night" and not REVIEWS & set(row["arguments"]))
     ]
     return words[-1:] == ["end"]
 
@@ -148,7 +149,7 @@ def seconds_of_earlier_starts(rows: list[dict]) -> float:
     return sum(
         rows[following - 1]["uptime"]
         for start, following in itertools.pairwise(starts)
-        if not {"check", "ablate"} & set(rows[start]["arguments"])
+        if not REVIEWS & set(rows[start]["arguments"])
     )
 
 

@@ -44,7 +44,7 @@ class History:
 
 @dataclass
 class Night:
-    """An opened night. It runs nothing itself."""
+    """An opened night. It runs nothing itself. agent.py sets sandbox, say and out_of_time, lab/start.py confirm."""
 
     folder: Path
     settings: Settings
