@@ -1,5 +1,6 @@
 """The researcher over the Anthropic Messages API: replies, cost, outages. Not covered: tools, images, batches."""
 
+import math
 import os
 import random
 import re
@@ -24,6 +25,7 @@ LONG_PROMPTS = {"claude-haiku-5-5": (100_000, 5.0)}  # from so many tokens on, e
 REPLY_TOKENS = 32_000  # of one reply, thinking included
 TIMEOUT_S = 600.0  # without a byte from the server
 PATIENCE_S = 60.0  # longest pause between two attempts if the server names none
+OUTAGE_REMINDER_S = 3_600.0  # between two lines about an outage, the first at its third failure
 MAX_REFUSALS = 3  # refusals in a row before the night stops
 BLOCK = re.compile(rf"^{SEARCH}[ \t]*\n(.*?)^{DIVIDER}[ \t]*\n(.*?)^{REPLACE}[ \t]*$", re.MULTILINE | re.DOTALL)
 MARK = re.compile(rf"^({SEARCH}|{REPLACE})[ \t]*$", re.MULTILINE)
@@ -187,7 +189,7 @@ class Claude:
         from anthropic import APIError, APIStatusError
         from httpx2 import HTTPError
 
-        failures, text, turns = 0, "", list(self.turns)
+        failures, said_at, text, turns = 0, -math.inf, "", list(self.turns)
         while True:
             size = sum(map(len, system)) + sum(len(str(turn["content"])) for turn in turns)
             worst = usd_of(self.model, {"cache_write": size // 2, "output": REPLY_TOKENS})
@@ -213,7 +215,8 @@ class Claude:
                 failures += 1
                 delay = retry_after(error) or min(PATIENCE_S, 2.0**failures) * random.uniform(0.5, 1.0)
                 self.status = f"API {status or type(error).__name__}, again in {delay:.0f} s"
-                if failures == 3:
+                if failures >= 3 and time.perf_counter() - said_at > OUTAGE_REMINDER_S:
+                    said_at = time.perf_counter()
                     self.night.say(f"waiting for the API: {error_text(error)}")
                 time.sleep(delay)
                 continue
@@ -262,8 +265,14 @@ class Claude:
         return True
 
     def refuse_to_go_on(self, status: int | None, error) -> None:
-        """Raises Problem for what no waiting mends: key, credit, model, a request that the server does not take."""
+        """Raises Problem for what no waiting mends: key, credit, model, a request that the server does not take.
+
+        Raises Rejected for a reply that a content filter blocked: it meets ordinary code now and then, and costs one idea.
+        """
         message = error_text(error)
+        if "content filter" in message:
+            self.turns, self.refusals = [], self.refusals + 1
+            raise Rejected(f"no whole reply: {message}")
         if status in (401, 403):
             raise Problem(
                 f"the API refuses the key ({message}); check ANTHROPIC_API_KEY or ANTHROPIC_AUTH_TOKEN, {RUN_AGAIN}"

@@ -75,7 +75,7 @@ class MessagesServer:
                 self.event("message_start", message=message)
                 if kind == "error event":
                     owner.count(output=1)
-                    self.event("error", error={"type": "overloaded_error", "message": "Overloaded"})
+                    self.event("error", error={"type": "api_error", "message": text or "Overloaded"})
                     return
                 half = text if kind != "cut" else text[: len(text) // 2]
                 if kind != "refusal":

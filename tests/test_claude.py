@@ -34,6 +34,9 @@ def add(name: str, value) -> str:
     return reply(f"{name} {value}", ("        beta=0.8,", f"        beta=0.8,\n        {name}={value!r},"))
 
 
+FILTERED = "Output blocked by content filtering policy"
+
+
 def numbered():
     """Endless different discards."""
     count = iter(range(10**6))
@@ -237,6 +240,15 @@ def test_a_bad_edit_is_bounced_with_its_reason(checkout, night, bad, said):
     dialogue = server.requests[3]["messages"]
     assert [turn["role"] for turn in dialogue] == ["user", "assistant"] * 3 + ["user"]
     assert said in dialogue[-1]["content"] and here.results[1].description == "idea 1"
+
+
+@pytest.mark.parametrize("answer", [("status", (400, [], FILTERED)), ("error event", FILTERED)])
+def test_a_content_filter_costs_one_idea(checkout, night, answer):
+    reason, server, here = night([answer, numbered()], 1)
+    assert reason == "the one experiment is done" and here.results[1].description == "idea 0"
+    (row,) = rows_of(checkout, "reject")
+    assert "content filtering policy" in row["reason"]
+    assert [turn["role"] for turn in server.requests[1]["messages"]] == ["user"]  # another idea, not that one again
 
 
 def test_the_money_is_never_exceeded(night):

@@ -1,5 +1,6 @@
 """Text, tokenizer, packing, loader, clock and evaluation, each against something derived independently."""
 
+import errno
 import math
 import os
 import re
@@ -310,6 +311,18 @@ def test_the_rows_with_most_shards_are_found(tmp_path, monkeypatch):
     for name in ("tokenizer.txt", "val.bin", "test.bin", "train-10.bin", "train-9.bin"):
         (folder / name).touch()
     assert prepare.prepared(gpu, "climbmix") == (folder, "train-10.bin")
+
+
+def test_what_is_wrong_with_a_folder_is_said_and_other_errors_are_not_hidden():
+    for number in (errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST):
+        said = constants.file_trouble(OSError(number, os.strerror(number), "/runs/x"), "free space")
+        assert said.startswith(f"/runs/x: {os.strerror(number)}; runs/ and AUTORESEARCH_CACHE have to be folders")
+    assert (
+        constants.file_trouble(OSError(errno.ENOSPC, "", "/runs/x"), "free space")
+        == "the disk of /runs/x is full; free space"
+    )
+    with pytest.raises(OSError, match="odd"):
+        constants.file_trouble(OSError(errno.EIO, "odd"), "free space")
 
 
 @pytest.mark.parametrize(

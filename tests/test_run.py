@@ -32,8 +32,10 @@ def wait_for(condition, process=None, patience_s=60.0):
 # --- interrupts, one at a time
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("state", ["training", "scoring", "recording"])
+@pytest.mark.parametrize(
+    ("state", "number"),
+    [(state, signal.SIGINT) for state in ("training", "scoring", "recording")] + [("training", signal.SIGTERM)],
+)
 def test_interrupted_in_each_state(checkout, state, number):
     """Child dead, the row written that was being written, exit 0 within 5 s, resumable."""
     stub = (checkout.folder / "prepare.py").read_text()

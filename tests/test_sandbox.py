@@ -214,10 +214,10 @@ def test_attack_there_is_no_text_before_the_clock(scattered, tier):
     early = "".join(f"    {line}\n" for line in WATCH.format(paths=[*map(str, places)]).splitlines())
     line = "    clock = run.start_clock(model)\n"
     (scattered.folder / "train.py").write_text(STUB.replace(line, early + line))
-    kept = 'glob("*"):\n            facts'  # the test looks at what the run left
+    kept = 'glob("*"):\n            info'  # the test looks at what the run left
     rules = (scattered.folder / "lab" / "night.py").read_text()
     assert rules.count(kept) == 1
-    (scattered.folder / "lab" / "night.py").write_text(rules.replace(kept, 'glob("none"):\n            facts'))
+    (scattered.folder / "lab" / "night.py").write_text(rules.replace(kept, 'glob("none"):\n            info'))
     scattered.agent(*NIGHT, "--experiments", "1")
     out = scattered.folder / "runs" / "t" / "0000" / "out"
     read, listed, asked = json.loads((out / "asked").read_text())
