@@ -35,7 +35,7 @@ from lab.files import remove
 from lab.git import Repository
 from lab.journal import interrupts, night_runs, read_journal, seconds_of, seconds_of_earlier_starts
 from lab.night import Night, read_checkout
-from lab.propose import Random, Replay, Try, proposals_to_replay, propose, rows_to_replay
+from lab.propose import WITHOUT_KEY, Replay, Try, proposals_to_replay, propose, rows_to_replay
 from lab.records import RUN_AGAIN, OutOfTime, Proposal, Rejected, Result, Run, Verdict, clean, log_tail, trouble
 from lab.run import measure
 from lab.sandbox import choose_sandbox, inherited_names
@@ -291,7 +291,7 @@ def make_proposer(night: Night, args, credentials: dict, replayed):
         return Replay(night, replayed)
     if args.proposer == "claude":
         return Claude(night, HERE, credentials, args.model or MODEL, args.max_usd)
-    return Random(night.tag, night.settings.profile.sizes)
+    return WITHOUT_KEY[args.proposer](night)
 
 
 def at_work(night: Night, args, proposer) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from constants import Problem
 from lab.check import CHECK_SEEDS
 from lab.claude import MODEL
 from lab.journal import first_start, has_ended, last_start, read_journal
+from lab.propose import WITHOUT_KEY
 
 
 def parse_arguments(description_text: str) -> argparse.Namespace:
@@ -53,7 +54,7 @@ def parse_arguments(description_text: str) -> argparse.Namespace:
     night.add_argument("--budget", type=positive(float), metavar="SECONDS", help="training time of a run (300)")
     group = parser.add_argument_group("who proposes, or what else is done; one of these")
     one = group.add_mutually_exclusive_group()
-    one.add_argument("--proposer", choices=("claude", "random"), help="default: claude, with ANTHROPIC_API_KEY")
+    one.add_argument("--proposer", choices=("claude", *WITHOUT_KEY), help="default: claude, with ANTHROPIC_API_KEY")
     one.add_argument("--replay", metavar="TAG|JOURNAL", help="the experiments of an earlier night")
     one.add_argument(
         "--try", dest="describe", type=description, metavar="DESCRIPTION", help="you: train.py as one experiment"

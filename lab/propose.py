@@ -134,6 +134,11 @@ def neighbour(value: int | float, draw: random.Random) -> str:
     return repr(min(scaled, 0.75) if value < 1 else scaled)  # what may be a fraction stays one
 
 
+WITHOUT_KEY = {
+    "random": lambda night: Random(night.tag, night.settings.profile.sizes)
+}  # what --proposer takes besides claude
+
+
 # ---------------------------------------------------------------------------
 # replay: the experiments of an earlier night; try: the checkout's train.py
 
