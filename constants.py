@@ -147,7 +147,7 @@ class Settings:
 
 
 def cache_dir() -> Path:
-    return Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch").expanduser().absolute()
+    return Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch").expanduser().resolve()
 
 
 def counted(count: int, noun: str) -> str:

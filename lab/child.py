@@ -58,7 +58,8 @@ def run_child(command: Command, log: Path, limit_s: float, clock_limit_s: float 
                     process.wait(0.05)
                 end, size = time.perf_counter(), os.fstat(output.fileno()).st_size
                 if on_clock and clock_at is None and size > read:
-                    fresh = os.pread(output.fileno(), size - max(0, read - len(mark)), max(0, read - len(mark)))
+                    begin = max(0, read - len(mark))
+                    fresh = os.pread(output.fileno(), min(size - begin, LOG_LIMIT_BYTES), begin)
                     read = size
                     if mark in fresh:
                         on_clock()

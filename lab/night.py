@@ -1,5 +1,6 @@
 """A night's folder: journal, resume, recording, results.tsv. The journal is the record; everything else is derived from it."""
 
+import contextlib
 import hashlib
 import stat
 from collections.abc import Callable
@@ -263,7 +264,7 @@ class Night:
             path = self.data_file(name)
             stamp = file_stamp(path)
             if stamp is None or (stamp != self.stamps.get(name) and sha256_of(path) != expected):
-                raise Problem(f"{path} {another}")
+                raise Problem(f"{Path(self.settings.data) / name} {another}")
             self.stamps[name] = stamp
 
     def data_file(self, name: str) -> Path:
@@ -275,6 +276,14 @@ class Night:
         stamp, known = file_stamp(self.rows), self.stamps.get(self.rows.name)
         if stamp and known and stamp[:-1] == known[:-1]:
             self.stamps[self.rows.name] = stamp
+
+    @contextlib.contextmanager
+    def linking(self):
+        """Around making or removing a link: what had changed before is not taken for the doing of the link."""
+        unchanged = file_stamp(self.rows) == self.stamps.get(self.rows.name)
+        yield
+        if unchanged:
+            self.linked_again()
 
 
 def proposal_of(row: dict) -> Proposal:

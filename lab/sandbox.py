@@ -109,9 +109,7 @@ def make_sandbox(here: Path, runs: Path, settings: Settings, repository: Reposit
     secret = {path.resolve() for path in secret if path.exists()} - {Path("/")}
     libraries = [Path(name).absolute() for name in os.environ.get("LD_LIBRARY_PATH", "").split(":") if name]
     libraries = [path for path in libraries if not any(place.is_relative_to(path.resolve()) for place in secret)]
-    asked = [Path(name).absolute() for name in os.environ.get("AUTORESEARCH_SHOW", "").split(":") if name]
-    if Path("/") in asked:
-        raise Problem("AUTORESEARCH_SHOW takes folders, not the whole machine: name the one that a run lacks")
+    asked = folders_to_show()
     places = [Path(name) for pattern in SYSTEM for name in glob.glob(pattern)]
     shown = {path for path in (*places, *interpreter(), *libraries, *asked) if path.exists()}
     shown |= {path.resolve() for path in shown}
@@ -123,6 +121,17 @@ def make_sandbox(here: Path, runs: Path, settings: Settings, repository: Reposit
     devices = () if settings.device == "cpu" else nodes
     sized = "--size" in subprocess.run(["bwrap", "--help"], capture_output=True, text=True).stdout
     return Sandbox(False, tuple(needed), tuple(hidden), devices, Path(settings.data).resolve(), sized)
+
+
+def folders_to_show() -> list[Path]:
+    """What AUTORESEARCH_SHOW names. Raises Problem for what is not there, and for the whole machine."""
+    asked = [Path(name).absolute() for name in os.environ.get("AUTORESEARCH_SHOW", "").split(":") if name]
+    for path in asked:
+        if not path.exists():
+            raise Problem(f"AUTORESEARCH_SHOW names {path}, which does not exist")
+        if path.resolve() == Path("/"):
+            raise Problem("AUTORESEARCH_SHOW takes folders, not the whole machine: name the one that a run lacks")
+    return asked
 
 
 def nearest_above(path: Path, places: set[Path]) -> Path | None:
@@ -162,7 +171,7 @@ def trial(night: Night, sandbox: Sandbox, forbidden: list[Path]) -> str:
     try:
         needed = compiler_and_header(settings.device) if settings.compile else None
         own = {"forbidden": [*map(str, forbidden)], "stranger": stranger.pid, "canary": canary}
-        own |= {"device": settings.device, "compiler": needed}
+        own |= {"device": settings.device, "compiler": needed, "tokenizer": f"{settings.data}/tokenizer.txt"}
         (folder / "trial.json").write_text(json.dumps(own))
         status = run_child(child_command("trial", folder, sandbox), folder / "run.log", TRIAL_LIMIT_S).status
     finally:
@@ -187,6 +196,7 @@ def choose_sandbox(night: Night, here: Path, runs: Path, args) -> Sandbox | None
     if args.no_sandbox:
         print(f"warning: no sandbox: {EXPOSED}{', and you are root' if os.geteuid() == 0 else ''}")
         return None
+    folders_to_show()  # a mistake in it is no reason to go without a sandbox
     try:
         sandbox = make_sandbox(here, runs, night.settings, night.repository)
         data = [Path(night.settings.data, name) for name in ("val.bin", "test.bin", night.settings.train_file)]

@@ -42,11 +42,11 @@ def copy(source: Path, target: Path) -> None:
 
 def hand_over(night: Night, folder: Path) -> None:
     """Links the rows into the text/ of a run's folder."""
-    os.link(night.rows, folder / "text" / night.rows.name)
-    night.linked_again()
+    with night.linking():
+        os.link(night.rows, folder / "text" / night.rows.name)
 
 
 def take_back(night: Night, folder: Path) -> None:
     """Removes the text/ of a run's folder."""
-    remove(folder / "text")
-    night.linked_again()
+    with night.linking():
+        remove(folder / "text")

@@ -47,6 +47,7 @@ if __name__ == "__main__":
     own = json.loads(Path(sys.argv[1]).read_text())
     prepare.try_device(own["device"])
     name_a_thread()
+    open(own["tokenizer"]).close()
     if own["compiler"]:
         compiler, header = own["compiler"]
         subprocess.run([*compiler, "--version"], check=True, stdout=subprocess.DEVNULL)

@@ -52,7 +52,7 @@ def start():
 
 
 def main():
-    data = Path(os.environ.get("AUTORESEARCH_CACHE", "")) / "cpu-sotu"
+    data = constants.cache_dir() / "cpu-sotu"
     if "--machine" in sys.argv:
         facts = {
             "profile": "cpu", "dataset": "sotu", "data": str(data), "train_file": "train.bin" if data.exists() else None,

@@ -28,7 +28,7 @@ from conftest import (
 
 from constants import Problem
 from lab.git import Repository
-from lab.sandbox import child_command, inherited_names, make_sandbox
+from lab.sandbox import child_command, choose_sandbox, inherited_names, make_sandbox
 from lab.score import load_model
 from lab.trial import name_a_thread, reached
 
@@ -139,7 +139,7 @@ def test_what_lies_below_a_folder_that_is_shown_is_hidden_all_the_same(scattered
         secrets = [scattered.cache / "cpu-sotu" / name for name in ("train.bin", "val.bin")]
         secrets += [scattered.folder / "agent.py", scattered.folder / ".git/HEAD", Path(os.environ["HOME"]) / "secret"]
         code = READ.format(paths=[str(path) for path in (*secrets, open_folder / "library")])
-        row, found = attempt(scattered, code, **{variable: "/var/tmp:/nowhere"})
+        row, found = attempt(scattered, code, **{variable: "/var/tmp"})
         assert row["sandbox"] == "bubblewrap"
         assert found == ([str(open_folder / "library")] if variable == "AUTORESEARCH_SHOW" else [])
     finally:
@@ -148,9 +148,24 @@ def test_what_lies_below_a_folder_that_is_shown_is_hidden_all_the_same(scattered
 
 @sandboxed
 def test_the_whole_machine_is_not_shown(checkout, monkeypatch):
-    monkeypatch.setenv("AUTORESEARCH_SHOW", "/opt:/")
-    with pytest.raises(Problem, match="not the whole machine"):
-        make_sandbox(checkout.folder, checkout.folder / "runs", settings_for(checkout), Repository(checkout.folder))
+    for value, said in (
+        ("/opt:/", "not the whole machine"),
+        ("/usr/..", "not the whole machine"),
+        ("/nowhere", "does not exist"),
+    ):
+        monkeypatch.setenv("AUTORESEARCH_SHOW", value)
+        with pytest.raises(Problem, match=said):
+            choose_sandbox(
+                SimpleNamespace(), checkout.folder, checkout.folder / "runs", SimpleNamespace(no_sandbox=False)
+            )
+
+
+@sandboxed
+def test_a_cache_reached_through_a_link_is_a_cache(checkout, tmp_path):
+    checkout.cache.mkdir()
+    (tmp_path / "link").symlink_to(checkout.cache)
+    checkout.agent(*NIGHT, "--experiments", "1", AUTORESEARCH_CACHE=str(tmp_path / "link"))
+    assert rows_of(checkout, "result")[0]["sandbox"] == "bubblewrap"
 
 
 def test_a_library_path_without_secrets_is_shown_and_each_link_to_the_interpreter(checkout, tmp_path, monkeypatch):
@@ -547,7 +562,7 @@ from pathlib import Path
 from dataclasses import replace
 from constants import Problem
 from lab.git import Repository
-from lab.sandbox import child_command, make_sandbox
+from lab.sandbox import child_command, choose_sandbox, make_sandbox
 from lab.score import serving, settings_of_folder
 import ctypes
 ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)

@@ -57,8 +57,10 @@ def test_rows_that_a_run_could_change_are_found_out(night):
     with text.rows_of_the_night(night):
         folder = run_folder(night, 0)
         text.hand_over(night, folder)
+        times = (folder / "text" / "train.bin").stat()
         with open(folder / "text" / "train.bin", "r+b") as file:
             file.write(b"other")
+        os.utime(folder / "text" / "train.bin", ns=(times.st_atime_ns, times.st_mtime_ns))  # as one that hides it
         text.take_back(night, folder)
         with pytest.raises(Problem, match=r"train\.bin changed during the night"):
             night.check_unchanged()
