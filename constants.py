@@ -132,12 +132,17 @@ class Settings:
         return Settings(**{**values, "profile": Profile(**values["profile"])})
 
     @property
+    def device_text(self) -> str:
+        """The device, with the class of sizes that it got and why."""
+        sizes = f" (sizes {self.profile.sizes}, {self.sizes_reason})" if self.sizes_reason else ""
+        return f"{self.device_name}{sizes}"
+
+    @property
     def text(self) -> str:
         """The settings as one line, for the terminal and for the researcher."""
-        sizes = f" (sizes {self.profile.sizes}, {self.sizes_reason})" if self.sizes_reason else ""
         memory = f" with {self.profile.memory_gb:g} GB" if self.profile.memory_gb else ""
         return (
-            f"profile {self.profile.name}, dataset {self.dataset}, {self.device_name}{sizes}{memory}, {self.profile.dtype}, "
+            f"profile {self.profile.name}, dataset {self.dataset}, {self.device_text}{memory}, {self.profile.dtype}, "
             f"{'compiled' if self.compile else 'eager'}, {counted(self.threads, 'thread')}, {self.budget_s:g} s a run"
         )
 

@@ -7,9 +7,7 @@ with it, and a keep makes it the night's.
 import os
 from pathlib import Path
 
-from lab.files import copy_regular_files, names_within, remove
-
-MOST_BYTES = 8 * 2**30  # as much as a child may leave in its folder
+from lab.files import OUT_BYTES, copy_regular_files, names_within, remove
 
 
 def aside(night: Path, source: str) -> Path:
@@ -21,7 +19,7 @@ def fill(night: Path, source: str, target: Path) -> None:
     """Gives a run the cache of its own source, else the night's."""
     for place in (aside(night, source), night / "cache"):
         if place.exists():
-            copy_regular_files(place, target, MOST_BYTES)
+            copy_regular_files(place, target, OUT_BYTES)
             return
 
 
@@ -33,7 +31,7 @@ def set_aside(night: Path, source: str, made: Path) -> None:
         return
     fresh = place.with_suffix(".new")
     remove(fresh)
-    copy_regular_files(made, fresh, MOST_BYTES)
+    copy_regular_files(made, fresh, OUT_BYTES)
     remove(place)
     os.replace(fresh, place)
 

@@ -11,14 +11,13 @@ from pathlib import Path
 
 from constants import CLOCK_MARK, TEXT_LINE, Problem
 from lab import git
-from lab.files import folder_bytes
+from lab.files import OUT_BYTES, folder_bytes
 from lab.journal import interrupts
 from lab.records import clean
 
 KILL_PATIENCE_S = 20.0  # how long a process may take to go after kill -9: a driver that writes out, a full disk
 LOG_LIMIT_BYTES = 16 * 2**20  # a run that prints more is ended
 LOG_HEAD_BYTES, LOG_TAIL_BYTES = 64_000, 192_000  # what is kept of it
-OUT_BYTES = 8 * 2**30  # all that a child may leave in its folder
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from constants import Problem
 from lab.records import RUN_AGAIN
 
 DISK_FLOOR_BYTES = 2**30  # no run starts with less free space: its weights and compile cache have to fit
+OUT_BYTES = 8 * 2**30  # all that a child may leave in its folder
 MAX_DEPTH = 50  # folders within folders: nobody nests deeper but to break what walks through them
 
 

@@ -272,8 +272,7 @@ def version(package: str) -> str | None:
 
 def speed_text(settings: Settings, metrics: dict) -> str:
     """How fast a run was: `NVIDIA H100 80GB HBM3 (sizes H100, a known card), FA3, 1,102,000 tokens a second, mfu 39.8 %`."""
-    sizes = f" (sizes {settings.profile.sizes}, {settings.sizes_reason})" if settings.sizes_reason else ""
-    parts = [f"{settings.device_name}{sizes}", metrics.get("backend") or "attention unknown"]
+    parts = [settings.device_text, metrics.get("backend") or "attention unknown"]
     if metrics.get("total_tokens_M") and metrics.get("training_seconds"):
         parts.append(f"{1e6 * metrics['total_tokens_M'] / metrics['training_seconds']:,.0f} tokens a second")
     if metrics.get("mfu_percent") is not None:
