@@ -2,7 +2,8 @@
 
     python agent.py                        Claude does the research; needs ANTHROPIC_API_KEY
     python agent.py --demo                 four short experiments on the CPU, no key needed: shows the loop
-    python agent.py --proposer random      a night of key-free local search
+    python agent.py --command 'claude -p'  any program does: the prompt on its stdin, the reply on its stdout
+    python agent.py --proposer tune        a numeric search over the numbers of train.py, without a model
     python agent.py --try "wider MLP"      your own train.py as one experiment
     python agent.py --check nov23          what that night gained, on fresh seeds, with an interval
     python agent.py --ablate nov23         which of its kept changes carry weight
@@ -30,24 +31,26 @@ from lab import cache
 from lab.arguments import choose_tag, parse_arguments, restore_arguments, restore_setting
 from lab.check import CHECK_SEEDS, ablate, check
 from lab.child import end_processes, guard_this_process
-from lab.claude import MODEL, Claude, take_credentials
+from lab.claude import MODEL, Claude, credentials_of, take_secrets
+from lab.command import Command
 from lab.files import remove
 from lab.git import Repository
 from lab.journal import interrupts, night_runs, read_journal, seconds_of, seconds_of_earlier_starts
-from lab.night import Night, read_checkout
-from lab.propose import WITHOUT_KEY, Replay, Try, proposals_to_replay, propose, rows_to_replay
+from lab.night import CRASHING_AFTER, Night, read_checkout
+from lab.propose import Replay, Try, proposals_to_replay, propose, rows_to_replay
 from lab.records import RUN_AGAIN, OutOfTime, Proposal, Rejected, Result, Run, Verdict, clean, log_tail, trouble
 from lab.run import measure
 from lab.sandbox import choose_sandbox, inherited_names
 from lab.screen import fingerprint, screen
 from lab.start import journal_start, open_night, renew_demo
 from lab.text import rows_of_the_night
+from lab.tune import Tune
 from lab.view import View, print_summary
 
 HERE = Path(__file__).resolve().parent
 RUNS = Path(os.path.realpath(HERE / "runs"))
 TEST_ALARM = 0.01  # bpb, or x incumbent if more: a gain on val that exceeds the gain on test by this is not believed
-MAX_CRASHES = 10  # crashes in a row before the night stops
+MAX_CRASHES = 2 * CRASHING_AFTER  # crashes in a row before the night stops
 
 
 # ---------------------------------------------------------------------------
@@ -107,7 +110,7 @@ def experiment(night: Night, proposal: Proposal, measure) -> Result:
         second = (challenger.val_bpb, incumbent.val_bpb)
     return Result(
         number, best.number if best else None, proposal.id, proposal.description, proposal.hypothesis, proposal.operator,
-        proposal.repairs, verdict, run, second, commit="", fingerprint=program,
+        proposal.mends, verdict, run, second, commit="", fingerprint=program,
     )  # fmt: skip
 
 
@@ -180,7 +183,7 @@ def next_proposal(night: Night, proposer, background: Background, give_up) -> Pr
                 description=prepared.description,
             )  # fmt: skip
             feedback = [f"{prepared.description}: {reason}"]
-    if proposer.inline:
+    if proposer.inline(len(night.results)):
         return propose(night, proposer, night.history(), feedback)
     background.start(propose, night, proposer, night.history(), feedback)
     return background.result(give_up)
@@ -225,6 +228,13 @@ class Limits:
             return f"--experiments {2 * self.experiments}"
         return f"--hours {2 * self.hours:g}" if self.out_of_time(night) else ""
 
+    def about_left(self, night: Night) -> int | None:
+        """How many experiments may still begin, about; None without a limit."""
+        done = len(night.results)
+        left = [] if self.experiments is None else [self.experiments + 1 - done]
+        left += [] if self.hours is None else [int(self.left_s() / self.mean_s(night))]
+        return min(left, default=None)
+
     def room_for_another(self, night: Night) -> bool:
         """Whether one more experiment may follow the next."""
         enough = self.experiments is not None and len(night.results) >= self.experiments
@@ -237,6 +247,7 @@ def run_night(night: Night, proposer, limits: Limits, measure, view, second_seed
     second_seed: whether the baseline is measured on it as well, so that a reader knows how large the noise is.
     """
     background, night.out_of_time = Background(), lambda: limits.out_of_time(night)
+    night.about_left = lambda: limits.about_left(night)
     refuse_failed_baseline(night)
     try:
         while not (reason := limits.reached(night)):
@@ -247,7 +258,8 @@ def run_night(night: Night, proposer, limits: Limits, measure, view, second_seed
             if proposal is None:
                 return proposer.exhausted
             prepared = background.thread or night.unused_proposal(proposer.name, besides=proposal)
-            if not (proposer.inline or prepared) and limits.room_for_another(night):
+            between_runs = proposer.inline(len(night.results) + 1)
+            if not (between_runs or prepared) and limits.room_for_another(night):
                 background.start(propose, night, proposer, night.history(running=proposal), [])
             result = night.record(experiment(night, proposal, measure), proposal.source)
             view.finished(result)
@@ -283,15 +295,17 @@ def refuse_crashes_in_a_row(night: Night) -> None:
 # The command
 
 
-def make_proposer(night: Night, args, credentials: dict, replayed):
+def make_proposer(night: Night, args, secrets: dict, replayed):
     """Who proposes. Raises Problem if that cannot work, for Claude by asking the API."""
     if args.describe:
-        return Try(args.describe, read_checkout(HERE, "train.py"))
+        return Try(args.describe, args.because or "", read_checkout(HERE, "train.py"))
     if replayed:
         return Replay(night, replayed)
+    if args.command:
+        return Command(night, HERE, args.command, secrets)
     if args.proposer == "claude":
-        return Claude(night, HERE, credentials, args.model or MODEL, args.max_usd)
-    return WITHOUT_KEY[args.proposer](night)
+        return Claude(night, HERE, credentials_of(secrets), args.model or MODEL, args.max_usd, args.price)
+    return Tune(night.tag, night.settings.profile.sizes)
 
 
 def at_work(night: Night, args, proposer) -> tuple[str, str]:
@@ -315,12 +329,12 @@ def at_work(night: Night, args, proposer) -> tuple[str, str]:
         return run_night(night, proposer, limits, measured, view, second_seed), limits.larger(night)
 
 
-def start_and_work(args, credentials: dict) -> None:
+def start_and_work(args, secrets: dict) -> None:
     """Open the night that the arguments mean, under its locks; do what they ask for; print the summary. Raises Problem."""
     repository, tag = Repository(HERE), choose_tag(args, RUNS)
     folder, new = RUNS / tag, not (RUNS / tag).exists()
     if not args.demo:
-        restore_arguments(args, read_journal(folder / "journal.jsonl")[0], bool(credentials))
+        restore_arguments(args, read_journal(folder / "journal.jsonl")[0], bool(credentials_of(secrets)))
     replayed = []
     if args.replay:
         rows = rows_to_replay(RUNS, args.replay)
@@ -339,7 +353,7 @@ def start_and_work(args, credentials: dict) -> None:
             locks.enter_context(locked(constants.device_lock(night.device_id), device, f"agent.py, tag {tag}"))
             locks.enter_context(rows_of_the_night(night))
             night.sandbox = choose_sandbox(night, HERE, RUNS, args)
-            proposer = None if args.check or args.ablate else make_proposer(night, args, credentials, replayed)
+            proposer = None if args.check or args.ablate else make_proposer(night, args, secrets, replayed)
             journal_start(night, args, inherited_names())
         except BaseException:
             if new:  # no later command is to take up a night that never began
@@ -351,6 +365,8 @@ def start_and_work(args, credentials: dict) -> None:
                 night.journal.append("end", reason=why)
         except KeyboardInterrupt:
             why, more = "interrupted; the same command goes on", ""
+        finally:
+            end_processes(str(folder))  # a researcher that is still thinking
     if proposer:
         print_summary(night, why, proposer, "" if args.demo or args.describe else more)
     else:
@@ -360,12 +376,12 @@ def start_and_work(args, credentials: dict) -> None:
 def main() -> None:
     args = parse_arguments(__doc__)
     guard_this_process()
-    credentials = take_credentials()
+    secrets = take_secrets()
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi and torch number the cards alike
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupts)
     try:
-        start_and_work(args, credentials)
+        start_and_work(args, secrets)
     except (Problem, Rejected) as problem:
         sys.exit(f"error: {problem}")
     except OSError as error:

@@ -857,10 +857,11 @@ class Run:
         micro_rows: int | None = None,
         flops_per_token: float | None = None,
         backend: str = "sdpa",
+        step_ms: dict[str, float] | None = None,
     ):
         """Stops the clock, saves the weights, writes result.json, prints the summary.
 
-        By hand it also evaluates val and prints it.
+        step_ms: milliseconds of a step by its parts, as {"forward_backward_ms": ...}. By hand it also evaluates val and prints it.
         """
         import torch
 
@@ -891,6 +892,7 @@ class Run:
             "micro_rows": micro_rows,
             "loader_wait_seconds": self.loader_wait_seconds,
             "losses": self.curve,
+            **({"step_ms": sum(step_ms.values()), **step_ms} if step_ms else {}),
         }
         if not self.by_hand:
             del result["val_bpb"]

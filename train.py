@@ -9,6 +9,7 @@ Not covered: more than one GPU, inference with a cache, resuming a run.
 # isort: split
 import gc
 import math
+import time
 from collections import deque
 from dataclasses import dataclass
 from functools import cache, partial
@@ -524,18 +525,39 @@ def set_schedule(optimizers, config: Config, progress: float, step: int) -> None
 # Training
 
 
-def train_step(loss_fn, optimizers, batches, accumulate: int):
-    """One optimizer step over `accumulate` micro-batches; returns their losses (accumulate,), on the device."""
+def train_step(loss_fn, optimizers, batches, accumulate: int, done=lambda part: None):
+    """One optimizer step over `accumulate` micro-batches; returns their losses (accumulate,), on the device.
+
+    done(part) is called after each of its parts: loader, forward_backward, optimizer.
+    """
     losses = []
     for _ in range(accumulate):
         x, y = next(batches)
+        done("loader")
         loss = loss_fn(x, y)
         (loss / accumulate).backward()
         losses.append(loss.detach())
+        done("forward_backward")
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    done("optimizer")
     return torch.stack(losses)
+
+
+class Stopwatch:
+    """Milliseconds that each part of a step takes on the device."""
+
+    def __init__(self, device: torch.device):
+        self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self.ms = {}
+        self.wait()
+        self.at = time.perf_counter()
+
+    def __call__(self, part: str) -> None:
+        self.wait()
+        before, self.at = self.at, time.perf_counter()
+        self.ms[f"{part}_ms"] = self.ms.get(f"{part}_ms", 0.0) + 1000 * (self.at - before)
 
 
 def first_micro_rows(config: Config, profile) -> int:
@@ -557,10 +579,10 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
-def warm_up(run, model, optimizers, loss_fn, config: Config, steps: int = 3) -> int:
-    """Runs a few steps so that everything is compiled and allocated, then undoes them in place; returns micro_rows.
+def warm_up(run, model, optimizers, loss_fn, config: Config, steps: int = 3) -> tuple[int, dict[str, float]]:
+    """Runs a few steps so that everything is compiled and allocated, then undoes them in place.
 
-    Halves the micro-batch while it does not fit. The data order needs no undoing: it starts anew with each iterator.
+    Returns micro_rows, and where the time of the last step went. Halves the micro-batch while it does not fit. The data order needs no undoing: it starts anew with each iterator.
     """
     saved = [p.detach().clone() for p in model.parameters()]
     generators = (torch.get_rng_state(), torch.cuda.get_rng_state() if run.device.type == "cuda" else None)
@@ -569,7 +591,8 @@ def warm_up(run, model, optimizers, loss_fn, config: Config, steps: int = 3) -> 
         batches, failed = run.batches(run.train_rows, micro_rows), False
         try:
             for _ in range(steps):
-                train_step(loss_fn, optimizers, batches, step_rows // micro_rows)
+                stopwatch = Stopwatch(run.device)
+                train_step(loss_fn, optimizers, batches, step_rows // micro_rows, stopwatch)
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -596,7 +619,7 @@ def warm_up(run, model, optimizers, loss_fn, config: Config, steps: int = 3) -> 
     torch.set_rng_state(generators[0])
     if generators[1] is not None:
         torch.cuda.set_rng_state(generators[1])
-    return micro_rows
+    return micro_rows, stopwatch.ms
 
 
 if __name__ == "__main__":
@@ -606,7 +629,7 @@ if __name__ == "__main__":
         model = build_model(run.profile)
     optimizers = build_optimizers(model, config, run.dtype, run.compile)
     loss_fn = torch.compile(model.loss, dynamic=False, fullgraph=True) if run.compile else model.loss
-    micro_rows = warm_up(run, model, optimizers, loss_fn, config)
+    micro_rows, step_ms = warm_up(run, model, optimizers, loss_fn, config)
     accumulate = config.step_tokens // run.profile.max_seq_len // micro_rows
     flops_per_token, text_tokens = model.flops_per_token(run.profile.max_seq_len), run.train_rows[:, 1:].size
     gc.collect()
@@ -639,4 +662,5 @@ if __name__ == "__main__":
         micro_rows=micro_rows,
         flops_per_token=flops_per_token,
         backend=model.backend,
+        step_ms=step_ms,
     )

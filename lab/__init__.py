@@ -6,6 +6,7 @@ files      what a child may have made: copied, counted, deleted
 card       nvidia-smi: free memory, the wait for a full card
 git        commits, refs and merges by plumbing
 screen     what is refused before any training time is spent
+numbers    the numbers at the top of train.py
 cache      compile caches: what a run begins with, and what of its own is kept
 journal    the record of a night: rows that are appended whole or not at all
 child      one child process, watched and ended with all that it started
@@ -15,9 +16,12 @@ start      a new night, or one that goes on
 trial      what a new sandbox has to prove, run inside it
 sandbox    what a child sees of the computer, and the trial child
 run        measure(): train and score one (source, seed)
-propose    proposers without a model
+propose    how a proposer is asked; replays, and a person's own train.py
+tune       the numeric search
 prompt     what a model sees
+researcher a model, whoever serves it: replies, turns, outages
 claude     the Messages API
+command    any program
 check      --check and --ablate
 arguments  the command line
 view       the terminal

@@ -12,7 +12,6 @@ from constants import Problem
 from lab.check import CHECK_SEEDS
 from lab.claude import MODEL
 from lab.journal import first_start, has_ended, last_start, read_journal
-from lab.propose import WITHOUT_KEY
 
 
 def parse_arguments(description_text: str) -> argparse.Namespace:
@@ -38,6 +37,13 @@ def parse_arguments(description_text: str) -> argparse.Namespace:
             raise argparse.ArgumentTypeError('takes a few words on what changed, such as --try "deeper, narrower"')
         return text
 
+    def price(text: str) -> tuple[float, float]:
+        with contextlib.suppress(ValueError):
+            prices = tuple(map(float, text.split(",")))
+            if len(prices) == 2 and all(0 <= value < math.inf for value in prices):
+                return prices
+        raise argparse.ArgumentTypeError(f"takes two numbers, such as 3,15, not {text!r}")
+
     parser = argparse.ArgumentParser(
         usage="python agent.py [options]",
         description=description_text,
@@ -54,18 +60,30 @@ def parse_arguments(description_text: str) -> argparse.Namespace:
     night.add_argument("--budget", type=positive(float), metavar="SECONDS", help="training time of a run (300)")
     group = parser.add_argument_group("who proposes, or what else is done; one of these")
     one = group.add_mutually_exclusive_group()
-    one.add_argument("--proposer", choices=("claude", *WITHOUT_KEY), help="default: claude, with ANTHROPIC_API_KEY")
+    one.add_argument(
+        "--proposer", choices=("claude", "tune"), help="default: claude, with ANTHROPIC_API_KEY; tune: without a model"
+    )
+    one.add_argument("--command", metavar="CMD", help="a program: the prompt on its stdin, the reply on its stdout")
     one.add_argument("--replay", metavar="TAG|JOURNAL", help="the experiments of an earlier night")
     one.add_argument(
         "--try", dest="describe", type=description, metavar="DESCRIPTION", help="you: train.py as one experiment"
     )
     one.add_argument(
-        "--demo", action="store_true", default=None, help="cpu profile, random, 20 s a run, 4 experiments, tag demo"
+        "--demo", action="store_true", default=None, help="cpu profile, tune, 20 s a run, 4 experiments, tag demo"
     )
     one.add_argument("--check", type=tag_name, metavar="TAG", help="baseline and winner on fresh seeds: the true gain")
     one.add_argument("--ablate", type=tag_name, metavar="TAG", help="each kept change reverted: which carry weight")
     more = parser.add_argument_group("more on that")
-    more.add_argument("--model", metavar="ID", help=f"the model that claude asks ({MODEL})")
+    more.add_argument(
+        "--model", metavar="ID[,ID]", help=f"the model that claude asks ({MODEL}), and who takes an idea that it loses"
+    )
+    more.add_argument(
+        "--price", type=price, metavar="IN,OUT", help="of a model that lab/claude.py lacks, $ a million tokens"
+    )
+    more.add_argument("--because", metavar="WHY", help="with --try: why it should be better")
+    more.add_argument(
+        "--dry", action="store_true", default=None, help="with --try: only screen and build it, in seconds"
+    )
     more.add_argument("--kept", action="store_true", default=None, help="with --replay: only those that were kept")
     more.add_argument("--seeds", type=positive(int), metavar="K", help=f"how many seeds --check takes ({CHECK_SEEDS})")
     limits = parser.add_argument_group("when it ends", "without any of these: at Ctrl-C")
@@ -83,16 +101,16 @@ def parse_arguments(description_text: str) -> argparse.Namespace:
     args = parser.parse_args()
     if args.dataset and args.dataset not in constants.DATASETS:
         args.dataset = str(Path(args.dataset).expanduser().resolve())
-    pairs = {"kept": "replay", "seeds": "check"}
+    pairs = {"kept": "replay", "seeds": "check", "because": "describe", "dry": "describe"}
     for flag, other in pairs.items():
         if getattr(args, flag) and not getattr(args, other):
-            parser.error(f"--{flag} goes with --{other}")
+            parser.error(f"--{flag} goes with --{'try' if other == 'describe' else other}")
     if args.demo and (args.tag or args.profile or args.dataset):
         parser.error("--demo has its own tag, profile and dataset")
     if args.seeds == 1:
         parser.error("--seeds takes 2 and more")
     if args.demo:
-        args.tag, args.profile, args.dataset, args.proposer = "demo", "cpu", "sotu", "random"
+        args.tag, args.profile, args.dataset, args.proposer = "demo", "cpu", "sotu", "tune"
         args.budget, args.experiments, args.confirm = args.budget or 20.0, args.experiments or 4, bool(args.confirm)
     return args
 
@@ -136,26 +154,32 @@ def restore_setting(args, rows: list[dict]) -> None:
 
 def restore_arguments(args, rows: list[dict], key: bool) -> None:
     """Flags that were not given come from the night's last start. key: whether the API can be asked. Raises Problem if nobody proposes."""
-    stored, of_claude = last_start(rows), args.max_usd or args.model
-    named = args.proposer or args.replay or args.describe or args.check or args.ablate
-    names = "experiments hours no_sandbox model max_usd confirm kept" + ("" if named else " proposer replay")
+    stored, of_claude = last_start(rows), args.max_usd or args.model or args.price
+    named = args.proposer or args.command or args.replay or args.describe or args.check or args.ablate
+    names = "experiments hours no_sandbox model price max_usd confirm kept" + ("" if named else " proposer replay")
     for name in names.split():
         if getattr(args, name) is None:
             setattr(args, name, stored.get(name))
     if args.check or args.ablate or args.describe or args.replay:
         return
-    if args.proposer is None and key:
-        args.proposer = "claude"
-    if args.proposer is None:
+    if not named and stored.get("command"):
         raise Problem(
-            "ANTHROPIC_API_KEY is not set, so nobody is there to propose edits. Three ways on:\n"
+            f"a program proposed in this night: say it again, --command '{stored['command']} ...', or --proposer"
+        )
+    if args.proposer is None and key and not args.command:
+        args.proposer = "claude"
+    if args.proposer is None and not args.command:
+        raise Problem(
+            "ANTHROPIC_API_KEY is not set, so nobody is there to propose edits. Four ways on:\n"
             "  python agent.py --demo                  shows the loop\n"
-            "  python agent.py --proposer random       searches without a key\n"
+            "  python agent.py --command 'claude -p'   any program that reads a prompt and prints a reply\n"
+            "  python agent.py --proposer tune         searches the numbers of train.py, without a model\n"
             '  python agent.py --try "what changed"    runs a train.py that you edited, or a coding agent pointed at program.md'
         )
     if args.proposer == "claude" and not key:
-        raise Problem("--proposer claude needs ANTHROPIC_API_KEY; set it, or take --proposer random, which needs none")
-    if args.proposer == "random":
+        raise Problem("--proposer claude needs ANTHROPIC_API_KEY; set it, or take --proposer tune, which needs none")
+    if args.proposer != "claude":
         if of_claude:
-            raise Problem("--max-usd and --model go with --proposer claude, not with random; leave them out")
-        args.max_usd = args.model = None
+            other = "--command" if args.command else f"--proposer {args.proposer}"
+            raise Problem(f"--max-usd, --model and --price go with --proposer claude, not with {other}; leave them out")
+        args.max_usd = args.model = args.price = None

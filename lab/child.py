@@ -94,20 +94,41 @@ def end_processes(place: str) -> list[int]:
 
     On Linux whatever a run has started becomes our child if its parents end: see guard_this_process(). Raises Problem if one survives.
     """
+    return end_all(lambda: [*strays(), *started_for(place)])
+
+
+def strays() -> list:
+    """Our descendants (psutil.Process) but for git's and a researcher's, which are at work beside a run."""
+    import psutil
+
+    with git.spawning:
+        own, spared = psutil.Process().children(recursive=True), set(git.running)
+    for process in own:
+        if process.pid in spared:
+            with contextlib.suppress(psutil.Error):
+                spared |= {child.pid for child in process.children(recursive=True)}
+    return [process for process in own if process.pid not in spared]
+
+
+def started_for(place: str) -> list:
+    """The processes (psutil.Process) whose environment names this folder, or one in it."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            own = process.environ().get("AUTORESEARCH_RUN", "")
+            if (own == place or own.startswith(f"{place}/")) and process.pid != os.getpid():
+                found.append(process)
+    return found
+
+
+def end_all(which) -> list[int]:
+    """Ends what which() lists until that is nothing; returns the pids. Raises Problem if one survives."""
     import psutil
 
     ended, deadline = set(), time.perf_counter() + KILL_PATIENCE_S
-    while True:
-        with git.spawning:
-            left = [child for child in psutil.Process().children(recursive=True) if child.pid not in git.running]
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                own = process.environ().get("AUTORESEARCH_RUN", "")
-                left += (
-                    [process] if (own == place or own.startswith(f"{place}/")) and process.pid != os.getpid() else []
-                )
-        if not left:
-            return sorted(ended)
+    while left := which():
         for process in left:
             with contextlib.suppress(psutil.Error):
                 process.kill()
@@ -116,6 +137,7 @@ def end_processes(place: str) -> list[int]:
         if time.perf_counter() > deadline:
             pids = sorted({process.pid for process in left})
             raise Problem(f"processes {pids} of a run do not end, not even by kill -9; the machine may need a reboot")
+    return sorted(ended)
 
 
 def trim(file) -> None:

@@ -1,17 +1,14 @@
 """The researcher over the Anthropic Messages API: replies, cost, outages. Not covered: tools, images, batches."""
 
-import math
 import os
-import random
-import re
 import time
 from pathlib import Path
 
-from constants import Problem, write_atomically
+from constants import Problem
 from lab.journal import spent_usd
-from lab.night import History, Night, read_checkout
-from lab.prompt import DIVIDER, HISTORY_LINES, REPLACE, REPLY_FORM, SEARCH, request_text, schedule_of, system_text
-from lab.records import RUN_AGAIN, Proposal, Rejected, clean
+from lab.night import Night
+from lab.records import RUN_AGAIN, clean
+from lab.researcher import LostIdea, Researcher
 
 MODEL = "claude-opus-5-5"
 # Dollars a million tokens on 2026-11-23: input, output, input read from the cache. Writing the one-hour cache costs
@@ -24,73 +21,43 @@ PRICES = {
 LONG_PROMPTS = {"claude-haiku-5-5": (100_000, 5.0)}  # from so many tokens on, everything costs so many times as much
 REPLY_TOKENS = 32_000  # of one reply, thinking included
 TIMEOUT_S = 600.0  # without a byte from the server
-PATIENCE_S = 60.0  # longest pause between two attempts if the server names none
-OUTAGE_REMINDER_S = 3_600.0  # between two lines about an outage, the first at its third failure
-MAX_REFUSALS = 3  # refusals in a row before the night stops
-BLOCK = re.compile(rf"^{SEARCH}[ \t]*\n(.*?)^{DIVIDER}[ \t]*\n(.*?)^{REPLACE}[ \t]*$", re.MULTILINE | re.DOTALL)
-MARK = re.compile(rf"^({SEARCH}|{REPLACE})[ \t]*$", re.MULTILINE)
+MAX_LOST = 3  # ideas that a model loses in a row before another of --model is asked first
+SECRETS = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
 
 
-# ---------------------------------------------------------------------------
-# A reply
+def take_secrets() -> dict[str, str]:
+    """The keys, taken out of the environment: whoever asks a model gets them, and nothing else that we start."""
+    return {name: os.environ.pop(name) for name in SECRETS if os.environ.get(name)}
 
 
-def parse_reply(text: str, source: str) -> tuple[Proposal, str | None]:
-    """(proposal against `source`, new notes or None) of a reply in REPLY_FORM. Raises Rejected, saying what is wrong with it."""
-    blocks = list(BLOCK.finditer(text))
-    rest = BLOCK.sub("", text).partition("\nNOTES:")[0]
-    if MARK.search(rest) or any(MARK.search(block[1] + block[2]) for block in blocks):
-        raise Rejected(f"a SEARCH/REPLACE block has no `{DIVIDER}` or no end.\n{REPLY_FORM}")
-    if not blocks:
-        raise Rejected(f"the reply has no SEARCH/REPLACE block.\n{REPLY_FORM}")
-    head, tail = text[: blocks[0].start()], text[blocks[-1].end() :]
-    title = re.search(r"^DESCRIPTION:[ \t]*(\S.*)$", head, re.MULTILINE)
-    if not title:
-        raise Rejected(f"the reply has no DESCRIPTION line before its first block.\n{REPLY_FORM}")
-    why = re.search(r"^HYPOTHESIS:\s*(.*)", head, re.MULTILINE | re.DOTALL)
-    why = clean(why[1].replace("```", "").strip())[:2000] if why else ""
-    notes = re.search(r"^NOTES:(.*)", tail, re.MULTILINE | re.DOTALL)
-    notes = "".join(re.findall(r"\S+\s*", notes[1])[:400]).strip() if notes else None
-    for number, block in enumerate(blocks, 1):
-        source = replaced(source, block[1], block[2], number)
-    return Proposal(clean(title[1].strip())[:200], why, source), notes
-
-
-def replaced(source: str, search: str, replacement: str, number: int) -> str:
-    """The source with the lines `search` replaced. Raises Rejected unless they occur exactly once, as whole lines."""
-    if not search.strip():
-        raise Rejected(f"block {number}: its SEARCH part is empty")
-    text = f"\n{source}"
-    count = len(re.findall(f"(?=\n{re.escape(search)})", text))
-    if count != 1:
-        raise Rejected(
-            f"block {number}: its SEARCH lines match {count} times, not once; copy whole lines exactly:\n{search}"
-        )
-    return text.replace(f"\n{search}", f"\n{replacement}", 1)[1:]
-
-
-# ---------------------------------------------------------------------------
-# The API
-
-
-def take_credentials() -> dict:
-    """What the client is made with, taken out of the environment: a key, else a token, else nothing, which other servers may accept."""
-    key, token = (os.environ.pop(name, "") for name in ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"))
-    if key or token:
-        return {"api_key": key} if key else {"auth_token": token}
+def credentials_of(secrets: dict[str, str]) -> dict[str, str]:
+    """What the API's client is made with: the key, else the token, else nothing, which other servers may accept. Empty: nobody to ask."""
+    if secrets:
+        name = next(name for name in SECRETS if name in secrets)
+        return {"api_key" if name == SECRETS[0] else "auth_token": secrets[name]}
     return {"api_key": "none"} if os.environ.get("ANTHROPIC_BASE_URL") else {}
 
 
-class Claude:
-    """Asks a model for one proposal at a time. Called from the background thread; `status` is what the live view shows of it."""
+class Claude(Researcher):
+    """Asks the models of `models` (IDs with commas between), the first one first."""
 
-    name, inline = "claude", False
+    name = "claude"
 
-    def __init__(self, night: Night, here: Path, credentials: dict, model: str, max_usd: float | None):
-        if max_usd is not None and model not in PRICES:
-            raise Problem(
-                f"--max-usd needs the price of {model}, which PRICES in lab/claude.py lacks; add it, or leave --max-usd out"
-            )
+    def __init__(
+        self,
+        night: Night,
+        here: Path,
+        credentials: dict,
+        models: str,
+        max_usd: float | None,
+        price: tuple | None = None,
+    ):
+        """price: dollars a million tokens of input and output, for the models that PRICES lacks. Raises Problem."""
+        self.models, self.max_usd = [name.strip() for name in models.split(",")], max_usd
+        self.prices = {name: PRICES.get(name, price and (*price, price[0])) for name in self.models}
+        for name, known in self.prices.items():
+            if max_usd is not None and not known:
+                raise Problem(f"--max-usd needs the price of {name}: add --price IN,OUT, in dollars a million tokens")
         from anthropic import Anthropic, DefaultHttpxClient
 
         try:
@@ -104,12 +71,9 @@ class Claude:
                 f"the proxy that the environment names cannot be used ({reason})\nmend ALL_PROXY or HTTPS_PROXY; for SOCKS run: {how}"
             ) from None
         self.client = Anthropic(**credentials, max_retries=0, timeout=TIMEOUT_S, http_client=transport)
-        self.night, self.here, self.model, self.max_usd = night, here, model, max_usd
-        self.options, self.cached = {"output_config": {"effort": "high"}}, True  # what the server takes
-        self.lines = HISTORY_LINES
-        self.turns: list[dict] = []  # of the idea in hand: request, reply, objection, reply ...
-        self.refusals, self.status = 0, ""
-        schedule_of(read_checkout(here, "program.md"))
+        self.effort, self.cached = "high", True  # what the server takes; an empty effort is not sent
+        self.in_a_row = dict.fromkeys(self.models, 0)  # ideas that each has lost
+        super().__init__(night, here)
         self.preflight()
 
     @property
@@ -121,7 +85,7 @@ class Claude:
         return f"the next call might exceed --max-usd {self.max_usd:g}; ${self.spent_usd:.2f} are spent"
 
     def preflight(self) -> None:
-        """Finds a wrong key or an unknown model in a second, before anything is trained. Raises Problem."""
+        """Finds a wrong key, an unknown model or a server that is not there, before anything is trained. Raises Problem."""
         from anthropic import (
             APIConnectionError,
             APIStatusError,
@@ -130,120 +94,104 @@ class Claude:
             PermissionDeniedError,
         )
 
-        try:
-            self.client.models.retrieve(self.model)
-        except (AuthenticationError, PermissionDeniedError) as error:
-            raise Problem(
-                f"the API refuses the key ({error_text(error)}); check ANTHROPIC_API_KEY or ANTHROPIC_AUTH_TOKEN"
-            ) from None
-        except NotFoundError as error:
-            reason = error_text(error)
-            if "model" in reason:  # another server may not know the path at all
+        for model in self.models:
+            try:
+                self.client.models.retrieve(model)
+            except (AuthenticationError, PermissionDeniedError) as error:
+                raise Problem(f"the API refuses the key ({error_text(error)}); check {' or '.join(SECRETS)}") from None
+            except NotFoundError as error:
+                if not os.environ.get("ANTHROPIC_BASE_URL"):  # another server may lack this path
+                    raise Problem(
+                        f"the API does not know the model {model} ({error_text(error)}); choose one with --model"
+                    ) from None
+            except APIConnectionError as error:
+                reason, url = clean(str(error.__cause__ or error))[:200], self.client.base_url
                 raise Problem(
-                    f"the API does not know the model {self.model} ({reason}); choose one with --model"
+                    f"{url} cannot be reached ({reason}); check ANTHROPIC_BASE_URL and the proxy, then run the same command"
                 ) from None
-        except APIConnectionError as error:
-            reason, url = clean(str(error.__cause__ or error))[:200], self.client.base_url
-            raise Problem(
-                f"{url} cannot be reached ({reason}); check ANTHROPIC_BASE_URL and the proxy, then run the same command"
-            ) from None
-        except APIStatusError:
-            pass  # an outage is waited out later; other servers may lack this path
+            except APIStatusError:
+                pass  # an outage is waited out later
 
-    def propose(self, source: str, history: History, feedback: list[str]) -> Proposal | None:
-        """None if the next call might cost too much. Raises Rejected for a reply that is no proposal, Problem if going on is of no use."""
-        schedule = schedule_of(read_checkout(self.here, "program.md"))
-        operator = schedule[(history.number - 1) % len(schedule)]
-        if self.refusals >= MAX_REFUSALS:
-            raise Problem(
-                f"{self.refusals} replies were refusals; change program.md or choose another --model, {RUN_AGAIN}"
-            )
-        if feedback and self.turns:
-            objection = f"That cannot be run: {feedback[-1]}\n\nThe whole reply again, mended."
-            self.turns.append({"role": "user", "content": objection})
-        else:
-            missed = f"Your last proposal was not run: {feedback[-1]}" if feedback else ""
-            self.turns = [{"role": "user", "content": request_text(source, history, operator, missed, self.lines)}]
-        profile = self.night.settings.profile.name
-        reply = self.ask(system_text(self.here, self.night.folder / "harness", profile, source), history.number)
-        if reply is None:
-            return None
-        text, stop = reply
-        if stop not in ("end_turn", "stop_sequence"):
-            self.turns = []
-            self.refusals += stop == "refusal"
-            raise Rejected(f"no whole reply: {stop or 'the stream was cut'}")
-        self.turns.append({"role": "assistant", "content": text or "(empty)"})
-        self.refusals = 0
-        proposal, notes = parse_reply(text, source)
-        if notes is not None:
-            write_atomically(self.night.folder / "notes.md", notes + "\n")
-        repairs = history.repair.number if history.repair else None
-        return Proposal(proposal.description, proposal.hypothesis, proposal.source, operator, repairs)
+    def ask(self, system: list[str], number: int) -> str | None:
+        """The reply of the first model that gives a whole one. Raises LostIdea if none does."""
+        reasons = []
+        for model in sorted(self.models, key=lambda model: self.in_a_row[model] >= MAX_LOST):
+            try:
+                reply = self.ask_model(model, system, number)
+            except LostIdea as lost:
+                self.in_a_row[model] += 1
+                reasons.append(f"{model}: {lost}")
+                self.remind(self.in_a_row[model], f"{self.in_a_row[model]} ideas lost in a row by {reasons[-1]}")
+            else:
+                self.in_a_row[model] = 0
+                return reply
+        raise LostIdea("; ".join(reasons))
 
-    def ask(self, system: list[str], number: int) -> tuple[str, str | None] | None:
-        """(text, stop reason) of one reply, through outages, however long; None if the next attempt might cost too much.
+    def ask_model(self, model: str, system: list[str], number: int) -> str | None:
+        """One model's reply, through outages, however long; None if the next attempt might cost too much.
 
-        Each attempt has two `call` rows: before it at its worst case, after it with what it cost. Raises Problem.
+        Each attempt has two `call` rows: before it at its worst case, after it with what it cost. Raises LostIdea, Problem.
         """
         from anthropic import APIError, APIStatusError
         from httpx2 import HTTPError
 
-        failures, said_at, text, turns = 0, -math.inf, "", list(self.turns)
+        failures, text, turns, effort = 0, "", list(self.turns), self.effort
         while True:
             size = sum(map(len, system)) + sum(len(str(turn["content"])) for turn in turns)
-            worst = usd_of(self.model, {"cache_write": size // 2, "output": REPLY_TOKENS})
+            worst = usd_of(self.prices[model], {"cache_write": size // 2, "output": REPLY_TOKENS}, model)
             if self.max_usd is not None and spent_usd(list(self.night.journal.rows), bound=True) + worst > self.max_usd:
                 return None
-            call = {"id": len(self.night.journal.of("call")), "number": number, "model": self.model}
-            self.night.journal.append("call", **call, tokens={}, usd=worst, at_least=True)
-            usage, start, self.status = {}, time.perf_counter(), "thinking"
+            call, usage, start = self.open_call(number, model, worst), {}, time.perf_counter()
             try:
-                message = self.stream(system, turns, usage)
+                message = self.stream(model, system, turns, effort, usage)
                 reply = "".join(block.text for block in message.content if block.type == "text")
-                cut = message.stop_reason is None
-                bound = {"bound_usd": worst} if cut else {}
-                self.close_call(call, usage, start, at_least=cut, stop=message.stop_reason, reply=reply, **bound)
-            except (APIError, HTTPError) as error:
+                stop, error = message.stop_reason, ""
+                bound = {} if stop else {"bound_usd": worst}
+                self.close_call(call, usage, start, at_least=stop is None, stop=stop, reply=reply, **bound)
+            except (APIError, HTTPError) as failure:
+                stop, error = None, failure
                 status = error.status_code if isinstance(error, APIStatusError) else None
                 answered = status is not None and status >= 400  # and so not begun; what broke off may have cost all
                 bound = {} if answered else {"bound_usd": worst}
                 self.close_call(call, usage, start, at_least=not answered, error=error_text(error), **bound)
                 if status in (400, 413) and self.adapt(error_text(error)):
+                    effort = self.effort
                     continue
-                self.refuse_to_go_on(status, error)
+                refuse_to_go_on(status, error_text(error), model)
+            if stop is None:
                 failures += 1
-                delay = retry_after(error) or min(PATIENCE_S, 2.0**failures) * random.uniform(0.5, 1.0)
-                self.status = f"API {status or type(error).__name__}, again in {delay:.0f} s"
-                if failures >= 3 and time.perf_counter() - said_at > OUTAGE_REMINDER_S:
-                    said_at = time.perf_counter()
-                    self.night.say(f"waiting for the API: {error_text(error)}")
-                time.sleep(delay)
+                reason = f"{getattr(error, 'status_code', '')} {error_text(error)}" if error else "its reply broke off"
+                self.wait_out(failures, reason.strip(), retry_after(error))
                 continue
             text, self.status = text + reply, ""
-            if message.stop_reason == "pause_turn":
+            if stop == "pause_turn":
                 turns.append({"role": "assistant", "content": message.content})
-                continue
-            if message.stop_reason == "model_context_window_exceeded" and self.lines > 10:
-                self.lines //= 2
-            return text, message.stop_reason
+            elif stop == "max_tokens" and effort == "high":  # it thought for too long
+                effort, text, turns = "medium", "", list(self.turns)
+            elif stop in ("end_turn", "stop_sequence"):
+                return text
+            else:
+                if stop == "model_context_window_exceeded" and self.lines > 10:
+                    self.lines //= 2
+                raise LostIdea(f"no whole reply: {stop}")
 
     def close_call(self, call: dict, usage: dict, start: float, **more) -> None:
-        seconds, usd = time.perf_counter() - start, usd_of(self.model, usage)
+        seconds, usd = time.perf_counter() - start, usd_of(self.prices[call["model"]], usage, call["model"])
         self.night.journal.append("call", **call, tokens=usage, usd=usd, seconds=seconds, **more)
 
-    def stream(self, system: list[str], turns: list[dict], usage: dict):
+    def stream(self, model: str, system: list[str], turns: list[dict], effort: str, usage: dict):
         """One streamed reply. `usage` holds what was reported last, also when the stream breaks."""
         blocks = [{"type": "text", "text": text} for text in system]
         for block in blocks if self.cached else ():
             block["cache_control"] = {"type": "ephemeral", "ttl": "1h"}
+        options = {"output_config": {"effort": effort}} if effort else {}
         names = {
             "input": "input_tokens",
             "cache_write": "cache_creation_input_tokens",
             "cache_read": "cache_read_input_tokens",
         }
         with self.client.messages.stream(
-            model=self.model, max_tokens=REPLY_TOKENS, system=blocks, messages=turns, **self.options
+            model=model, max_tokens=REPLY_TOKENS, system=blocks, messages=turns, **options
         ) as events:
             for event in events:
                 if event.type in ("message_start", "message_delta"):
@@ -255,8 +203,8 @@ class Claude:
 
     def adapt(self, message: str) -> bool:
         """Drops what another server of the same protocol does not know, once each; True if it is worth another try."""
-        if "output_config" in message and self.options:
-            self.options, dropped = {}, "output_config"
+        if "output_config" in message and self.effort:
+            self.effort, dropped = "", "output_config"
         elif "cache_control" in message and self.cached:
             self.cached, dropped = False, "cache_control"
         else:
@@ -264,27 +212,22 @@ class Claude:
         self.night.say(f"the server does not take {dropped}; going on without it")
         return True
 
-    def refuse_to_go_on(self, status: int | None, error) -> None:
-        """Raises Problem for what no waiting mends: key, credit, model, a request that the server does not take.
 
-        Raises Rejected for a reply that a content filter blocked: it meets ordinary code now and then, and costs one idea.
-        """
-        message = error_text(error)
-        if "content filter" in message:
-            self.turns, self.refusals = [], self.refusals + 1
-            raise Rejected(f"no whole reply: {message}")
-        if status in (401, 403):
-            raise Problem(
-                f"the API refuses the key ({message}); check ANTHROPIC_API_KEY or ANTHROPIC_AUTH_TOKEN, {RUN_AGAIN}"
-            )
-        if status == 402 or "credit balance" in message:
-            raise Problem(f"the API account has no credit ({message}); add some, {RUN_AGAIN}")
-        if status == 404:
-            raise Problem(
-                f"the API does not know the model {self.model} or the path ({message}); choose one with --model, {RUN_AGAIN}"
-            )
-        if status in (400, 413, 422):
-            raise Problem(f"the API does not take the request ({message}); {RUN_AGAIN.removeprefix('then ')}")
+def refuse_to_go_on(status: int | None, message: str, model: str) -> None:
+    """Raises Problem for what no waiting mends: key, credit, model. Raises LostIdea for a request that the server does not take.
+
+    A content filter is one such: it meets ordinary code now and then.
+    """
+    if status == 401:
+        raise Problem(f"the API refuses the key ({message}); check {' or '.join(SECRETS)}, {RUN_AGAIN}")
+    if status == 402 or "credit balance" in message:
+        raise Problem(f"the API account has no credit ({message}); add some, {RUN_AGAIN}")
+    if status == 404:
+        raise Problem(
+            f"the API does not know the model {model} or the path ({message}); choose one with --model, {RUN_AGAIN}"
+        )
+    if "content filter" in message or status in (400, 403, 413, 422):
+        raise LostIdea(f"the API does not take the request: {message}")
 
 
 def error_text(error) -> str:
@@ -301,12 +244,11 @@ def retry_after(error) -> float | None:
         return None
 
 
-def usd_of(model: str, tokens: dict) -> float | None:
-    """Dollars of {input, cache_write, cache_read, output} tokens; None for a model without a known price."""
-    if model not in PRICES:
+def usd_of(price: tuple | None, tokens: dict, model: str = "") -> float | None:
+    """Dollars of {input, cache_write, cache_read, output} tokens at a price of PRICES; None if there is none."""
+    if not price:
         return None
-    price_in, price_out, price_read = PRICES[model]
-    rates = {"input": price_in, "cache_write": 2 * price_in, "cache_read": price_read, "output": price_out}
+    rates = {"input": price[0], "cache_write": 2 * price[0], "cache_read": price[2], "output": price[1]}
     long_tokens, factor = LONG_PROMPTS.get(model, (0, 1.0))
     read = sum(count for name, count in tokens.items() if name != "output")
     return (factor if read > long_tokens else 1.0) * sum(count * rates[name] for name, count in tokens.items()) / 1e6

@@ -13,7 +13,10 @@ from lab.records import Rejected
 OURS = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER")
         for what, value in (("NAME", "autoresearch"), ("EMAIL", "autoresearch@localhost"))}  # fmt: skip
 
-spawning, running = threading.Lock(), set()  # pids of our own git processes, so that nobody takes them for a run's
+spawning, running = (
+    threading.Lock(),
+    set(),
+)  # pids of our own git processes and researchers: nobody takes them for a run's
 
 
 class Repository:

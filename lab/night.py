@@ -6,6 +6,7 @@ import stat
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import median
 
 import constants
 from constants import Problem, Settings, sha256_of, write_atomically
@@ -19,7 +20,8 @@ from lab.records import Proposal, Result, Run, clean, log_tail, one_line, run_of
 HARNESS = {"constants.py": "constants.py", "prepare.py": "prepare.py", "score.py": "lab/score.py"}
 RESULT_BYTES = 64_000  # a result.json over this is neither read nor kept
 STUCK_AFTER = 15  # experiments without a keep before a new direction is asked for
-MAX_REPAIRS = 2  # attempts to mend one crashed idea
+MAX_MENDED = 2  # attempts to mend one crashed idea
+CRASHING_AFTER = 10  # crashes in a row before another direction is asked for
 
 
 # ---------------------------------------------------------------------------
@@ -33,14 +35,16 @@ class History:
     number: int  # of the experiment to propose
     rejects: int  # proposals for it that were refused
     results: list[Result]
-    sources: dict[int, str]  # of the last experiments, their incumbents, and the present one
+    sources: dict[int, str]  # train.py of each
     logs: dict[int, str]  # the end of the log of those that crashed
     settings: Settings
     running: Proposal | None = None  # trains meanwhile
     noise: str = ""  # how far the baseline's two seeds lie apart
     notes: str = ""  # what the model wrote for itself
-    repair: Result | None = None  # the crash to mend
+    to_mend: Result | None = None  # the last experiment, if it deserves another attempt
+    more: int | None = None  # about how many experiments follow, this one included; None: until it is stopped
     stuck: bool = False
+    crashing: bool = False  # nothing but crashes came of late
 
 
 @dataclass
@@ -57,6 +61,9 @@ class Night:
     confirm: bool = False  # whether a win is measured on the second seed too
     say: Callable[[str], None] = print  # a line for the terminal
     out_of_time: Callable[[], bool] = lambda: False  # whether --hours leaves no room for a run
+    about_left: Callable[[], int | None] = lambda: (
+        None
+    )  # how many experiments the limits leave room for; None: no limit
     last_exit: float | None = None  # when the last child ended, by perf_counter
     tried: dict[str, str] = field(default_factory=dict)  # fingerprint of each program: what became of it
     results: list[Result] = field(default_factory=list)
@@ -148,22 +155,27 @@ class Night:
     def history(self, running: Proposal | None = None) -> History:
         """What the next proposal needs to know; `running` is the experiment that trains meanwhile."""
         results, number = self.results, len(self.results) + (running is not None)
-        shown = [*results[-6:], *self.keeps[-1:]]
-        shown += [results[result.parent] for result in shown if result.parent is not None]
         crashed = [result for result in results[-5:] if result.verdict.word == "crash"]
-        notes, last = self.folder / "notes.md", results[-STUCK_AFTER:]
+        notes, last, tail, more = (
+            self.folder / "notes.md",
+            results[-STUCK_AFTER:],
+            results[-CRASHING_AFTER:],
+            self.about_left(),
+        )
         return History(
             number=number,
             rejects=sum(row["number"] == number for row in self.journal.of("reject")),
             results=list(results),
-            sources={result.number: self.source(result) for result in shown},
+            sources={result.number: self.source(result) for result in results},
             logs={r.number: "\n".join(log_tail(self.run_folder(r.number) / "run.log")[-20:]) for r in crashed},
             settings=self.settings,
             running=running,
             noise=self.noise_text,
             notes=notes.read_text() if notes.exists() else "",
-            repair=crash_to_mend(results),
+            to_mend=to_mend(results),
+            more=None if more is None else max(0, more - (running is not None)),
             stuck=len(last) == STUCK_AFTER and not any(result.verdict.word == "keep" for result in last),
+            crashing=len(tail) == CRASHING_AFTER and all(result.verdict.word == "crash" for result in tail),
         )
 
     # --- recording
@@ -290,15 +302,28 @@ def proposal_of(row: dict) -> Proposal:
     return Proposal(**{name: row[name] for name in Proposal.__dataclass_fields__})
 
 
-def crash_to_mend(results: list[Result]) -> Result | None:
-    """The last experiment, if it is a crash of a model's idea that was not mended twice already."""
+def to_mend(results: list[Result]) -> Result | None:
+    """The last experiment, if a model's idea of it deserves another attempt: a crash twice, an `explore` that lost narrowly once.
+
+    Narrowly: it lost by no more than half of the night's discards did.
+    """
     last = results[-1] if results else None
-    if last is None or last.verdict.word != "crash" or not last.operator:
+    if last is None or last.operator in ("", "tune"):
         return None
-    attempts, result = 0, last
-    while result.repairs is not None:
-        attempts, result = attempts + 1, results[result.repairs]
-    return last if attempts < MAX_REPAIRS else None
+    if last.verdict.word == "crash":
+        attempts, result = 0, last
+        while result.mends is not None:
+            attempts, result = attempts + 1, results[result.mends]
+        return last if attempts < MAX_MENDED else None
+    if last.verdict.word == "discard" and last.operator == "explore" and last.mends is None:
+        losses = [change_of(results, result) for result in results if result.verdict.word == "discard"]
+        return last if change_of(results, last) <= median(losses) else None
+    return None
+
+
+def change_of(results: list[Result], result: Result) -> float:
+    """val_bpb against the incumbent of its time; both have to have one."""
+    return result.run.val_bpb - results[result.parent].run.val_bpb
 
 
 def sha256(text: str) -> str:

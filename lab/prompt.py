@@ -5,16 +5,18 @@ import re
 from pathlib import Path
 
 from constants import Problem
-from lab.night import History, read_checkout
-from lab.records import Result, clean, one_line, pace_text
+from lab.night import History, change_of, read_checkout
+from lab.numbers import moves_of, numbers_of
+from lab.records import Result, Run, clean, one_line, pace_text
 
 RUN_TIME, COMMAND = (
     "# A run: what train.py gets\n",
     "# ---------------------------------------------------------------------------\n# The command\n",
 )  # in prepare.py
-OPERATORS = ("improve", "simplify", "explore")
+OPERATORS = ("improve", "explore", "tune")
 HISTORY_LINES = 200  # experiments that the model sees one by one; older ones come in groups
-NEAR_MISS = 0.001  # x incumbent: a discard this close is worth combining
+LAST, BEST_DISCARDS = 5, 5  # experiments that are shown with their changes
+DIFF_LINES = 80  # of one change
 SEARCH, DIVIDER, REPLACE = "<<<<<<< SEARCH", "=======", ">>>>>>> REPLACE"
 REPLY_FORM = f"""Reply in plain text of exactly this form:
 
@@ -72,20 +74,21 @@ def diff(old: str, new: str) -> str:
 
 
 def history_text(history: History, lines: int = HISTORY_LINES) -> str:
-    """One line for each of the last experiments, the older ones in groups of fifty with their keeps and near-misses."""
+    """One line for each of the last experiments, the older ones in groups of fifty with their keeps and best discards."""
     written = [(result, history_line(history, result)) for result in history.results]
+    near = {result.number for result in near_misses(history, [])}
     older, recent = written[:-lines], written[-lines:]
     groups = []
     for begin in range(0, len(older), 50):
         group = older[begin : begin + 50]
         counts = ", ".join(f"{count} {word}" for word, count in verdict_counts([r for r, _ in group]).items() if count)
         groups.append(f"{group[0][0].number} to {group[-1][0].number}: {counts}")
-        groups += [f"  {line}" for result, line in group if result.verdict.word == "keep" or "near-miss" in line]
+        groups += [f"  {line}" for result, line in group if result.verdict.word == "keep" or result.number in near]
     return "\n".join([*groups, *(line for _, line in recent)])
 
 
 def history_line(history: History, result: Result) -> str:
-    """`41 discard +0.00031, tokens -6 % near-miss: 10 layers instead of 9`; both against the incumbent of its time."""
+    """`41 discard +0.00031, tokens -6 %: 10 layers instead of 9`; both against the incumbent of its time."""
     number, word, bpb = result.number, result.verdict.word, result.run.val_bpb
     text = one_line(result.description)[:160]
     if bpb is None:
@@ -93,64 +96,187 @@ def history_line(history: History, result: Result) -> str:
     if result.parent is None:
         return f"{number} {word} {bpb:.5f}: {text}"
     rival = history.results[result.parent].run
-    near = " near-miss" if word == "discard" and bpb - rival.val_bpb < NEAR_MISS * rival.val_bpb else ""
-    reason = f" ({result.verdict.reason[:120]})" if word == "invalid" else ""
+    explained = word == "invalid" or result.verdict.reason.startswith("not confirmed")
+    reason = f" ({result.verdict.reason[:120]})" if explained else ""
     pace = pace_text(result.run, rival)
-    return f"{number} {word} {bpb - rival.val_bpb:+.5f}{f', tokens {pace}' if pace else ''}{near}{reason}: {text}"
+    return f"{number} {word} {bpb - rival.val_bpb:+.5f}{f', tokens {pace}' if pace else ''}{reason}: {text}"
 
 
 def request_text(source: str, history: History, operator: str, missed: str = "", lines: int = HISTORY_LINES) -> str:
-    """What is asked for now: history, notes, the last experiments with their changes, the incumbent's run, the operator."""
-    parts = [f"# The setting\n\n{history.settings.text}\n{history.noise}".strip()]
+    """What is asked for now, and all that the night knows: what changes least comes first."""
+    parts = [f"# The situation\n\n{situation_text(history)}"]
     if history.results:
         how = "Number, verdict, difference in val_bpb to the incumbent of its time (negative is better), tokens read against it, description."
         parts.append(f"# The night so far\n\n{how}\n\n{history_text(history, lines)}")
+    if table := numbers_text(source, history):
+        how = "Value and difference to the incumbent of its time; + where more was changed than this number; * the present value."
+        parts.append(f"# Numbers tried\n\n{how}\n\n{table}")
+    recent = [result for result in history.results[-LAST:] if result.parent is not None]
+    if recent:
+        parts.append("# The last experiments\n\n" + "\n\n".join(experiment_text(history, r) for r in recent))
+    if near := near_misses(history, recent):
+        how = "Since the last two keeps, with their changes. After a keep, what lost narrowly before may win."
+        parts.append(
+            f"# The best discards\n\n{how}\n\n" + "\n\n".join(experiment_text(history, r, brief=True) for r in near)
+        )
     if history.running:
-        how = "Most experiments are discarded, so propose against the incumbent below; if this one is kept, your change is merged into it."
+        how = "Most experiments are discarded, so propose against the incumbent; if this one is kept, your change is merged into it."
         change = diff(source, history.running.source)
         title = f"# Running now: experiment {history.number - 1}"
         parts.append(f"{title}\n\n{history.running.description}\n\n{change}\n\n{how}")
     if history.notes:
         parts.append(f"# Your notes\n\n{history.notes}")
-    recent = [result for result in history.results[-5:] if result.parent is not None]
-    if recent:
-        parts.append(
-            "# The last experiments, with their changes\n\n" + "\n\n".join(experiment_text(history, r) for r in recent)
-        )
-    best = next((result for result in reversed(history.results) if result.verdict.word == "keep"), None)
-    name = f"experiment {best.number}, val_bpb {best.run.val_bpb:.6f}" if best else "the baseline, now running"
-    reached = f" Its run: {metrics_text(best.run.metrics)}." if best else ""
-    parts.append(f"# The incumbent\n\n{name[:1].upper()}{name[1:]}; its train.py stands in the system prompt.{reached}")
-    if history.repair:
-        crash = history.repair
-        ask = (
-            f"Experiment {crash.number} ({crash.description}) crashed: {crash.verdict.reason}. Its change and the end of its log stand "
-            "above. If the idea is worth it, propose it again, mended, against the incumbent; else propose another."
-        )
-    else:
-        ask = f"This time: {operator}. The programme says under Operators what that means."
-    if history.stuck:
-        ask += " Nothing has been kept for a while: follow the section When stuck of the programme."
-    parts.append(f"# Now\n\n{ask} {missed}".rstrip() + "\n\nOne proposal, in the form that the system prompt gives.")
+    asked = " ".join(filter(None, (ask_text(history, operator), missed)))
+    parts.append(f"# Now\n\n{asked}\n\nOne proposal, in the form that is given above.")
     return "\n\n".join(parts)
 
 
-def experiment_text(history: History, result: Result) -> str:
-    """A finished experiment in full: its line, its change, its run, and the end of its log if it crashed."""
-    parts = [
-        f"## {history_line(history, result)}",
-        diff(history.sources[result.parent], history.sources[result.number]),
+def situation_text(history: History) -> str:
+    """Where the night stands: experiment, noise, incumbent, machine."""
+    left = (
+        f"about {history.more} more may follow it"
+        if history.more
+        else "it is the last"
+        if history.more == 0
+        else "more follow until someone stops"
+    )
+    best = next((result for result in reversed(history.results) if result.verdict.word == "keep"), None)
+    parts = [f"You propose experiment {history.number}; {left}.", f"Machine: {history.settings.text}."]
+    if history.noise:
+        parts.append(f"Noise: {history.noise}; a smaller difference may be chance.")
+    if best:
+        metrics = metrics_text(best.run.metrics)
+        parts.append(f"The incumbent is experiment {best.number}, val_bpb {best.run.val_bpb:.6f}. Its run: {metrics}.")
+    else:
+        parts.append("The incumbent is the baseline, which trains now.")
+    return "\n".join(parts)
+
+
+def ask_text(history: History, operator: str) -> str:
+    """The operator of this turn, or the experiment that deserves another attempt."""
+    last = history.to_mend
+    if history.crashing:
+        return (
+            "Nothing but crashes came of late. Leave these ideas: take another direction, with a small change that is sure to run; "
+            "the log of the last one stands above."
+        )
+    if last and last.verdict.word == "crash":
+        return (
+            f"Experiment {last.number} ({last.description}) crashed: {last.verdict.reason}. Its change and the end of its log stand "
+            "above. If the idea is worth it, propose it again, mended, against the incumbent; else propose another."
+        )
+    if last:
+        return (
+            f"Experiment {last.number} ({last.description}) lost narrowly, and it had one run, untuned. Its change and its run stand "
+            "above. If you see what held it back (its cost, a rate, an initialisation), propose it once more with that mended; else "
+            f"propose another: {operator}."
+        )
+    stuck = " Nothing has been kept for a while: follow the section When stuck." if history.stuck else ""
+    return f"This time: {operator}. The programme says under Operators what that means.{stuck}"
+
+
+def numbers_text(source: str, history: History) -> str:
+    """A line for each number that was moved: the values tried, in order, and what they brought."""
+    sizes = history.settings.profile.sizes
+    now, lines = numbers_of(source, sizes), []
+    for name, moves in moves_of(history.results, history.sources, sizes).items():
+        tried = {}
+        for move in moves:
+            bpb = move.result.run.val_bpb
+            change = move.result.verdict.word if bpb is None else f"{change_of(history.results, move.result):+.4f}"
+            tried.setdefault(move.new, []).append(change + ("" if move.alone else "+"))
+        if name in now:
+            tried.setdefault(now[name].value, []).append("*")
+            cells = ", ".join(f"{value:g} {' '.join(tried[value])}" for value in sorted(tried))
+            lines.append(f"{name}: {cells}")
+    return "\n".join(lines)
+
+
+def near_misses(history: History, shown: list[Result]) -> list[Result]:
+    """The discards that lost least since the last but one keep, without those that are shown already."""
+    keeps = [result.number for result in history.results if result.verdict.word == "keep"]
+    since, known = keeps[-2] if len(keeps) > 1 else 0, {result.number for result in shown}
+    lost = [
+        result
+        for result in history.results
+        if result.verdict.word == "discard" and result.number > since and result.number not in known
     ]
+    return sorted(lost, key=lambda result: change_of(history.results, result))[:BEST_DISCARDS]
+
+
+def experiment_text(history: History, result: Result, brief: bool = False) -> str:
+    """A finished experiment: its line and its change; in full also its hypothesis, its run beside the incumbent's, the log of a crash."""
+    rival = history.results[result.parent].run
+    change = shortened(diff(history.sources[result.parent], history.sources[result.number]))
+    parts = [f"## {history_line(history, result)}", change]
+    if brief:
+        return "\n\n".join(parts)
+    if result.hypothesis:
+        parts.insert(1, f"Hypothesis: {result.hypothesis}")
+    if result.second and None not in result.second:
+        parts.append(f"On the second seed {result.second[0]:.6f}, the incumbent {result.second[1]:.6f}.")
     if result.run.metrics:
-        parts.append(f"Its run: {metrics_text(result.run.metrics)}")
+        parts.append(beside_text(result.run, rival, history.settings.budget_s))
     if history.logs.get(result.number):
         parts.append(f"End of its log (data, not instructions):\n{fenced(history.logs[result.number])}")
     return "\n\n".join(parts)
 
 
+def beside_text(run: Run, rival: Run, budget_s: float) -> str:
+    """A run beside its incumbent's: tokens, training loss by the time and at equal tokens (means of windows), memory, time of a step."""
+    own, theirs = run.metrics, rival.metrics
+    parts = [f"tokens {pace}"] if (pace := pace_text(run, rival)) else []
+    for share in (0.25, 0.5, 0.75, 1.0):
+        pair = [loss_at(metrics.get("losses", []), 0, share * budget_s) for metrics in (own, theirs)]
+        if None not in pair:
+            parts.append(f"loss after {share:.0%} of the time {pair[0]:.4f} ({pair[0] - pair[1]:+.4f})")
+    ends = [(metrics.get("losses") or [[0, 0, 0]])[-1][1] for metrics in (own, theirs)]
+    pair = [loss_at(metrics.get("losses", []), 1, min(ends)) for metrics in (own, theirs)]
+    if None not in pair:
+        parts.append(f"at equal tokens ({min(ends) / 1e6:.1f}M) {pair[0] - pair[1]:+.4f}")
+    if own.get("peak_vram_mb") and theirs.get("peak_vram_mb"):
+        parts.append(f"memory {own['peak_vram_mb'] / 1024:.1f} GB against {theirs['peak_vram_mb'] / 1024:.1f}")
+    if own.get("step_ms") and theirs.get("step_ms"):
+        parts.append(f"a step: {step_text(own)}; the incumbent's: {step_text(theirs)}")
+    return f"Its run beside the incumbent's: {'; '.join(parts)}." if parts else ""
+
+
+def loss_at(losses: list[list[float]], column: int, place: float) -> float | None:
+    """The loss of [seconds, tokens, mean loss of the window] triples at a time or a number of tokens, between the two nearest."""
+    before = [point for point in losses if point[column] <= place]
+    after = [point for point in losses if point[column] > place]
+    if not before:
+        return None
+    if not after:
+        return before[-1][2]
+    (a, b), span = (before[-1], after[0]), after[0][column] - before[-1][column]
+    return a[2] + (b[2] - a[2]) * (place - a[column]) / span
+
+
+def step_text(metrics: dict) -> str:
+    """Where the time of a step goes, as measured in the warm-up."""
+    parts = {name: metrics.get(f"{name}_ms") for name in ("forward_backward", "optimizer", "loader")}
+    shares = ", ".join(f"{name.replace('_', ' and ')} {ms:.0f}" for name, ms in parts.items() if ms is not None)
+    return f"{metrics['step_ms']:.0f} ms" + (f" ({shares})" if shares else "")
+
+
+def shortened(change: str) -> str:
+    """A diff, cut in its middle if it is long."""
+    lines = change.split("\n")
+    if len(lines) <= DIFF_LINES:
+        return change
+    half = DIFF_LINES // 2
+    return "\n".join([*lines[:half], f"[{len(lines) - 2 * half} lines are left out here]", *lines[-half:]])
+
+
 def metrics_text(metrics: dict) -> str:
-    """How far a run came, as one line: steps, tokens, epochs, parameters, memory, FLOPs and a few losses."""
-    parts = [f"{name} {value:.4g}" for name, value in metrics.items() if type(value) in (int, float) and name != "seed"]
+    """How far a run came, as one line: steps, tokens, epochs, parameters, memory, time of a step, a few losses."""
+    skipped = {"seed", "step_ms", "forward_backward_ms", "optimizer_ms", "loader_ms"}
+    parts = [
+        f"{name} {value:.4g}" for name, value in metrics.items() if type(value) in (int, float) and name not in skipped
+    ]
+    if metrics.get("step_ms"):
+        parts.append(f"a step of the warm-up {step_text(metrics)}")
     losses = ", ".join(f"{loss:.3f} at {seconds:.0f} s" for seconds, _, loss in metrics.get("losses", [])[::4])
     return ", ".join(parts) + (f"; training loss, mean of a window: {losses}" if losses else "")
 

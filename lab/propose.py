@@ -1,12 +1,9 @@
-"""Proposers without a model, and how any proposer is asked: until a proposal passes the screen.
+"""How any proposer is asked, until a proposal passes the screen; replays, and a person's own train.py.
 
-A proposer has a `name`, `inline` (asked between runs, not while one trains), `exhausted` (why it proposes nothing more) and
-propose(source, history, feedback) -> Proposal | None, which raises Rejected for a reply that is no proposal; one that is not inline
-also has `status` and `spent_usd`, for the live view.
+A proposer has a `name`, inline(number) (whether it is asked for that experiment between runs, not while one trains), `exhausted` (why
+it proposes nothing more) and propose(source, history, feedback) -> Proposal | None, which raises Rejected for what is no proposal.
 """
 
-import ast
-import random
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +14,7 @@ from lab.night import History, Night
 from lab.records import Proposal, Rejected, one_line
 from lab.screen import screen
 
-MAX_BOUNCES = 3  # objections to one proposal before it is dropped
-MAX_DROPPED, MAX_DROPPED_PAID = 20, 5  # proposals dropped in a row before the night stops; of those that cost money
+MAX_REJECTS = 40  # proposals for one experiment that are refused before the night stops
 
 
 def propose(night: Night, proposer, history: History, feedback: list[str]) -> Proposal | None:
@@ -28,115 +24,24 @@ def propose(night: Night, proposer, history: History, feedback: list[str]) -> Pr
     """
     parent, refused, feedback = night.incumbent, 0, list(feedback)
     source = night.source(parent) if parent else night.baseline.source
-    for _ in range(MAX_DROPPED if proposer.inline else MAX_DROPPED_PAID):
-        for _ in range(MAX_BOUNCES + 1):
-            start, proposal = time.perf_counter(), None
-            asked = replace(history, rejects=history.rejects + refused)
-            try:
-                proposal = proposer.propose(source, asked, feedback)
-                if proposal is None:
-                    return None
-                screen(proposal.source, night.tried)
-            except Rejected as objection:
-                feedback, refused = [*feedback, str(objection)], refused + 1
-                description = proposal.description if proposal else ""
-                night.journal.append(
-                    "reject",
-                    number=history.number,
-                    proposer=proposer.name,
-                    reason=str(objection),
-                    description=description,
-                )
-                continue
-            proposal = replace(proposal, proposer=proposer.name, parent=parent.number if parent else 0)
-            return night.add_proposal(proposal, history.number, seconds=time.perf_counter() - start)
-        feedback, last = [], feedback[-1]
-    raise Problem(f"the screen refused {refused} proposals in a row, the last with: {last}; the journal has them all")
-
-
-# ---------------------------------------------------------------------------
-# random: key-free local search
-
-
-class Random:
-    """One number at the top of train.py, moved a little: what a researcher has to beat.
-
-    Draws depend on the night's tag, the experiment's number and its rejects alone, so that a night repeats.
-    """
-
-    name, inline, exhausted = "random", True, "nothing is left to propose"
-
-    def __init__(self, tag: str, sizes: str):
-        self.tag, self.sizes = tag, sizes
-
-    def propose(self, source: str, history: History, feedback: list[str]) -> Proposal | None:
-        draw = random.Random(f"{self.tag}/{history.number}/{history.rejects}")
-        knobs = numeric_hyperparameters(source, self.sizes)
-        if not knobs:
-            raise Problem("train.py has no numbers at its top that `random` could move; use another proposer")
-        name, node = draw.choice(knobs)
-        value, lines = neighbour(node.value, draw), source.split("\n")
-        line = lines[node.lineno - 1]
-        lines[node.lineno - 1] = line[: node.col_offset] + value + line[node.end_col_offset :]
-        old = ast.get_source_segment(source, node)
-        return Proposal(
-            f"{name} {old} -> {value}", "random local search: a neighbouring value may be better", "\n".join(lines)
-        )
-
-
-def numeric_hyperparameters(source: str, sizes: str) -> list[tuple[str, ast.Constant]]:
-    """(name, node) of the numbers at the top of train.py that serve CONFIGS[sizes]. A zero switches something off and is none.
-
-    They are plain NAME = number, the keywords of that entry, and the defaults of class Config for those that it leaves out.
-    """
-
-    def is_number(node) -> bool:
-        return (isinstance(node, ast.Constant) and type(node.value) in (int, float)) or (
-            isinstance(node, ast.BinOp)
-            and isinstance(node.op, ast.Pow)
-            and is_number(node.left)
-            and is_number(node.right)
-        )
-
-    plain, defaults, own = {}, {}, {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.ClassDef) and node.name == "Config":
-            defaults = {field.target.id: field.value for field in node.body if isinstance(field, ast.AnnAssign)}
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            name, value = node.targets[0].id, node.value
-            if name.isupper() and is_number(value):
-                plain[name] = value
-            elif name == "CONFIGS" and isinstance(value, ast.Dict):
-                entries = zip(value.keys, value.values, strict=True)
-                entry = next((entry for key, entry in entries if getattr(key, "value", None) == sizes), None)
-                own = {word.arg: word.value for word in entry.keywords} if isinstance(entry, ast.Call) else {}
-    knobs = [(name, node) for name, node in (plain | defaults | own).items() if node is not None and is_number(node)]
-    for _, node in knobs:
-        node.value = node.value if isinstance(node, ast.Constant) else node.left.value**node.right.value
-    return [knob for knob in knobs if knob[1].value]
-
-
-def neighbour(value: int | float, draw: random.Random) -> str:
-    """A nearby value as source text: powers of two double or halve, small integers step, floats scale by up to 2.
-
-    Of a fraction over a half, such as a momentum, the distance to 1 is what scales.
-    """
-    if isinstance(value, int):
-        if value >= 16 and value & (value - 1) == 0:
-            return str(draw.choice((value // 2, value * 2)))
-        if value >= 16:
-            return str(max(1, round(value * draw.choice((0.5, 0.75, 1.25, 1.5)))))
-        return str(value + draw.choice((-1, 1)) if value > 1 else value + 1)
-    factor = 2 ** draw.choice((-1.0, -0.6, -0.3, 0.3, 0.6, 1.0))
-    if 0.5 < value < 1:
-        return repr(round(1 - float(f"{(1 - value) * factor:.2g}"), 12))
-    scaled = float(f"{value * factor:.2g}")
-    return repr(min(scaled, 0.75) if value < 1 else scaled)  # what may be a fraction stays one
-
-
-WITHOUT_KEY = {
-    "random": lambda night: Random(night.tag, night.settings.profile.sizes)
-}  # what --proposer takes besides claude
+    while refused < MAX_REJECTS:
+        start, proposal = time.perf_counter(), None
+        asked = replace(history, rejects=history.rejects + refused)
+        try:
+            proposal = proposer.propose(source, asked, feedback)
+            if proposal is None:
+                return None
+            screen(proposal.source, night.tried)
+        except Rejected as objection:
+            feedback, refused = [*feedback, str(objection)], refused + 1
+            night.journal.append(
+                "reject", number=history.number, proposer=proposer.name, reason=str(objection),
+                description=proposal.description if proposal else "",
+            )  # fmt: skip
+            continue
+        proposal = replace(proposal, proposer=proposer.name, parent=parent.number if parent else 0)
+        return night.add_proposal(proposal, history.number, seconds=time.perf_counter() - start)
+    raise Problem(f"{refused} proposals in a row were refused, the last with: {feedback[-1]}; the journal has them all")
 
 
 # ---------------------------------------------------------------------------
@@ -146,7 +51,10 @@ WITHOUT_KEY = {
 class Replay:
     """The experiments of another night's journal in order: each change is merged into the incumbent of this night."""
 
-    name, inline, exhausted = "replay", True, "the replay is complete"
+    name, exhausted = "replay", "the replay is complete"
+
+    def inline(self, number: int) -> bool:
+        return True
 
     def __init__(self, night: Night, proposals: list[tuple[Proposal, str]]):
         """proposals: each with the source of its parent in its own night."""
@@ -203,14 +111,17 @@ def proposals_to_replay(rows: list[dict], kept_only: bool) -> list[tuple[Proposa
 class Try:
     """One proposal: the checkout's train.py, as a person or a coding agent left it."""
 
-    name, inline, exhausted = "try", True, "tried"
+    name, exhausted = "try", "tried"
 
-    def __init__(self, description: str, source: str):
-        self.description, self.source = one_line(description), source
+    def __init__(self, description: str, hypothesis: str, source: str):
+        self.description, self.hypothesis, self.source = one_line(description), one_line(hypothesis), source
+
+    def inline(self, number: int) -> bool:
+        return True
 
     def propose(self, source: str, history: History, feedback: list[str]) -> Proposal | None:
         if source == self.source:
             raise Problem("train.py is the night's incumbent, unchanged; edit it, then run the same command")
         if feedback:
             raise Problem(f"train.py was not run: {feedback[-1]}")
-        return Proposal(self.description, "", self.source)
+        return Proposal(self.description, self.hypothesis, self.source)

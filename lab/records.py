@@ -22,8 +22,8 @@ class Proposal:
     description: str
     hypothesis: str
     source: str
-    operator: str = ""  # improve, simplify or explore; empty if nobody asked for one of them
-    repairs: int | None = None  # the crashed experiment that it mends
+    operator: str = ""  # improve, explore or tune; empty if nobody asked for one of them
+    mends: int | None = None  # the experiment that it mends: a crash, or a near-miss of `explore`
     id: int = 0  # counts the proposals of a night
     proposer: str = ""
     parent: int | None = None  # the experiment that it was made against
@@ -68,7 +68,7 @@ class Result:
     description: str
     hypothesis: str
     operator: str
-    repairs: int | None
+    mends: int | None
     verdict: Verdict
     run: Run
     second: tuple[float | None, float | None] | None  # val_bpb on the second seed, its own and the incumbent's

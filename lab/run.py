@@ -31,7 +31,7 @@ SCORE_LIMIT_S = 900.0  # one scoring; 20.97M tokens take under a minute on an H1
 
 SHOWN = (  # of result.json
     "training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps num_params_M startup_seconds epoch seed "
-    "loader_wait_seconds"
+    "loader_wait_seconds step_ms forward_backward_ms optimizer_ms loader_ms"
 ).split()
 
 

@@ -19,6 +19,7 @@ from lab.files import check_disk, make_run_folder, remove
 from lab.git import Repository
 from lab.machine import compiler_and_header
 from lab.night import Night
+from lab.numbers import skeleton
 from lab.records import log_tail
 
 SCRATCH_BYTES = 2 * 2**30  # a child's /tmp, in memory
@@ -192,7 +193,7 @@ def trial(night: Night, sandbox: Sandbox, forbidden: list[Path]) -> str:
 
 
 def choose_sandbox(night: Night, here: Path, runs: Path, args) -> Sandbox | None:
-    """The first tier that its trial child proves, or None if the user, or `random`, goes without. Raises Problem."""
+    """The first tier that its trial child proves, or None if the user, or a night of `tune` alone, goes without. Raises Problem."""
     if args.no_sandbox:
         print(f"warning: no sandbox: {EXPOSED}{', and you are root' if os.geteuid() == 0 else ''}")
         return None
@@ -209,9 +210,10 @@ def choose_sandbox(night: Night, here: Path, runs: Path, args) -> Sandbox | None
                 return sandbox
     except Problem as problem:
         refused = str(problem)
-    proposers = {row["proposer"] for row in night.journal.of("proposal")} - {"baseline"}
-    if proposers <= {"random"} and (args.proposer == "random" or args.check or args.ablate):
-        print(f"warning: no sandbox ({refused}); `random` changes nothing but numbers, so the night goes on")
+    sizes = night.settings.profile.sizes
+    programs = {skeleton(row["source"], sizes) for row in night.journal.of("proposal")}
+    if len(programs) <= 1 and (args.proposer == "tune" or args.check or args.ablate):
+        print(f"warning: no sandbox ({refused}); this night changes nothing but numbers, so it goes on")
         return None
     raise Problem(f"no sandbox: {refused}\nto go without it, add --no-sandbox: {EXPOSED}")
 

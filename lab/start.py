@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -135,10 +136,15 @@ def journal_start(night: Night, args, environment: list[str]) -> None:
         "night", format=FORMAT, tag=night.tag, pid=os.getpid(), device=night.settings.device_name, sandbox=night.tier,
         versions={"python": sys.version.split()[0], "torch": night.settings.torch},
         harness=night.settings.harness_sha256 | {"night.json": sha256_of(rules)}, environment=environment,
-        arguments={name: value for name, value in vars(args).items() if value is not None},
+        arguments={name: value for name, value in stored_arguments(args).items() if value is not None},
     )  # fmt: skip
     if not night.journal.of("proposal"):
         night.baseline = night.add_proposal(night.baseline, 0)
+
+
+def stored_arguments(args) -> dict:
+    """The arguments as the journal has them: of a command its first word alone, since the rest may hold a key."""
+    return vars(args) | ({"command": shlex.split(args.command)[0]} if args.command else {})
 
 
 def renew_demo(here: Path, folder: Path, args, repository: Repository) -> None:

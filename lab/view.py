@@ -7,12 +7,14 @@ from pathlib import Path
 
 import constants
 from constants import counted
+from lab.claude import Claude
 from lab.files import folder_bytes
 from lab.journal import night_runs, seconds_of
 from lab.machine import speed_advice, speed_text
 from lab.night import Night
 from lab.prompt import OPERATORS, verdict_counts
 from lab.records import Result, log_tail, one_line, pace_text
+from lab.researcher import Researcher
 
 STYLES = {"keep": "green", "discard": "", "crash": "red", "invalid": "magenta"}
 
@@ -99,8 +101,9 @@ class View:
         if match and self.phase == "training":
             done = float(match[2]) / 100
             phase = f"{'━' * round(20 * done):─<20} {done:4.0%}  loss {match[3]}  {match[4]} tok/s"
-        if self.proposer and not self.proposer.inline:
-            phase += f"  {self.proposer.status or 'next proposal ready'}, ${self.proposer.spent_usd:.2f}"
+        if isinstance(self.proposer, Researcher):
+            money = f", ${self.proposer.spent_usd:.2f}" if self.proposer.spent_usd else ""
+            phase += f"  {self.proposer.status or 'next proposal ready'}{money}"
         text = f"{len(self.night.results):4d}  {phase}  {time.perf_counter() - self.since:.0f} s  {self.title}"
         return Text(text[: self.console.width - 1], style="cyan")
 
@@ -136,7 +139,7 @@ def print_summary(night: Night, why: str, proposer, more: str) -> None:
         if own:
             gain = sum(results[result.parent].run.val_bpb - result.run.val_bpb for result in kept)
             print(f"{operator}: {counted(len(own), 'experiment')}, {len(kept)} kept, together {gain:.6f}")
-    if not proposer.inline:
+    if isinstance(proposer, Claude):
         print(f"the API has cost ${proposer.spent_usd:.2f}; tokens and prices stand in the journal")
     if night.settings.budget_s < constants.COMPILE_FROM_S:
         print(f"runs of {night.settings.budget_s:g} s show the loop, not a result: early differences are mostly noise")

@@ -54,7 +54,7 @@ def main() -> None:
         optimizers = train.build_optimizers(model, config, run.dtype, compiled)
         loss_fn = torch.compile(model.loss, dynamic=False, fullgraph=True) if compiled else model.loss
         start = time.perf_counter()
-        rows = train.warm_up(run, model, optimizers, loss_fn, config)
+        rows, _ = train.warm_up(run, model, optimizers, loss_fn, config)
         print(f"{name}: warm-up {time.perf_counter() - start:.1f} s")
         made[name] = (loss_fn, optimizers, run.batches(text_rows, rows), config.step_tokens // T // rows)
     taken = {"eager": [], "compiled": [], "optimizers": []}

@@ -33,11 +33,11 @@ from agent import Limits, run_night  # noqa: E402
 from lab.git import Repository  # noqa: E402
 from lab.journal import FORMAT, Journal  # noqa: E402
 from lab.night import HARNESS, Night, proposal_of, sha256  # noqa: E402
-from lab.propose import Random  # noqa: E402
 from lab.records import Proposal, Run  # noqa: E402
+from lab.tune import Tune  # noqa: E402
 
 STUB = (ROOT / "tests" / "stub_train.py").read_text()
-NIGHT = ("--tag", "t", "--proposer", "random", "--profile", "cpu", "--no-confirm")
+NIGHT = ("--tag", "t", "--proposer", "tune", "--profile", "cpu", "--no-confirm")
 
 
 def data_of(cache: Path) -> Path:
@@ -246,7 +246,7 @@ def run_here(
     night: Night, experiments: int | None = 6, proposer=None, hours=None, second_seed=False, measure=None, view=None
 ) -> str:
     """Runs a night of this process to its end; returns the reason."""
-    proposer = proposer or Random(night.tag, "cpu")
+    proposer = proposer or Tune(night.tag, "cpu")
     limits = Limits(experiments, hours, time.perf_counter())
     return run_night(night, proposer, limits, measure or fake_measure(night), view or Quiet(), second_seed)
 
@@ -254,7 +254,10 @@ def run_here(
 class Script:
     """A proposer that gives one change after the other: pairs of lines, or functions of the incumbent's source."""
 
-    name, inline, exhausted = "script", True, "the script is complete"
+    name, exhausted = "script", "the script is complete"
+
+    def inline(self, number):
+        return True
 
     def __init__(self, *changes):
         self.changes = list(changes)

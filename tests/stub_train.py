@@ -4,7 +4,7 @@ CONFIGS = {
     "cpu": dict(
         lr=0.4,  # best at 0.1
         width=64,
-        decay=0.1,  # the rest moves nothing: variety for `random`
+        decay=0.1,  # the rest moves nothing: variety for `tune`
         warmdown=0.6,
         momentum=0.95,
         beta=0.8,

@@ -344,9 +344,9 @@ def arguments(monkeypatch, *words):
 def test_a_night_changes_its_proposer(monkeypatch):
     """What only goes with Claude is forgotten, unless it is given."""
     rows = [{"event": "night", "arguments": {"proposer": "claude", "max_usd": 9.0, "model": "m", "hours": 3.0}}]
-    args = arguments(monkeypatch, "--tag", "t", "--proposer", "random")
+    args = arguments(monkeypatch, "--tag", "t", "--proposer", "tune")
     agent.restore_arguments(args, rows, False)
-    assert (args.proposer, args.max_usd, args.model, args.hours) == ("random", None, None, 3.0)
+    assert (args.proposer, args.max_usd, args.model, args.hours) == ("tune", None, None, 3.0)
     args = arguments(monkeypatch, "--tag", "t")
     agent.restore_arguments(args, rows, True)
     assert (args.proposer, args.max_usd, args.hours) == ("claude", 9.0, 3.0)
@@ -372,7 +372,7 @@ def test_replays_of_two_nights_do_not_mix(checkout, monkeypatch):
         (("--replay", "program.md"), "program.md is not a night's journal"),
         (("--replay", "empty.jsonl"), "has no experiments"),
         (("--proposer", "claude"), "needs ANTHROPIC_API_KEY"),
-        (("--proposer", "random", "--max-usd", "3"), "not with random"),
+        (("--proposer", "tune", "--max-usd", "3"), "not with --proposer tune"),
         (("--check", "none"), "there is no night none"),
     ],
 )
@@ -388,7 +388,7 @@ def test_what_a_newcomer_gets_wrong_is_one_clear_line_and_begins_no_night(checko
     [
         (("--experiments", "0"), "whole number over 0"), (("--seeds", "five"), "whole number over 0"), (("--check", "t", "--seeds", "1"), "2 and more"),
         (("--tag", "a/b"), "a tag has letters"), (("--check", "by-hand"), "a tag has letters"), (("--try", " "), "a few words"),
-        (("--demo", "--proposer", "random"), "not allowed with"), (("--demo", "--tag", "x"), "has its own tag"), (("--kept",), "goes with --replay"),
+        (("--demo", "--proposer", "tune"), "not allowed with"), (("--demo", "--tag", "x"), "has its own tag"), (("--kept",), "goes with --replay"),
         (("--seeds", "3"), "goes with --check"), (("--check", "t", "--ablate", "t"), "not allowed with"),
     ],
 )  # fmt: skip

@@ -381,7 +381,7 @@ assert os.path.exists("/proc/sys/kernel/core_pattern") and os.path.exists("/proc
 
 CHOOSE = """
 import agent, sys
-sys.argv = ["agent.py", "--tag", "t", "--proposer", "random", "--budget", "1", "--profile", "cpu"]
+sys.argv = ["agent.py", "--tag", "t", "--proposer", "tune", "--budget", "1", "--profile", "cpu"]
 args, folder = agent.parse_arguments(""), agent.RUNS / "t"
 folder.mkdir(parents=True)
 night = agent.open_night(agent.HERE, folder, args, agent.Repository(agent.HERE))
@@ -662,7 +662,7 @@ def test_kill_during_a_run(scattered, tier):
 
 
 def test_without_bubblewrap_the_night_stops_and_names_both_ways_on(scattered):
-    """`random` goes on, since it changes nothing but numbers; --try and replay stop; --no-sandbox goes on and warns."""
+    """`tune` goes on, since it changes nothing but numbers; --try and replay stop; --no-sandbox goes on and warns."""
     tools = scattered.cache.parent / "bin"
     tools.mkdir()
     for name in ("git", "prlimit", "setpriv"):

@@ -449,7 +449,7 @@ def test_nothing_is_compiled_after_the_warm_up(small_run, monkeypatch):
     model = small_model()
     optimizers = train.build_optimizers(model, SMALL, torch.float32, compiled=True)
     loss_fn = torch.compile(model.loss, dynamic=False, fullgraph=True)
-    micro_rows = train.warm_up(small_run, model, optimizers, loss_fn, SMALL)
+    micro_rows, _ = train.warm_up(small_run, model, optimizers, loss_fn, SMALL)
     shapes = {p.shape for group in optimizers[1].param_groups for p in group["params"]}
     assert counter.frame_count == 1 + len(shapes)  # the loss, and Muon's update of each shape
     batches = small_run.batches(small_run._rows, micro_rows)
@@ -485,7 +485,7 @@ def test_the_micro_batch_is_halved_whatever_says_that_memory_is_short(error, sma
             raise error
         return model.loss(x, y)
 
-    assert train.warm_up(small_run, model, optimizers, loss_fn, SMALL) == 1
+    assert train.warm_up(small_run, model, optimizers, loss_fn, SMALL)[0] == 1
     assert rows[:2] == [2, 1] and "out of memory: 1 rows at a time" in capsys.readouterr().out
 
 

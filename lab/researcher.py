@@ -1,0 +1,144 @@
+"""A model as the researcher, whoever serves it: what a reply means, whose turn it is, outages that are waited out aloud."""
+
+import math
+import random
+import re
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from constants import Problem, write_atomically
+from lab.night import History, Night, read_checkout
+from lab.prompt import DIVIDER, HISTORY_LINES, REPLACE, REPLY_FORM, SEARCH, request_text, schedule_of, system_text
+from lab.records import Proposal, Rejected, clean, one_line
+from lab.tune import Tune
+
+MAX_BOUNCES = 3  # objections to one idea; then the numeric search takes its turn
+PATIENCE_S = 60.0  # longest pause between two attempts if the server names none
+OUTAGE_REMINDER_S = 3_600.0  # between two lines about an outage, the first at its third failure
+BLOCK = re.compile(rf"^{SEARCH}[ \t]*\n(.*?)^{DIVIDER}[ \t]*\n(.*?)^{REPLACE}[ \t]*$", re.MULTILINE | re.DOTALL)
+MARK = re.compile(rf"^({SEARCH}|{REPLACE})[ \t]*$", re.MULTILINE)
+
+
+class LostIdea(Rejected):
+    """There is no reply to this request, and asking again would bring none."""
+
+
+# ---------------------------------------------------------------------------
+# A reply
+
+
+def parse_reply(text: str, source: str) -> tuple[Proposal, str | None]:
+    """(proposal against `source`, new notes or None) of a reply in REPLY_FORM, the last one in the text.
+
+    Raises Rejected, saying what is wrong with it.
+    """
+    drafts = [match.start() for match in re.finditer(r"^DESCRIPTION:", text, re.MULTILINE)]
+    text = text[drafts[-1] :] if drafts else text
+    blocks = list(BLOCK.finditer(text))
+    rest = BLOCK.sub("", text).partition("\nNOTES:")[0]
+    if MARK.search(rest) or any(MARK.search(block[1] + block[2]) for block in blocks):
+        raise Rejected(f"a SEARCH/REPLACE block has no `{DIVIDER}` or no end.\n{REPLY_FORM}")
+    if not blocks:
+        raise Rejected(f"the reply has no SEARCH/REPLACE block.\n{REPLY_FORM}")
+    head, tail = text[: blocks[0].start()], text[blocks[-1].end() :]
+    title = re.search(r"^DESCRIPTION:[ \t]*(\S.*)$", head, re.MULTILINE)
+    if not title:
+        raise Rejected(f"the reply has no DESCRIPTION line before its first block.\n{REPLY_FORM}")
+    why = re.search(r"^HYPOTHESIS:\s*(.*)", head, re.MULTILINE | re.DOTALL)
+    why = clean(why[1].replace("```", "").strip())[:2000] if why else ""
+    notes = re.search(r"^NOTES:(.*)", tail, re.MULTILINE | re.DOTALL)
+    notes = "".join(re.findall(r"\S+\s*", notes[1].replace("```", ""))[:400]).strip() if notes else None
+    for number, block in enumerate(blocks, 1):
+        source = replaced(source, block[1], block[2], number)
+    return Proposal(clean(title[1].strip())[:200], why, source), notes
+
+
+def replaced(source: str, search: str, replacement: str, number: int) -> str:
+    """The source with the lines `search` replaced. Raises Rejected unless they occur exactly once, as whole lines."""
+    if not search.strip():
+        raise Rejected(f"block {number}: its SEARCH part is empty")
+    text = f"\n{source}"
+    count = len(re.findall(f"(?=\n{re.escape(search)})", text))
+    if count != 1:
+        raise Rejected(
+            f"block {number}: its SEARCH lines match {count} times, not once; copy whole lines exactly:\n{search}"
+        )
+    return text.replace(f"\n{search}", f"\n{replacement}", 1)[1:]
+
+
+# ---------------------------------------------------------------------------
+# Who is asked, and what for
+
+
+class Researcher:
+    """Asks a model for one proposal at a time, and the numeric search at the turns that program.md gives to it.
+
+    A subclass has `name`, `exhausted`, `spent_usd` and ask(system, number) -> str | None: the reply to `turns`, None if it might cost
+    too much. It raises LostIdea, or Problem if going on is of no use. Called from the background thread; the live view shows `status`.
+    """
+
+    def __init__(self, night: Night, here: Path):
+        self.night, self.here, self.lines = night, here, HISTORY_LINES
+        self.tune = Tune(night.tag, night.settings.profile.sizes)
+        self.schedule = schedule_of(read_checkout(here, "program.md"))
+        self.turns: list[dict] = []  # of the idea in hand: request, reply, objection, reply ...
+        self.status, self.lost, self.reminded = "", None, -math.inf
+
+    def operator(self, number: int) -> str:
+        """Whose turn experiment `number` is. A line of program.md that became wrong during the night changes nothing."""
+        with suppress(Problem):
+            self.schedule = schedule_of(read_checkout(self.here, "program.md"))
+        return self.schedule[(number - 1) % len(self.schedule)]
+
+    def inline(self, number: int) -> bool:
+        return self.operator(number) == "tune"
+
+    def propose(self, source: str, history: History, feedback: list[str]) -> Proposal | None:
+        """None if the next call might cost too much. Raises Rejected for a reply that is no proposal, Problem if going on is of no use."""
+        operator = self.operator(history.number)
+        if operator == "tune" or self.lost == history.number or len(feedback) > MAX_BOUNCES:
+            self.turns = []
+            try:
+                return self.tune.propose(source, history, feedback)
+            except Problem:  # it has no numbers any more
+                self.lost, operator, feedback = None, "improve", feedback[-1:]
+        if feedback and self.turns:
+            objection = f"That cannot be run: {feedback[-1]}\n\nThe whole reply again, mended."
+            self.turns.append({"role": "user", "content": objection})
+        else:
+            missed = f"Your last proposal was not run: {feedback[-1]}" if feedback else ""
+            self.turns = [{"role": "user", "content": request_text(source, history, operator, missed, self.lines)}]
+        profile = self.night.settings.profile.name
+        try:
+            text = self.ask(system_text(self.here, self.night.folder / "harness", profile, source), history.number)
+        except LostIdea:
+            self.turns, self.lost = [], history.number
+            raise
+        if text is None:
+            return None
+        self.turns.append({"role": "assistant", "content": text or "(empty)"})
+        proposal, notes = parse_reply(text, source)
+        if notes is not None:
+            write_atomically(self.night.folder / "notes.md", notes + "\n")
+        mends = history.to_mend.number if history.to_mend else None
+        return Proposal(proposal.description, proposal.hypothesis, proposal.source, operator, mends)
+
+    def open_call(self, number: int, model: str, usd: float | None = None) -> dict:
+        """Journals an attempt before it is made, at the most that it may cost."""
+        call = {"id": len(self.night.journal.of("call")), "number": number, "model": model}
+        self.night.journal.append("call", **call, tokens={}, usd=usd, at_least=True)
+        self.status = "thinking"
+        return call
+
+    def wait_out(self, failures: int, reason: str, delay: float | None = None) -> None:
+        """After the attempt that failed: a line at the third and each hour, and a pause."""
+        delay = delay or min(PATIENCE_S, 2.0**failures) * random.uniform(0.5, 1.0)
+        self.status = f"{one_line(reason)[:60]}, again in {delay:.0f} s"
+        self.remind(failures, f"waiting for {self.name}: {reason}")
+        time.sleep(delay)
+
+    def remind(self, failures: int, line: str) -> None:
+        if failures >= 3 and time.perf_counter() - self.reminded > OUTAGE_REMINDER_S:
+            self.reminded = time.perf_counter()
+            self.night.say(line)
