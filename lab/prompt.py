@@ -119,7 +119,7 @@ def request_text(source: str, history: History, operator: str, missed: str = "",
         parts.append(
             f"# The best discards\n\n{how}\n\n" + "\n\n".join(experiment_text(history, r, brief=True) for r in near)
         )
-    if history.running:
+    if history.running and history.results:
         how = "Most experiments are discarded, so propose against the incumbent; if this one is kept, your change is merged into it."
         change = diff(source, history.running.source)
         title = f"# Running now: experiment {history.number - 1}"
