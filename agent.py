@@ -29,7 +29,7 @@ import constants
 from constants import CONFIRM_SEED, SEED, Problem, locked
 from lab import cache
 from lab.arguments import choose_tag, parse_arguments, restore_arguments, restore_setting
-from lab.check import CHECK_SEEDS, ablate, check
+from lab.check import CHECK_SEEDS, ablate, check, rehearsal
 from lab.child import end_processes, guard_this_process
 from lab.claude import MODEL, Claude, credentials_of, take_secrets
 from lab.command import Command
@@ -381,7 +381,10 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupts)
     try:
-        start_and_work(args, secrets)
+        if args.dry:
+            rehearsal(HERE, RUNS, args)
+        else:
+            start_and_work(args, secrets)
     except (Problem, Rejected) as problem:
         sys.exit(f"error: {problem}")
     except OSError as error:

@@ -6,7 +6,7 @@ files      what a child may have made: copied, counted, deleted
 card       nvidia-smi: free memory, the wait for a full card
 git        commits, refs and merges by plumbing
 screen     what is refused before any training time is spent
-numbers    the numbers at the top of train.py
+hyperparameters   the numbers at the top of train.py
 cache      compile caches: what a run begins with, and what of its own is kept
 journal    the record of a night: rows that are appended whole or not at all
 child      one child process, watched and ended with all that it started

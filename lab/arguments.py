@@ -26,9 +26,9 @@ def parse_arguments(description_text: str) -> argparse.Namespace:
         return parse
 
     def tag_name(text: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", text) or text == "by-hand":
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", text) or text in ("by-hand", "dry"):
             raise argparse.ArgumentTypeError(
-                f"{text!r}: a tag has letters, digits, - and _, at most 40, and is not by-hand"
+                f"{text!r}: a tag has letters, digits, - and _, at most 40, and is not by-hand or dry"
             )
         return text
 

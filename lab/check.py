@@ -1,11 +1,22 @@
-"""After the night: --check and --ablate, the honest numbers. Both go on where they stopped, since measure repeats no run that counts."""
+"""Beside the night: --check and --ablate, the honest numbers after it, and --dry, a rehearsal before it.
+
+The first two go on where they stopped, since measure repeats no run that counts.
+"""
 
 import math
+import time
+from dataclasses import replace
+from pathlib import Path
 
-from constants import Problem, counted
-from lab.night import Night
+from constants import Problem, counted, locked, write_atomically
+from lab.files import remove
+from lab.git import Repository
+from lab.night import Night, read_checkout
 from lab.records import Rejected, Run, one_line
+from lab.run import rehearse
+from lab.sandbox import choose_sandbox
 from lab.screen import screen
+from lab.start import open_night
 
 CHECK_SEED, ABLATE_SEED = 101, 201  # the first of those that --check and --ablate use, and the night never
 CHECK_SEEDS, ABLATE_RUNS = 5, 3
@@ -98,3 +109,30 @@ def words(without: list[float], reference: list[float]) -> list[str]:
             break
         verdicts[i] = "carries weight" if without[i] > mean else "hurts"
     return verdicts
+
+
+# ---------------------------------------------------------------------------
+# --try --dry
+
+
+def rehearsal(here: Path, runs: Path, args) -> None:
+    """--try --dry: the checkout's train.py through the screen, and as far as its clock, eager; nothing is recorded. Raises Problem."""
+    folder = runs / "dry"
+    with locked(folder / "lock", "the rehearsal", "agent.py --dry"):
+        try:
+            began, repository = time.perf_counter(), Repository(here)
+            night = open_night(here, folder, args, repository)
+            night.settings = replace(night.settings, compile=False)
+            rules = folder / "harness" / "night.json"
+            rules.chmod(0o644)
+            write_atomically(rules, night.settings.json())
+            night.sandbox = choose_sandbox(night, here, runs, args)
+            source = read_checkout(here, "train.py")
+            screen(source, {})
+            if trouble := rehearse(night, source):
+                raise Problem(f"train.py does not run:\n{trouble}")
+            print(
+                f"train.py passes the screen, builds and takes three steps ({time.perf_counter() - began:.0f} s); nothing is recorded"
+            )
+        finally:
+            remove(folder)

@@ -4,17 +4,16 @@ import os
 import shlex
 import shutil
 import subprocess
-import tempfile
-import threading
 import time
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
 
 from constants import Problem
 from lab import git
 from lab.child import end_all, started_for
 from lab.night import Night
-from lab.records import clean, log_tail
+from lab.records import clean
 from lab.researcher import Researcher
 
 LIMIT_S = 1_800.0  # for one reply
@@ -28,27 +27,23 @@ class Command(Researcher):
     name, exhausted, spent_usd = "command", "nothing is left to propose", 0.0
 
     def __init__(self, night: Night, here: Path, command: str, secrets: dict[str, str]):
-        self.words, self.secrets = words_of(command), secrets
-        if shutil.which(self.words[0]) is None:
-            raise Problem(f"{self.words[0]} is not installed, or no program; --command takes one, such as 'claude -p'")
+        self.words, self.secrets, self.place = words_of(command), secrets, str(night.folder / "command")
+        self.program = Path(self.words[0]).name
         super().__init__(night, here)
 
     def inline(self, number: int) -> bool:
-        served_here = Path(self.words[0]).name in SERVED_HERE and self.night.settings.device == "cuda"
-        return served_here or super().inline(number)
+        return (self.program in SERVED_HERE and self.night.settings.device == "cuda") or super().inline(number)
 
     def ask(self, system: list[str], number: int) -> str:
         """The reply, through outages, however long."""
-        words = {"user": "", "assistant": "# Your earlier reply\n\n"}
+        words, failures = {"user": "", "assistant": "# Your earlier reply\n\n"}, 0
         prompt = "\n\n".join([*system, *(words[turn["role"]] + turn["content"] for turn in self.turns)])
-        failures = 0
         while True:
-            call, start = self.open_call(number, Path(self.words[0]).name), time.perf_counter()
+            call, start = self.open_call(number, self.program), time.perf_counter()
             reply, trouble = self.run(prompt)
             more = {"error": trouble} if trouble else {"stop": "end", "reply": reply}
-            self.night.journal.append(
-                "call", **call, tokens={}, usd=None, at_least=False, seconds=time.perf_counter() - start, **more
-            )
+            seconds = time.perf_counter() - start
+            self.night.journal.append("call", **call, tokens={}, usd=None, at_least=False, seconds=seconds, **more)
             if not trouble:
                 self.status = ""
                 return reply
@@ -57,41 +52,37 @@ class Command(Researcher):
 
     def run(self, prompt: str) -> tuple[str, str]:
         """(reply, why there is none) of one start of the program. None of its processes is left."""
-        place = str(self.night.folder / "command")
-        environment, end = (
-            {**os.environ, **self.secrets, "AUTORESEARCH_RUN": place},
-            partial(end_all, partial(started_for, place)),
-        )
-        with tempfile.TemporaryDirectory() as folder, open(Path(folder, "errors"), "w+b") as errors:
-            (Path(folder) / "empty").mkdir()
+        guard = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []  # it ends when we do
+        environment = {**os.environ, **self.secrets, "AUTORESEARCH_RUN": self.place}
+        with (
+            TemporaryDirectory() as empty,
+            TemporaryFile() as asked,
+            TemporaryFile() as output,
+            TemporaryFile() as errors,
+        ):
+            asked.write(prompt.encode())
+            asked.seek(0)
             with git.spawning:
                 process = subprocess.Popen(
-                    self.words, cwd=Path(folder, "empty"), env=environment, start_new_session=True,
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                    [*guard, *self.words], cwd=empty, env=environment, stdin=asked, stdout=output, stderr=errors, start_new_session=True,
                 )  # fmt: skip
                 git.running.add(process.pid)
-            late = threading.Timer(LIMIT_S, end)
-            writer = threading.Thread(target=write_and_close, args=(process.stdin, prompt.encode()), daemon=True)
+            size, late, deadline = 0, False, time.perf_counter() + LIMIT_S
             try:
-                late.start()
-                writer.start()
-                output = process.stdout.read(REPLY_BYTES)
-                if len(output) < REPLY_BYTES:
-                    process.wait()
+                while process.poll() is None and size < REPLY_BYTES and not late:
+                    time.sleep(0.1)
+                    size, late = os.fstat(output.fileno()).st_size, time.perf_counter() > deadline
+                status = process.returncode
             finally:
-                in_time = late.is_alive()
-                late.cancel()
-                end()
+                end_all(partial(started_for, self.place))
                 process.wait()
-                process.stdout.close()
                 git.running.discard(process.pid)
-            lines = log_tail(Path(folder, "errors"))
-        reply = clean(output.replace(b"\r\n", b"\n"))
-        if not in_time:
+            reply, message = (clean(os.pread(file.fileno(), REPLY_BYTES, 0)).strip() for file in (output, errors))
+        if late:
             return "", f"no reply within {LIMIT_S:.0f} s"
-        if process.returncode and len(output) < REPLY_BYTES:
-            return "", f"exit status {process.returncode}: {(lines or reply.strip().split(chr(10)))[-1][:200]}"
-        return reply, "" if reply.strip() else "it printed nothing"
+        if status:
+            return "", f"exit status {status}: {(message or reply).split(chr(10))[-1][:200]}"
+        return reply, "" if reply else "it printed nothing"
 
 
 def words_of(command: str) -> list[str]:
@@ -100,14 +91,9 @@ def words_of(command: str) -> list[str]:
         words = shlex.split(command)
     except ValueError as error:
         raise Problem(f"--command {command!r} cannot be read: {error}") from None
-    if not words:
-        raise Problem("--command takes a program and its arguments, such as 'claude -p'")
-    return words
-
-
-def write_and_close(stream, data: bytes) -> None:
-    try:
-        with stream:
-            stream.write(data)
-    except OSError:  # it did not read to the end
-        pass
+    program = shutil.which(words[0]) if words else None
+    if program is None:
+        raise Problem(
+            f"--command: {words[:1] or 'nothing'} is no program that is installed; it takes one, such as 'claude -p'"
+        )
+    return [os.path.abspath(program), *words[1:]]

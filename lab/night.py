@@ -42,7 +42,7 @@ class History:
     noise: str = ""  # how far the baseline's two seeds lie apart
     notes: str = ""  # what the model wrote for itself
     to_mend: Result | None = None  # the last experiment, if it deserves another attempt
-    more: int | None = None  # about how many experiments follow, this one included; None: until it is stopped
+    more: int | None = None  # about how many experiments follow this one; None: until it is stopped
     stuck: bool = False
     crashing: bool = False  # nothing but crashes came of late
 
@@ -61,9 +61,8 @@ class Night:
     confirm: bool = False  # whether a win is measured on the second seed too
     say: Callable[[str], None] = print  # a line for the terminal
     out_of_time: Callable[[], bool] = lambda: False  # whether --hours leaves no room for a run
-    about_left: Callable[[], int | None] = lambda: (
-        None
-    )  # how many experiments the limits leave room for; None: no limit
+    # how many experiments the limits leave room for; None: no limit
+    about_left: Callable[[], int | None] = lambda: None
     last_exit: float | None = None  # when the last child ended, by perf_counter
     tried: dict[str, str] = field(default_factory=dict)  # fingerprint of each program: what became of it
     results: list[Result] = field(default_factory=list)
@@ -119,12 +118,17 @@ class Night:
         return next((row["val_bpb"] for row in rows), None)
 
     @property
+    def noise(self) -> float | None:
+        """How far the baseline's two seeds lie apart, in bpb; None if it was run on one."""
+        return None if self.baseline_second is None else abs(self.results[0].run.val_bpb - self.baseline_second)
+
+    @property
     def noise_text(self) -> str:
-        """How far the baseline's two seeds lie apart; empty if it was run on one."""
+        """The same in words; empty if it was run on one."""
         if self.baseline_second is None:
             return ""
         first, second = self.results[0].run.val_bpb, self.baseline_second
-        return f"the baseline on two seeds: {first:.6f} and {second:.6f}, {abs(first - second):.6f} apart"
+        return f"the baseline on two seeds: {first:.6f} and {second:.6f}, {self.noise:.6f} apart"
 
     def known_run(self, source: str, seed: int) -> Run | None:
         """A run of this source (its sha256) and seed that counts: it is not repeated."""
@@ -156,12 +160,9 @@ class Night:
         """What the next proposal needs to know; `running` is the experiment that trains meanwhile."""
         results, number = self.results, len(self.results) + (running is not None)
         crashed = [result for result in results[-5:] if result.verdict.word == "crash"]
-        notes, last, tail, more = (
-            self.folder / "notes.md",
-            results[-STUCK_AFTER:],
-            results[-CRASHING_AFTER:],
-            self.about_left(),
-        )
+        last, tail = results[-STUCK_AFTER:], results[-CRASHING_AFTER:]
+        notes, left = self.folder / "notes.md", self.about_left()
+        crashing = len(tail) == CRASHING_AFTER and all(result.verdict.word == "crash" for result in tail)
         return History(
             number=number,
             rejects=sum(row["number"] == number for row in self.journal.of("reject")),
@@ -172,10 +173,10 @@ class Night:
             running=running,
             noise=self.noise_text,
             notes=notes.read_text() if notes.exists() else "",
-            to_mend=to_mend(results),
-            more=None if more is None else max(0, more - (running is not None)),
+            to_mend=None if crashing else to_mend(results),
+            more=None if left is None else max(0, left - 1 - (running is not None)),
             stuck=len(last) == STUCK_AFTER and not any(result.verdict.word == "keep" for result in last),
-            crashing=len(tail) == CRASHING_AFTER and all(result.verdict.word == "crash" for result in tail),
+            crashing=crashing,
         )
 
     # --- recording

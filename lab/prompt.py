@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 from constants import Problem
+from lab.hyperparameters import moves_of, numbers_of
 from lab.night import History, change_of, read_checkout
-from lab.numbers import moves_of, numbers_of
 from lab.records import Result, Run, clean, one_line, pace_text
 
 RUN_TIME, COMMAND = (
@@ -133,13 +133,7 @@ def request_text(source: str, history: History, operator: str, missed: str = "",
 
 def situation_text(history: History) -> str:
     """Where the night stands: experiment, noise, incumbent, machine."""
-    left = (
-        f"about {history.more} more may follow it"
-        if history.more
-        else "it is the last"
-        if history.more == 0
-        else "more follow until someone stops"
-    )
+    left = "more follow until someone stops" if history.more is None else f"about {history.more} more may follow it"
     best = next((result for result in reversed(history.results) if result.verdict.word == "keep"), None)
     parts = [f"You propose experiment {history.number}; {left}.", f"Machine: {history.settings.text}."]
     if history.noise:

@@ -14,7 +14,7 @@ from lab.night import History, Night
 from lab.records import Proposal, Rejected, one_line
 from lab.screen import screen
 
-MAX_REJECTS = 40  # proposals for one experiment that are refused before the night stops
+MAX_REJECTS = 20  # proposals for one experiment that are refused before the night stops
 
 
 def propose(night: Night, proposer, history: History, feedback: list[str]) -> Proposal | None:

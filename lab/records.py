@@ -114,7 +114,7 @@ def trouble(run: Run, baseline: Run | None, budget_s: float, sandboxed: bool = T
         return run.distrust
     trained, steps = run.metrics.get("training_seconds") or 0.0, run.metrics.get("num_steps") or 1
     if trained > budget_s + max(0.01 * budget_s, trained / steps):
-        return f"trained {trained:.1f} s of {budget_s:g} s"
+        return f"trained {trained:.1f} s of {budget_s:g} s: its last step took far longer than the others; was the machine busy?"
     if run.clock_seconds is None:
         return "its clock was never started"
     if baseline is None:

@@ -166,6 +166,28 @@ def measure_once(night: Night, view, source: str, seed: int, title: str) -> Run:
     return run
 
 
+class AtTheClock(Exception):
+    """A rehearsal came as far as its clock."""
+
+
+def rehearse(night: Night, source: str) -> str:
+    """Builds and warms a program up, without its clock and without text; why that failed, with the end of its log, else empty."""
+
+    def on_clock():
+        raise AtTheClock
+
+    folder = night.folder / "trial"
+    make_folder(night, folder, source, constants.SEED)
+    try:
+        ended = run_child(
+            child_command("train", folder, night.sandbox), folder / "run.log", STARTUP_LIMIT_S, 0.0, on_clock
+        )
+    except AtTheClock:
+        return ""
+    crash = ended.why or crash_reason(ended.status, folder / "run.log") or "it ended before its clock started"
+    return "\n".join([*log_tail(folder / "run.log")[-15:], crash])
+
+
 def wait_until_ready(night: Night) -> None:
     """Waits for the card. Raises Problem if harness or data changed or the disk is full, OutOfTime if --hours ends first.
 

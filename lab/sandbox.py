@@ -17,9 +17,9 @@ from constants import DATASETS, Problem, Settings, cache_dir
 from lab.child import Command, run_child
 from lab.files import check_disk, make_run_folder, remove
 from lab.git import Repository
+from lab.hyperparameters import skeleton
 from lab.machine import compiler_and_header
 from lab.night import Night
-from lab.numbers import skeleton
 from lab.records import log_tail
 
 SCRATCH_BYTES = 2 * 2**30  # a child's /tmp, in memory

@@ -12,8 +12,8 @@ from lab.files import folder_bytes
 from lab.journal import night_runs, seconds_of
 from lab.machine import speed_advice, speed_text
 from lab.night import Night
-from lab.prompt import OPERATORS, verdict_counts
-from lab.records import Result, log_tail, one_line, pace_text
+from lab.prompt import OPERATORS, beside_text, step_text, verdict_counts
+from lab.records import Result, log_tail, one_line, pace_text, run_of
 from lab.researcher import Researcher
 
 STYLES = {"keep": "green", "discard": "", "crash": "red", "invalid": "magenta"}
@@ -29,7 +29,7 @@ class View:
 
         self.night, self.proposer, self.shown, self.console = night, proposer, shown, Console(highlight=False)
         if not self.console.is_terminal:
-            self.console.width = 140
+            self.console.width = 240
         self.title, self.folder, self.phase, self.since = "", None, "", 0.0
         self.live = Live(get_renderable=self.render, console=self.console, refresh_per_second=2, transient=True)
         self.live = self.live if self.console.is_terminal else None
@@ -62,7 +62,19 @@ class View:
     def enter(self, phase: str) -> None:
         self.phase = phase
         if not self.live:
-            self.say(f"{'':6}{phase}: {self.title}")
+            expected = self.expected_s(phase)
+            about = f" (about {expected:.0f} s)" if expected else ""
+            self.say(f"{'':6}{phase}{about}: {self.title}")
+
+    def expected_s(self, phase: str) -> float | None:
+        """How long a phase will take, by the last run that counted; None for the first."""
+        known = self.night.journal.of("run")
+        if phase == "training":
+            return self.night.settings.budget_s
+        if not known:
+            return None
+        last = run_of(known[-1])
+        return last.scoring_seconds if phase == "scoring" else last.run_seconds - (last.clock_seconds or 0.0)
 
     def end(self) -> None:
         self.folder = None
@@ -82,10 +94,19 @@ class View:
             f"{result.number:4d}  {number:>9}  {change:>9}  {pace or '-':>6}  {word:8}{memory}  {text}", STYLES[word]
         )
         if result.verdict.reason and result.number:
-            self.say(f"{'':6}{one_line(result.verdict.reason)}", STYLES[word])
+            apart = (
+                f"; the baseline's two seeds are {self.night.noise:.6f} apart"
+                if word == "keep" and self.night.noise
+                else ""
+            )
+            self.say(f"{'':6}{one_line(result.verdict.reason)}{apart}", STYLES[word])
+        if other and self.proposer and self.proposer.name == "try":
+            self.say(f"{'':6}{beside_text(result.run, other, self.night.settings.budget_s)}")
         if result.number == 0 and word == "keep":
             metrics = result.run.metrics
             self.say(f"{'':6}{speed_text(self.night.settings, metrics)}")
+            if metrics.get("step_ms"):
+                self.say(f"{'':6}a step of its warm-up: {step_text(metrics)}")
             if advice := speed_advice(self.night.settings, metrics.get("backend")):
                 self.say(f"warning: {advice}", "yellow")
 

@@ -103,6 +103,6 @@ def test_check_and_then_the_night_goes_on(checkout):
     process.wait()
     done = len(rows_of(checkout, "result"))
     output = checkout.agent("--check", "t", "--seeds", "2")
-    assert "Welch's 95 % interval" in output and "training: baseline on seed 101" in output
+    assert "Welch's 95 % interval" in output and "baseline on seed 101" in output
     checkout.agent("--experiments", str(done))
     assert len(rows_of(checkout, "result")) == done + 1

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 ORDER = [  # each module may import what stands before it
-    "constants", "lab.machine", "prepare", "train", "lab.score", "lab.records", "lab.files", "lab.card", "lab.git", "lab.screen", "lab.numbers",
+    "constants", "lab.machine", "prepare", "train", "lab.score", "lab.records", "lab.files", "lab.card", "lab.git", "lab.screen", "lab.hyperparameters",
     "lab.cache", "lab.journal", "lab.child", "lab.night", "lab.text", "lab.start", "lab.trial", "lab.sandbox", "lab.run", "lab.propose", "lab.tune", "lab.prompt", "lab.researcher", "lab.claude", "lab.command", "lab.check",
     "lab.arguments", "lab.view", "agent",
 ]  # fmt: skip
@@ -28,6 +28,11 @@ def imported(name: str, at_once: bool = False) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return names & set(ORDER) if name != "constants" else {part.split(".")[0] for part in names}
+
+
+def test_no_module_hides_one_of_the_standard_library():
+    """The scorer's children run as scripts, with lab/ as the first place that is searched."""
+    assert not {path.stem for path in (ROOT / "lab").glob("*.py")} & sys.stdlib_module_names
 
 
 def test_every_module_has_its_place():

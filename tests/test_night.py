@@ -131,7 +131,7 @@ def test_a_run_that_filled_the_disk_is_no_crash(small_disk):
     (small_disk.folder / "train.py").write_text(source.replace("lr=0.4", "lr=0.1"))
     output = small_disk.agent("--tag", "t", "--try", "fills the disk", expect=1)
     assert "are free in" in output and len(rows_of(small_disk, "result")) == 2
-    small_disk.agent("--tag", "t", "--proposer", "random", "--experiments", "2")
+    small_disk.agent("--tag", "t", "--proposer", "tune", "--experiments", "2")
     assert len(check_agreement(small_disk)) == 3
 
 

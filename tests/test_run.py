@@ -309,7 +309,7 @@ def test_an_idle_card_is_never_waited_for(checkout, tmp_path, monkeypatch):
 RESULT = {
     "training_seconds": 1.0, "total_seconds": 2.0, "peak_vram_mb": None, "mfu_percent": None, "total_tokens_M": 1, "num_steps": 5,
     "num_params_M": 1.0, "startup_seconds": 1.0, "epoch": 0.1, "seed": 1, "loader_wait_seconds": 0.0, "micro_rows": 16, "backend": "FA3",
-    "losses": [[0.1, 100, 2.0]],
+    "losses": [[0.1, 100, 2.0]], "step_ms": 30.5, "forward_backward_ms": 20.0, "optimizer_ms": 10.0, "loader_ms": 0.5,
 }  # fmt: skip
 
 

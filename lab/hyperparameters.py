@@ -126,9 +126,11 @@ def coordinate(value: float, like: float) -> float:
 def text_at(place: float, like: Number) -> str:
     """A number near a coordinate, as source text of the same kind: powers of two stay such, fractions stay fractions.
 
-    Integers from 16 on keep the power of two that divides them. The present value's own text if it is the nearest.
+    Integers from 16 on keep the power of two that divides them, from 10,000 on two digits. The present value's own text if it is the nearest.
     """
     value = like.value
+    if abs(place - coordinate(value, value)) < 1e-9:
+        return like.text
     if isinstance(value, float):
         share = 0 < value < 1
         new = 1 / (1 + 2**-place) if share else 2**place
@@ -140,7 +142,7 @@ def text_at(place: float, like: Number) -> str:
         new = 2**power
         text = f"2**{power}" if "**" in like.text else str(new)
     else:
-        grain = grain if value >= 16 else 1
+        grain = 1 if value < 16 else 10 ** max(0, int(place * math.log10(2)) - 1) if value >= 10_000 else grain
         new = max(grain, grain * round(2**place / grain))
         text = str(new)
     return like.text if new == value else text

@@ -1,0 +1,172 @@
+"""Any program as the researcher: scripted programs of every kind, by the command line and in this process."""
+
+import os
+import signal
+import sys
+import time
+
+import psutil
+import pytest
+from conftest import check_agreement, fake_measure, open_here, rows_of, run_here
+from test_claude import add, reply
+
+import lab.command
+import lab.researcher
+from constants import Problem
+from lab.command import Command
+
+NIGHT = ("--tag", "t", "--profile", "cpu", "--no-confirm")
+
+
+@pytest.fixture
+def program(checkout, tmp_path):
+    """A night whose researcher is a Python program: program(code, experiments) -> (reason or Problem, night)."""
+
+    def run(code, experiments=1, secrets=None, schedule="improve", hours=None):
+        (checkout.folder / "program.md").write_text(f"Schedule: {schedule}\n")
+        here = open_here(checkout)
+        try:
+            command = Command(here, checkout.folder, written(tmp_path, code), secrets or {})
+            outcome = run_here(here, experiments, command, hours, measure=fake_measure(here))
+        except Problem as problem:
+            outcome = problem
+        return outcome, here
+
+    return run
+
+
+def written(folder, code: str) -> str:
+    """The command of a program. It counts its calls in a file; `n` is the number of this one, from 0, `prompt` what it read."""
+    head = (
+        "import os, sys, time, subprocess\n"
+        f"with open({str(folder / 'calls')!r}, 'a+') as f:\n    f.seek(0); n = len(f.read()); f.write('.')\n"
+        "prompt = sys.stdin.read()\n"
+        f"open({str(folder / 'prompt')!r} + str(n), 'w').write(prompt)\n"
+    )
+    (folder / "program.py").write_text(head + code)
+    return f"{sys.executable} {folder / 'program.py'}"
+
+
+def ended(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_its_reply_is_run_and_it_is_asked_for_the_next_meanwhile(checkout, program, tmp_path):
+    reason, _ = program(f"print({add('idea', 7)!r}.replace('7', str(n)))", 3)
+    assert reason == "all 3 experiments are done"
+    assert [row["description"] for row in check_agreement(checkout)][1:] == ["idea 0", "idea 1", "idea 2"]
+    prompt = (tmp_path / "prompt2").read_text()
+    for part in ("SEARCH", "# train.py of the incumbent", "You propose experiment 3", "beta=0.8", "# Running now"):
+        assert part in prompt
+    assert {row["model"] for row in rows_of(checkout, "call")} == {"python" + sys.executable.rpartition("python")[2]}
+
+
+def test_a_reply_that_cannot_be_run_is_sent_back_with_the_objection(checkout, program, tmp_path):
+    good, bad = add("idea", 1), reply("bad", ("nothing like it", "x"))
+    _, here = program(f"print({good!r} if n else {bad!r})")
+    assert here.results[1].description == "idea 1"
+    prompt = (tmp_path / "prompt1").read_text()
+    assert prompt.index("nothing like it") < prompt.index("That cannot be run: block 1: its SEARCH lines match 0 times")
+
+
+def test_of_one_that_chats_the_last_reply_counts(program):
+    """In fences, with colours, with line ends of another system, after a first draft."""
+    draft, final = reply("draft", ("        width=64,", "        width=1,")), add("final", 2)
+    text = f"Let me think.\n\x1b[1m{draft}\x1b[0m\nOn reflection:\n```\n{final}\n```\nGood luck!\n".replace(
+        "\n", "\r\n"
+    )
+    _, here = program(f"sys.stdout.write({text!r})")
+    assert here.results[1].description == "final 2"
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        ("sys.exit('out of quota')", "exit status 1: out of quota"),
+        ("sys.exit(0)", "it printed nothing"),
+        ("time.sleep(60)", "no reply within 1 s"),
+        ("os.kill(os.getpid(), 9)", "exit status -9"),
+    ],
+)
+def test_a_failure_is_waited_out_aloud(checkout, program, monkeypatch, capsys, trouble, said):
+    monkeypatch.setattr(lab.command, "LIMIT_S", 1.0)
+    monkeypatch.setattr(lab.researcher, "PATIENCE_S", 0.05)
+    reason, here = program(f"if n < 3:\n    {trouble}\nprint({add('idea', 1)!r})")
+    assert reason == "the one experiment is done" and here.results[1].description == "idea 1"
+    errors = [row["error"] for row in rows_of(checkout, "call") if "error" in row]
+    assert len(errors) == 3 and all(said in error for error in errors)
+    assert capsys.readouterr().out.count(f"waiting for command: {said}") == 1
+
+
+def test_output_without_end_is_cut_and_ended(checkout, program):
+    """The numeric search takes the turn of a researcher that has nothing to say."""
+    start = time.monotonic()
+    reason, here = program("while True:\n    print('blah ' * 1000)")
+    assert reason == "the one experiment is done" and here.results[1].operator == "tune"
+    assert time.monotonic() - start < 30 and len(rows_of(checkout, "reject")) == 4
+
+
+def test_what_it_leaves_behind_is_ended(program, tmp_path):
+    code = (
+        "p = subprocess.Popen(['sleep', '600'], start_new_session=True)\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid))\nprint({add('idea', 1)!r})"
+    )
+    program(code)
+    assert ended(int((tmp_path / "pid").read_text()))
+
+
+def test_it_works_in_an_empty_folder_with_the_key_and_nothing_else_gets_it(checkout, program, tmp_path):
+    code = (
+        f"open({str(tmp_path / 'seen')!r}, 'w').write(os.environ['ANTHROPIC_API_KEY'] + str(os.listdir()))\n"
+        f"print({add('idea', 1)!r})"
+    )
+    program(code, secrets={"ANTHROPIC_API_KEY": "canary-key"})
+    assert (tmp_path / "seen").read_text() == "canary-key[]"
+    assert b"canary-key" not in b"".join(p.read_bytes() for p in checkout.folder.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("command", ["no-such-program -p", "'unclosed", " "])
+def test_a_program_that_is_not_there_is_one_line_before_the_baseline(checkout, command):
+    output = checkout.agent(*NIGHT, "--command", command, expect=1)
+    assert "--command" in output and "Traceback" not in output and not (checkout.folder / "runs" / "t").exists()
+
+
+def test_by_the_command_line_only_its_first_word_is_stored(checkout, tmp_path):
+    """And so a night that goes on has to be given it again."""
+    command = written(tmp_path, f"print({add('idea', 7)!r}.replace('7', str(n)))") + " --token canary-key"
+    output = checkout.agent(*NIGHT, "--command", command, "--experiments", "1", ANTHROPIC_API_KEY="canary-two")
+    assert "idea 0" in output and "the API has cost" not in output
+    journal = (checkout.folder / "runs" / "t" / "journal.jsonl").read_text()
+    assert "canary" not in journal and rows_of(checkout, "night")[0]["arguments"]["command"] == sys.executable
+    output = checkout.agent("--tag", "t", "--experiments", "2", expect=1)
+    assert "say it again, --command" in output
+    checkout.agent("--tag", "t", "--command", command, "--experiments", "3")
+    assert len(check_agreement(checkout)) == 4
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_it_ends_with_the_agent(checkout, tmp_path, how):
+    command = written(tmp_path, f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)")
+    process = checkout.start(*NIGHT, "--command", command)
+    deadline = time.monotonic() + 60
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(how)
+    output, _ = process.communicate(timeout=20)
+    pid = int((tmp_path / "pid").read_text())
+    while not ended(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert "Traceback" not in output
+
+
+def test_a_model_that_takes_the_card_is_asked_between_runs(checkout, tmp_path, monkeypatch):
+    (tmp_path / "ollama").write_text("#!/bin/sh\n")
+    (tmp_path / "ollama").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (checkout.folder / "program.md").write_text("Schedule: improve tune\n")
+    for device, expected in (("cpu", [False, True]), ("cuda", [True, True])):
+        night = open_here(checkout, tag=device, device=device)
+        command = Command(night, checkout.folder, "ollama run x", {})
+        assert [command.inline(number) for number in (1, 2)] == expected
