@@ -1,11 +1,13 @@
 """What a model sees: the programme and the fixed rules, then the history of the night, train.py and what is asked for now."""
 
 import difflib
+import math
 import re
+from functools import partial
 from pathlib import Path
 
 from constants import Problem
-from lab.hyperparameters import moves_of, numbers_of
+from lab.hyperparameters import Move, moves_of, numbers_of
 from lab.night import History, change_of, read_checkout
 from lab.records import Result, Run, clean, one_line, pace_text
 
@@ -14,9 +16,10 @@ RUN_TIME, COMMAND = (
     "# ---------------------------------------------------------------------------\n# The command\n",
 )  # in prepare.py
 OPERATORS = ("improve", "explore", "tune")
-HISTORY_LINES = 200  # experiments that the model sees one by one; older ones come in groups
+HISTORY_LINES = 100  # experiments that the model sees one by one; older ones come in groups
 LAST, BEST_DISCARDS = 5, 5  # experiments that are shown with their changes
-DIFF_LINES = 80  # of one change
+DIFF_LINES, BRIEF_LINES = 40, 16  # of one change, of a best discard
+VALUES = 6  # of one number that are shown, the best ones
 SEARCH, DIVIDER, REPLACE = "<<<<<<< SEARCH", "=======", ">>>>>>> REPLACE"
 REPLY_FORM = f"""Reply in plain text of exactly this form:
 
@@ -90,7 +93,7 @@ def history_text(history: History, lines: int = HISTORY_LINES) -> str:
 def history_line(history: History, result: Result) -> str:
     """`41 discard +0.00031, tokens -6 %: 10 layers instead of 9`; both against the incumbent of its time."""
     number, word, bpb = result.number, result.verdict.word, result.run.val_bpb
-    text = one_line(result.description)[:160]
+    text = one_line(result.description)[:120]
     if bpb is None:
         return f"{number} {word} ({result.verdict.reason[:120]}): {text}"
     if result.parent is None:
@@ -121,7 +124,7 @@ def request_text(source: str, history: History, operator: str, missed: str = "",
         )
     if history.running and history.results:
         how = "Most experiments are discarded, so propose against the incumbent; if this one is kept, your change is merged into it."
-        change = diff(source, history.running.source)
+        change = shortened(diff(source, history.running.source), DIFF_LINES)
         title = f"# Running now: experiment {history.number - 1}"
         parts.append(f"{title}\n\n{history.running.description}\n\n{change}\n\n{how}")
     if history.notes:
@@ -181,9 +184,18 @@ def numbers_text(source: str, history: History) -> str:
             tried.setdefault(move.new, []).append(change + ("" if move.alone else "+"))
         if name in now:
             tried.setdefault(now[name].value, []).append("*")
-            cells = ", ".join(f"{value:g} {' '.join(tried[value])}" for value in sorted(tried))
+            shown = {move.new for move in sorted(moves, key=partial(worth, history.results))[:VALUES]} | {
+                now[name].value
+            }
+            cells = ", ".join(f"{value:g} {' '.join(tried[value][-3:])}" for value in sorted(tried) if value in shown)
             lines.append(f"{name}: {cells}")
     return "\n".join(lines)
+
+
+def worth(results: list[Result], move: Move) -> tuple[bool, float]:
+    """What sorts the moves of a number: those that changed nothing else first, then by what they brought."""
+    has_number = move.result.run.val_bpb is not None
+    return not move.alone, change_of(results, move.result) if has_number else math.inf
 
 
 def near_misses(history: History, shown: list[Result]) -> list[Result]:
@@ -201,7 +213,9 @@ def near_misses(history: History, shown: list[Result]) -> list[Result]:
 def experiment_text(history: History, result: Result, brief: bool = False) -> str:
     """A finished experiment: its line and its change; in full also its hypothesis, its run beside the incumbent's, the log of a crash."""
     rival = history.results[result.parent].run
-    change = shortened(diff(history.sources[result.parent], history.sources[result.number]))
+    change = shortened(
+        diff(history.sources[result.parent], history.sources[result.number]), BRIEF_LINES if brief else DIFF_LINES
+    )
     parts = [f"## {history_line(history, result)}", change]
     if brief:
         return "\n\n".join(parts)
@@ -254,12 +268,12 @@ def step_text(metrics: dict) -> str:
     return f"{metrics['step_ms']:.0f} ms" + (f" ({shares})" if shares else "")
 
 
-def shortened(change: str) -> str:
-    """A diff, cut in its middle if it is long."""
+def shortened(change: str, most: int) -> str:
+    """A diff, cut in its middle if it has more lines."""
     lines = change.split("\n")
-    if len(lines) <= DIFF_LINES:
+    if len(lines) <= most:
         return change
-    half = DIFF_LINES // 2
+    half = most // 2
     return "\n".join([*lines[:half], f"[{len(lines) - 2 * half} lines are left out here]", *lines[-half:]])
 
 

@@ -223,6 +223,8 @@ def score(night: Night, run: Run, folder: Path, limit_s: float, below: float, te
     more = ("--below", repr(below), "--children", json.dumps(children), *(() if test else ("--no-test",)))
     ended = run_child(child_command("score", folder, None, more), log, limit_s)
     crash = ended.why or crash_reason(ended.status, log)
+    if crash.startswith("time-out") and night.baseline_run:
+        crash += f": the baseline's took {night.baseline_run.scoring_seconds:.0f} s, and twice that is allowed"
     if crash:
         return replace(run, crash=f"scoring: {crash}")
     try:

@@ -63,8 +63,8 @@ def test_the_history_tells_every_outcome_and_groups_what_is_old(long_night):
     results, settings = long_night
     text = history_text(history_of(results[:1000], settings))
     lines = text.split("\n")
-    assert lines[-1].startswith("999 discard +") and lines[-200].startswith("800 ")
-    assert "994 crash (why): idea 994" in text and "800 to 849" not in text and "750 to 799: " in text
+    assert lines[-1].startswith("999 discard +") and lines[-100].startswith("900 ")
+    assert "994 crash (why): idea 994" in text and "900 to 949" not in text and "850 to 899: " in text
     assert "951 discard +0.00951: idea 951" in text and "751 discard" not in text and len(text) < 60_000
 
 
@@ -165,5 +165,5 @@ def test_what_is_cached_is_equal_between_two_calls_without_a_keep(tmp_path):
 
 
 def test_a_long_change_is_cut_in_its_middle():
-    text = shortened("\n".join(map(str, range(100))))
-    assert text.split("\n")[39:42] == ["39", "[20 lines are left out here]", "60"] and shortened("a\nb") == "a\nb"
+    text = shortened("\n".join(map(str, range(100))), 80)
+    assert text.split("\n")[39:42] == ["39", "[20 lines are left out here]", "60"] and shortened("a\nb", 2) == "a\nb"
