@@ -183,8 +183,6 @@ def next_proposal(night: Night, proposer, background: Background, give_up) -> Pr
                 description=prepared.description,
             )  # fmt: skip
             feedback = [f"{prepared.description}: {reason}"]
-    if proposer.inline(len(night.results)):
-        return propose(night, proposer, night.history(), feedback)
     background.start(propose, night, proposer, night.history(), feedback)
     return background.result(give_up)
 
@@ -258,8 +256,8 @@ def run_night(night: Night, proposer, limits: Limits, measure, view, second_seed
             if proposal is None:
                 return proposer.exhausted
             prepared = background.thread or night.unused_proposal(proposer.name, besides=proposal)
-            between_runs = proposer.inline(len(night.results) + 1)
-            if not (between_runs or prepared) and limits.room_for_another(night):
+            ahead = not prepared and not proposer.between_runs(len(night.results) + 1)
+            if ahead and limits.room_for_another(night):
                 background.start(propose, night, proposer, night.history(running=proposal), [])
             result = night.record(experiment(night, proposal, measure), proposal.source)
             view.finished(result)

@@ -31,8 +31,8 @@ class Command(Researcher):
         self.program = Path(self.words[0]).name
         super().__init__(night, here)
 
-    def inline(self, number: int) -> bool:
-        return (self.program in SERVED_HERE and self.night.settings.device == "cuda") or super().inline(number)
+    def between_runs(self, number: int) -> bool:
+        return (self.program in SERVED_HERE and self.night.settings.device == "cuda") or super().between_runs(number)
 
     def ask(self, system: list[str], number: int) -> str:
         """The reply, through outages, however long."""

@@ -1,6 +1,6 @@
 """How any proposer is asked, until a proposal passes the screen; replays, and a person's own train.py.
 
-A proposer has a `name`, inline(number) (whether it is asked for that experiment between runs, not while one trains), `exhausted` (why
+A proposer has a `name`, between_runs(number) (whether it is asked for that experiment between runs, not while one trains), `exhausted` (why
 it proposes nothing more) and propose(source, history, feedback) -> Proposal | None, which raises Rejected for what is no proposal.
 """
 
@@ -53,7 +53,7 @@ class Replay:
 
     name, exhausted = "replay", "the replay is complete"
 
-    def inline(self, number: int) -> bool:
+    def between_runs(self, number: int) -> bool:
         return True
 
     def __init__(self, night: Night, proposals: list[tuple[Proposal, str]]):
@@ -116,7 +116,7 @@ class Try:
     def __init__(self, description: str, hypothesis: str, source: str):
         self.description, self.hypothesis, self.source = one_line(description), one_line(hypothesis), source
 
-    def inline(self, number: int) -> bool:
+    def between_runs(self, number: int) -> bool:
         return True
 
     def propose(self, source: str, history: History, feedback: list[str]) -> Proposal | None:

@@ -91,7 +91,7 @@ class Researcher:
             self.schedule = schedule_of(read_checkout(self.here, "program.md"))
         return self.schedule[(number - 1) % len(self.schedule)]
 
-    def inline(self, number: int) -> bool:
+    def between_runs(self, number: int) -> bool:
         return self.operator(number) == "tune"
 
     def propose(self, source: str, history: History, feedback: list[str]) -> Proposal | None:
@@ -113,7 +113,7 @@ class Researcher:
         try:
             text = self.ask(system_text(self.here, self.night.folder / "harness", profile, source), history.number)
         except LostIdea:
-            self.turns, self.lost = [], history.number
+            self.turns, self.lost, self.status = [], history.number, ""
             raise
         if text is None:
             return None

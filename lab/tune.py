@@ -27,7 +27,7 @@ class Tune:
     def __init__(self, tag: str, sizes: str):
         self.tag, self.sizes = tag, sizes
 
-    def inline(self, number: int) -> bool:
+    def between_runs(self, number: int) -> bool:
         return True
 
     def propose(self, source: str, history: History, feedback: list[str]) -> Proposal | None:

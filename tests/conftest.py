@@ -256,7 +256,7 @@ class Script:
 
     name, exhausted = "script", "the script is complete"
 
-    def inline(self, number):
+    def between_runs(self, number):
         return True
 
     def __init__(self, *changes):

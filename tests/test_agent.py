@@ -183,7 +183,7 @@ def test_a_baseline_that_crashes_ends_the_night_with_its_log(checkout):
 class Slow(Script):
     """A proposer that is asked in the background."""
 
-    def inline(self, number):
+    def between_runs(self, number):
         return False
 
 

@@ -169,4 +169,4 @@ def test_a_model_that_takes_the_card_is_asked_between_runs(checkout, tmp_path, m
     for device, expected in (("cpu", [False, True]), ("cuda", [True, True])):
         night = open_here(checkout, tag=device, device=device)
         command = Command(night, checkout.folder, "ollama run x", {})
-        assert [command.inline(number) for number in (1, 2)] == expected
+        assert [command.between_runs(number) for number in (1, 2)] == expected
