@@ -315,6 +315,18 @@ def test_the_turns_of_tune_cost_nothing_and_are_seen_by_the_model(checkout, nigh
     assert here.results[2].description in text and "# Numbers tried" in text
 
 
+def test_what_is_cached_is_equal_byte_for_byte_between_two_keeps(night):
+    better = reply("better", (LINE, "        lr=0.3,  # best at 0.1"))
+    _, server, here = night([add("idea", 1), add("idea", 2), better, numbered()], 6)
+    systems = [[block["text"] for block in body["system"]] for body in server.requests]
+    kept = [result.number for result in here.results if result.verdict.word == "keep"]
+    assert kept == [0, 3] and len({system[0] for system in systems}) == 1
+    assert [system[1] == systems[0][1] for system in systems] == [True] * 4 + [
+        False
+    ] * 2  # the fourth was asked meanwhile
+    assert all(block["cache_control"]["ttl"] == "1h" for block in server.requests[0]["system"])
+
+
 def test_a_lost_structure_is_offered_once_more(checkout, night):
     """An `explore` that lost by no more than half of the discards did; a second loss is none."""
     near = reply("near", ("        beta=0.8,", "        beta=0.8,\n        overfit=-0.001,"))

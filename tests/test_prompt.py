@@ -159,11 +159,6 @@ def test_a_request_has_all_in_order(checkout):
     assert [result.number for result in near_misses(history, [])] == [1, 2, 3, 4, 5]
 
 
-def test_what_is_cached_is_equal_between_two_calls_without_a_keep(tmp_path):
-    source = (ROOT / "train.py").read_text()
-    assert system_text(ROOT, ROOT, "cpu", source) == system_text(ROOT, ROOT, "cpu", source)
-
-
 def test_a_long_change_is_cut_in_its_middle():
     text = shortened("\n".join(map(str, range(100))), 80)
     assert text.split("\n")[39:42] == ["39", "[20 lines are left out here]", "60"] and shortened("a\nb", 2) == "a\nb"
