@@ -126,7 +126,8 @@ def coordinate(value: float, like: float) -> float:
 def text_at(place: float, like: Number) -> str:
     """A number near a coordinate, as source text of the same kind: powers of two stay such, fractions stay fractions.
 
-    Integers from 16 on keep the power of two that divides them, from 10,000 on two digits. The present value's own text if it is the nearest.
+    Integers from 16 on keep the power of two that divides them, from 10,000 on two digits. Where the next whole number or power of two is
+    further away, a quarter of a doubling is enough to reach it. The present value's own text if it is the nearest.
     """
     value = like.value
     if abs(place - coordinate(value, value)) < 1e-9:
@@ -136,13 +137,11 @@ def text_at(place: float, like: Number) -> str:
         new = 1 / (1 + 2**-place) if share else 2**place
         text = repr(round(1 - float(f"{1 - new:.2g}"), 12)) if share and new > 0.5 else repr(float(f"{new:.2g}"))
         return like.text if float(text) == value else text
-    grain = value & -value
+    move, grain = place - math.log2(value), value & -value
+    step = 0 if abs(move) <= 0.25 else 1 if move > 0 else -1  # if the move itself would reach nothing
     if value >= 16 and grain == value:
-        power = max(0, round(place))
-        new = 2**power
-        text = f"2**{power}" if "**" in like.text else str(new)
-    else:
-        grain = 1 if value < 16 else 10 ** max(0, int(place * math.log10(2)) - 1) if value >= 10_000 else grain
-        new = max(grain, grain * round(2**place / grain))
-        text = str(new)
-    return like.text if new == value else text
+        power = max(0, grain.bit_length() - 1 + (round(move) or step))
+        return f"2**{power}" if "**" in like.text else str(2**power)
+    grain = 1 if value < 16 else 10 ** max(0, int(place * math.log10(2)) - 1) if value >= 10_000 else grain
+    new = max(grain, grain * round(2**place / grain))
+    return str(max(grain, value + step * grain) if new == value else new)

@@ -12,9 +12,10 @@ from lab.night import History
 from lab.records import Proposal
 
 MAX_MOVED = 5  # numbers of one proposal
-MAX_STEP = 1.0  # doublings by which one moves
+MAX_STEP = 0.5  # doublings by which one moves
 TRIALS = 300  # of the night, the last ones: a fit takes milliseconds
-SCALES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of a coefficient, in bpb a doubling
+SCALES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # of a curvature, in bpb a squared doubling
+SLOPE = 0.5  # x that: of a slope, so that the best value is expected within half a doubling
 NOISES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of one difference, in bpb
 FAR = 0.01  # bpb, or x the baseline: what is worse by more counts for little more
 
@@ -88,7 +89,8 @@ def best_moves(moves: np.ndarray, changes: np.ndarray, random: np.random.Generat
     features = np.hstack([np.ones((n, 1)), moves, 0.5 * moves**2])
     best = (-np.inf,)
     for scale in SCALES:
-        mean, variance = np.r_[0.0, np.zeros(d), np.full(d, scale)], np.r_[1.0, np.full(2 * d, scale)] ** 2
+        mean = np.r_[0.0, np.zeros(d), np.full(d, scale)]
+        variance = np.r_[1.0, np.full(d, SLOPE * scale), np.full(d, scale)] ** 2
         for noise in NOISES:
             covariance = (features * variance) @ features.T + noise**2 * np.eye(n)
             lower = np.linalg.cholesky(covariance)
