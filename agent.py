@@ -39,6 +39,7 @@ from lab.journal import interrupts, night_runs, read_journal, seconds_of, second
 from lab.night import CRASHING_AFTER, Night, read_checkout
 from lab.propose import Replay, Try, proposals_to_replay, propose, rows_to_replay
 from lab.records import RUN_AGAIN, OutOfTime, Proposal, Rejected, Result, Run, Verdict, clean, log_tail, trouble
+from lab.researcher import Researcher
 from lab.run import measure
 from lab.sandbox import choose_sandbox, inherited_names
 from lab.screen import fingerprint, screen
@@ -364,6 +365,8 @@ def start_and_work(args, secrets: dict) -> None:
         except KeyboardInterrupt:
             why, more = "interrupted; the same command goes on", ""
         finally:
+            if isinstance(proposer, Researcher):
+                proposer.stopped = True
             end_processes(str(folder))  # a researcher that is still thinking
     if proposer:
         print_summary(night, why, proposer, "" if args.demo or args.describe else more)

@@ -78,7 +78,10 @@ def parse_arguments(description_text: str) -> argparse.Namespace:
         "--model", metavar="ID[,ID]", help=f"the model that claude asks ({MODEL}), and who takes an idea that it loses"
     )
     more.add_argument(
-        "--price", type=price, metavar="IN,OUT", help="of a model that lab/claude.py lacks, $ a million tokens"
+        "--price",
+        type=price,
+        metavar="IN,OUT",
+        help="$ a million tokens, for a model or a price that lab/claude.py lacks",
     )
     more.add_argument("--because", metavar="WHY", help="with --try: why it should be better")
     more.add_argument(
@@ -107,6 +110,8 @@ def parse_arguments(description_text: str) -> argparse.Namespace:
             parser.error(f"--{flag} goes with --{'try' if other == 'describe' else other}")
     if args.demo and (args.tag or args.profile or args.dataset):
         parser.error("--demo has its own tag, profile and dataset")
+    if args.command is not None and not args.command.strip():
+        parser.error("--command takes a program and its arguments, such as --command 'claude -p'")
     if args.seeds == 1:
         parser.error("--seeds takes 2 and more")
     if args.demo:

@@ -3,14 +3,16 @@
 The first two go on where they stopped, since measure repeats no run that counts.
 """
 
+import contextlib
 import math
 import time
 from dataclasses import replace
 from pathlib import Path
 
-from constants import Problem, counted, locked, write_atomically
+from constants import Problem, counted, device_lock, locked, write_atomically
 from lab.files import remove
 from lab.git import Repository
+from lab.journal import first_start, read_journal
 from lab.night import Night, read_checkout
 from lab.records import Rejected, Run, one_line
 from lab.run import rehearse
@@ -116,12 +118,19 @@ def words(without: list[float], reference: list[float]) -> list[str]:
 
 
 def rehearsal(here: Path, runs: Path, args) -> None:
-    """--try --dry: the checkout's train.py through the screen, and as far as its clock, eager; nothing is recorded. Raises Problem."""
-    folder = runs / "dry"
-    with locked(folder / "lock", "the rehearsal", "agent.py --dry"):
+    """--try --dry: the checkout's train.py through the screen, and as far as its clock, eager; nothing is recorded. Raises Problem.
+
+    In the setting of the night that it would go to, and with the device locked: nothing trains meanwhile.
+    """
+    folder, began = runs / "dry", first_start(read_journal(runs / (args.tag or "try") / "journal.jsonl")[0])
+    for name in ("profile", "dataset", "no_sandbox"):
+        setattr(args, name, getattr(args, name) or began.get(name))
+    with contextlib.ExitStack() as locks:
+        locks.enter_context(locked(folder / "lock", "the rehearsal", "agent.py --dry"))
         try:
-            began, repository = time.perf_counter(), Repository(here)
+            start, repository = time.perf_counter(), Repository(here)
             night = open_night(here, folder, args, repository)
+            locks.enter_context(locked(device_lock(night.device_id), "the device", "agent.py --dry"))
             night.settings = replace(night.settings, compile=False)
             rules = folder / "harness" / "night.json"
             rules.chmod(0o644)
@@ -132,7 +141,7 @@ def rehearsal(here: Path, runs: Path, args) -> None:
             if trouble := rehearse(night, source):
                 raise Problem(f"train.py does not run:\n{trouble}")
             print(
-                f"train.py passes the screen, builds and takes three steps ({time.perf_counter() - began:.0f} s); nothing is recorded"
+                f"train.py passes the screen, builds and takes three steps ({time.perf_counter() - start:.0f} s); nothing is recorded"
             )
         finally:
             remove(folder)

@@ -107,7 +107,14 @@ def strays() -> list:
         if process.pid in spared:
             with contextlib.suppress(psutil.Error):
                 spared |= {child.pid for child in process.children(recursive=True)}
-    return [process for process in own if process.pid not in spared]
+    return [process for process in own if process.pid not in spared and session_of(process.pid) not in git.running]
+
+
+def session_of(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
 
 
 def started_for(place: str) -> list:

@@ -52,9 +52,9 @@ class Claude(Researcher):
         max_usd: float | None,
         price: tuple | None = None,
     ):
-        """price: dollars a million tokens of input and output, for the models that PRICES lacks. Raises Problem."""
+        """price: dollars a million tokens of input and output, instead of PRICES. Raises Problem."""
         self.models, self.max_usd = [name.strip() for name in models.split(",")], max_usd
-        self.prices = {name: PRICES.get(name, price and (*price, price[0])) for name in self.models}
+        self.prices = {name: (*price, price[0]) if price else PRICES.get(name) for name in self.models}
         for name, known in self.prices.items():
             if max_usd is not None and not known:
                 raise Problem(f"--max-usd needs the price of {name}: add --price IN,OUT, in dollars a million tokens")
@@ -137,7 +137,8 @@ class Claude(Researcher):
 
         failures, text, turns, effort = 0, "", list(self.turns), self.effort
         while True:
-            size = sum(map(len, system)) + sum(len(str(turn["content"])) for turn in turns)
+            self.rest_if_stopped()
+            size = sum(len(text.encode()) for text in (*system, *(str(turn["content"]) for turn in turns)))
             worst = usd_of(self.prices[model], {"cache_write": size // 2, "output": REPLY_TOKENS}, model)
             if self.max_usd is not None and spent_usd(list(self.night.journal.rows), bound=True) + worst > self.max_usd:
                 return None
@@ -146,9 +147,10 @@ class Claude(Researcher):
                 message = self.stream(model, system, turns, effort, usage)
                 reply = "".join(block.text for block in message.content if block.type == "text")
                 stop, error = message.stop_reason, ""
-                bound = {} if stop else {"bound_usd": worst}
+                bound = {} if stop and "output" in usage else {"bound_usd": worst}
                 self.close_call(call, usage, start, at_least=stop is None, stop=stop, reply=reply, **bound)
-            except (APIError, HTTPError) as failure:
+            # The last four: a stream that is not one, such as the page of a captive portal.
+            except (APIError, HTTPError, AssertionError, ValueError, RuntimeError, TypeError) as failure:
                 stop, error = None, failure
                 status = error.status_code if isinstance(error, APIStatusError) else None
                 answered = status is not None and status >= 400  # and so not begun; what broke off may have cost all

@@ -3,8 +3,10 @@
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
@@ -13,12 +15,13 @@ from constants import Problem
 from lab import git
 from lab.child import end_all, started_for
 from lab.night import Night
-from lab.records import clean
-from lab.researcher import Researcher
+from lab.records import RUN_AGAIN, clean
+from lab.researcher import LostIdea, Researcher
 
 LIMIT_S = 1_800.0  # for one reply
 REPLY_BYTES = 10**6  # the program is ended at more
-SERVED_HERE = {"ollama"}  # programs whose model takes the card that trains: they are asked between runs
+MAX_FAILURES = 10  # of one idea, before the numeric search takes its turn
+SERVED_HERE = {"ollama"}  # programs whose model takes the card or the cores that train: they are asked between runs
 
 
 class Command(Researcher):
@@ -28,26 +31,35 @@ class Command(Researcher):
 
     def __init__(self, night: Night, here: Path, command: str, secrets: dict[str, str]):
         self.words, self.secrets, self.place = words_of(command), secrets, str(night.folder / "command")
-        self.program = Path(self.words[0]).name
+        self.program, self.replied = Path(self.words[0]).name, bool(night.journal.of("call"))
         super().__init__(night, here)
 
     def between_runs(self, number: int) -> bool:
-        return (self.program in SERVED_HERE and self.night.settings.device == "cuda") or super().between_runs(number)
+        return self.program in SERVED_HERE or super().between_runs(number)
 
     def ask(self, system: list[str], number: int) -> str:
-        """The reply, through outages, however long."""
+        """The reply, through outages. Raises LostIdea after ten failures, Problem after three of a program that has never replied."""
         words, failures = {"user": "", "assistant": "# Your earlier reply\n\n"}, 0
         prompt = "\n\n".join([*system, *(words[turn["role"]] + turn["content"] for turn in self.turns)])
         while True:
             call, start = self.open_call(number, self.program), time.perf_counter()
+            self.rest_if_stopped()
             reply, trouble = self.run(prompt)
+            self.rest_if_stopped()
             more = {"error": trouble} if trouble else {"stop": "end", "reply": reply}
             seconds = time.perf_counter() - start
             self.night.journal.append("call", **call, tokens={}, usd=None, at_least=False, seconds=seconds, **more)
             if not trouble:
-                self.status = ""
+                self.status, self.replied = "", True
                 return reply
             failures += 1
+            if failures >= 3 and not self.replied:
+                raise Problem(
+                    f"{self.program} failed {failures} times and never replied: {trouble}; mend --command, {RUN_AGAIN}"
+                )
+            if failures >= MAX_FAILURES:
+                self.lines = max(10, self.lines // 2)
+                raise LostIdea(trouble)
             self.wait_out(failures, trouble)
 
     def run(self, prompt: str) -> tuple[str, str]:
@@ -55,18 +67,21 @@ class Command(Researcher):
         guard = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []  # it ends when we do
         environment = {**os.environ, **self.secrets, "AUTORESEARCH_RUN": self.place}
         with (
-            TemporaryDirectory() as empty,
+            TemporaryDirectory(ignore_cleanup_errors=True) as empty,
             TemporaryFile() as asked,
             TemporaryFile() as output,
             TemporaryFile() as errors,
         ):
             asked.write(prompt.encode())
             asked.seek(0)
-            with git.spawning:
-                process = subprocess.Popen(
-                    [*guard, *self.words], cwd=empty, env=environment, stdin=asked, stdout=output, stderr=errors, start_new_session=True,
-                )  # fmt: skip
-                git.running.add(process.pid)
+            try:
+                with git.spawning:
+                    process = subprocess.Popen(
+                        [*guard, *self.words], cwd=empty, env=environment, stdin=asked, stdout=output, stderr=errors, start_new_session=True,
+                    )  # fmt: skip
+                    git.running.add(process.pid)
+            except OSError as error:
+                return "", f"it cannot be started: {error.strerror}"
             size, late, deadline = 0, False, time.perf_counter() + LIMIT_S
             try:
                 while process.poll() is None and size < REPLY_BYTES and not late:
@@ -74,15 +89,29 @@ class Command(Researcher):
                     size, late = os.fstat(output.fileno()).st_size, time.perf_counter() > deadline
                 status = process.returncode
             finally:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 end_all(partial(started_for, self.place))
                 process.wait()
                 git.running.discard(process.pid)
-            reply, message = (clean(os.pread(file.fileno(), REPLY_BYTES, 0)).strip() for file in (output, errors))
+            reply, message = (last_of(file) for file in (output, errors))
         if late:
             return "", f"no reply within {LIMIT_S:.0f} s"
         if status:
-            return "", f"exit status {status}: {(message or reply).split(chr(10))[-1][:200]}"
+            return "", f"exit status {status}: {self.masked((message or reply).split(chr(10))[-1])[:200]}"
         return reply, "" if reply else "it printed nothing"
+
+    def masked(self, text: str) -> str:
+        """Without the keys and the program's arguments, which a complaint about them may repeat."""
+        for secret in (*self.secrets.values(), *(word for word in self.words[1:] if len(word) > 7)):
+            text = text.replace(secret, "...")
+        return text
+
+
+def last_of(file) -> str:
+    """The end of what a program printed, as plain lines."""
+    size = os.fstat(file.fileno()).st_size
+    return clean(os.pread(file.fileno(), REPLY_BYTES, max(0, size - REPLY_BYTES))).strip()
 
 
 def words_of(command: str) -> list[str]:

@@ -37,21 +37,23 @@ def numbers_of(source: str, sizes: str) -> dict[str, Number]:
     """The numbers that serve CONFIGS[sizes], by name: plain NAME = number, tuples of them, the keywords of that entry, and the
     defaults of class Config for those that it leaves out. A zero switches something off and is none.
     """
-    plain, defaults, own = {}, {}, {}
+    plain, defaults, own = {}, {}, None
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and node.name == "Config":
             fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
-            defaults = {field.target.id: field.value for field in fields if field.value is not None}
-        elif isinstance(node, ast.Assign):
-            for name, value in assigned(node.targets[0], node.value):
+            named = [field for field in fields if isinstance(field.target, ast.Name) and field.value is not None]
+            defaults = {field.target.id: field.value for field in named}
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+            for name, value in assigned(node.targets[0] if isinstance(node, ast.Assign) else node.target, node.value):
                 if name == "CONFIGS" and isinstance(value, ast.Dict):
                     entries = zip(value.keys, value.values, strict=True)
                     entry = next((entry for key, entry in entries if getattr(key, "value", None) == sizes), None)
-                    own = {word.arg: word.value for word in entry.keywords} if isinstance(entry, ast.Call) else {}
+                    own = {word.arg: word.value for word in entry.keywords} if isinstance(entry, ast.Call) else None
                 elif name.isupper():
                     plain[name] = value
     lines, numbers = source.split("\n"), {}
-    for name, node in (plain | defaults | own).items():
+    serving = {} if own is None else defaults | own  # without an entry nobody knows which defaults count
+    for name, node in (plain | serving).items():
         value = value_of(node)
         if value and name not in FIXED and node.lineno == node.end_lineno:
             line = lines[node.lineno - 1].encode()  # columns count bytes
@@ -74,11 +76,12 @@ def assigned(target: ast.expr, value: ast.expr) -> list[tuple[str, ast.expr]]:
 
 def value_of(node: ast.expr) -> int | float | None:
     """The value of a number, or of a power such as 2**16; None for all else."""
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float) and abs(node.value) < 1e15:
         return node.value
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
         base, exponent = value_of(node.left), value_of(node.right)
-        return base**exponent if base and exponent and abs(exponent) < 64 else None
+        if base and exponent and abs(base) < 1_000 and abs(exponent) < 64:
+            return base**exponent
     return None
 
 
@@ -118,15 +121,15 @@ def moves_of(results: list[Result], sources: dict[int, str], sizes: str) -> dict
 def coordinate(value: float, like: float) -> float:
     """Where a value lies, in doublings: of itself, or of its odds if `like`, the present value, is a fraction."""
     if isinstance(like, float) and 0 < like < 1:
-        share = min(max(value, 1e-12), 1 - 1e-6)
+        share = min(max(value, 1e-300), 1 - 1e-6)
         return math.log2(share / (1 - share))
-    return math.log2(max(value, 1e-12))
+    return math.log2(max(value, 1e-300))
 
 
 def text_at(place: float, like: Number) -> str:
     """A number near a coordinate, as source text of the same kind: powers of two stay such, fractions stay fractions.
 
-    Integers from 16 on keep the power of two that divides them, from 10,000 on two digits. Where the next whole number or power of two is
+    Integers from 16 on keep the power of two that divides them, round ones from 10,000 on have two digits. Where the next whole number or power of two is
     further away, a quarter of a doubling is enough to reach it. The present value's own text if it is the nearest.
     """
     value = like.value
@@ -139,9 +142,18 @@ def text_at(place: float, like: Number) -> str:
         return like.text if float(text) == value else text
     move, grain = place - math.log2(value), value & -value
     step = 0 if abs(move) <= 0.25 else 1 if move > 0 else -1  # if the move itself would reach nothing
+    if value >= 16 and grain == value and not round(move) and not step:
+        return like.text
     if value >= 16 and grain == value:
         power = max(0, grain.bit_length() - 1 + (round(move) or step))
         return f"2**{power}" if "**" in like.text else str(2**power)
-    grain = 1 if value < 16 else 10 ** max(0, int(place * math.log10(2)) - 1) if value >= 10_000 else grain
+    grain = (
+        1
+        if value < 16
+        else 10 ** max(0, int(place * math.log10(2)) - 1)
+        if value >= 10_000 and value % 1_000 == 0
+        else grain
+    )
     new = max(grain, grain * round(2**place / grain))
-    return str(max(grain, value + step * grain) if new == value else new)
+    new = max(grain, value + step * grain) if new == value else new
+    return like.text if new == value else str(new)

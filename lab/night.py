@@ -173,7 +173,7 @@ class Night:
             running=running,
             noise=self.noise_text,
             notes=notes.read_text() if notes.exists() else "",
-            to_mend=None if crashing else to_mend(results),
+            to_mend=None if crashing else to_mend(results, running),
             more=None if left is None else max(0, left - 1 - (running is not None)),
             stuck=len(last) == STUCK_AFTER and not any(result.verdict.word == "keep" for result in last),
             crashing=crashing,
@@ -303,13 +303,13 @@ def proposal_of(row: dict) -> Proposal:
     return Proposal(**{name: row[name] for name in Proposal.__dataclass_fields__})
 
 
-def to_mend(results: list[Result]) -> Result | None:
-    """The last experiment, if a model's idea of it deserves another attempt: a crash twice, an `explore` that lost narrowly once.
+def to_mend(results: list[Result], running: Proposal | None) -> Result | None:
+    """The model's last idea, if it deserves another attempt and has not got it: a crash twice, an `explore` that lost narrowly once.
 
     Narrowly: it lost by no more than half of the night's discards did.
     """
-    last = results[-1] if results else None
-    if last is None or last.operator in ("", "tune"):
+    last = next((result for result in reversed(results) if result.operator != "tune"), None)
+    if last is None or not last.operator or last.number in {item.mends for item in (*results, running) if item}:
         return None
     if last.verdict.word == "crash":
         attempts, result = 0, last

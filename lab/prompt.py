@@ -19,6 +19,8 @@ OPERATORS = ("improve", "explore", "tune")
 HISTORY_LINES = 100  # experiments that the model sees one by one; older ones come in groups
 LAST, BEST_DISCARDS = 5, 5  # experiments that are shown with their changes
 DIFF_LINES, BRIEF_LINES = 40, 16  # of one change, of a best discard
+LINE_CHARS = 200  # of one line of a change
+COUNTED = ("keep", "discard")  # verdicts whose number is believed
 VALUES = 6  # of one number that are shown, the best ones
 SEARCH, DIVIDER, REPLACE = "<<<<<<< SEARCH", "=======", ">>>>>>> REPLACE"
 REPLY_FORM = f"""Reply in plain text of exactly this form:
@@ -179,23 +181,27 @@ def numbers_text(source: str, history: History) -> str:
     for name, moves in moves_of(history.results, history.sources, sizes).items():
         tried = {}
         for move in moves:
-            bpb = move.result.run.val_bpb
-            change = move.result.verdict.word if bpb is None else f"{change_of(history.results, move.result):+.4f}"
+            word = move.result.verdict.word
+            change = f"{change_of(history.results, move.result):+.4f}" if word in COUNTED else word
             tried.setdefault(move.new, []).append(change + ("" if move.alone else "+"))
         if name in now:
             tried.setdefault(now[name].value, []).append("*")
             shown = {move.new for move in sorted(moves, key=partial(worth, history.results))[:VALUES]} | {
                 now[name].value
             }
-            cells = ", ".join(f"{value:g} {' '.join(tried[value][-3:])}" for value in sorted(tried) if value in shown)
+            cells = ", ".join(
+                f"{value if isinstance(value, int) else format(value, 'g')} {' '.join(tried[value][-3:])}"
+                for value in sorted(tried)
+                if value in shown
+            )
             lines.append(f"{name}: {cells}")
     return "\n".join(lines)
 
 
 def worth(results: list[Result], move: Move) -> tuple[bool, float]:
     """What sorts the moves of a number: those that changed nothing else first, then by what they brought."""
-    has_number = move.result.run.val_bpb is not None
-    return not move.alone, change_of(results, move.result) if has_number else math.inf
+    counts = move.result.verdict.word in COUNTED
+    return not move.alone, change_of(results, move.result) if counts else math.inf
 
 
 def near_misses(history: History, shown: list[Result]) -> list[Result]:
@@ -270,9 +276,9 @@ def step_text(metrics: dict) -> str:
 
 def shortened(change: str, most: int) -> str:
     """A diff, cut in its middle if it has more lines."""
-    lines = change.split("\n")
+    lines = [line[:LINE_CHARS] for line in change.split("\n")]
     if len(lines) <= most:
-        return change
+        return "\n".join(lines)
     half = most // 2
     return "\n".join([*lines[:half], f"[{len(lines) - 2 * half} lines are left out here]", *lines[-half:]])
 

@@ -14,6 +14,8 @@ from lab.records import Proposal, Rejected, clean, one_line
 from lab.tune import Tune
 
 MAX_BOUNCES = 3  # objections to one idea; then the numeric search takes its turn
+REPLY_CHARS = 40_000  # of a reply that is sent back with an objection
+MAX_DRAWS = 8  # of the numeric search that are refused; then the model is asked all the same
 PATIENCE_S = 60.0  # longest pause between two attempts if the server names none
 OUTAGE_REMINDER_S = 3_600.0  # between two lines about an outage, the first at its third failure
 BLOCK = re.compile(rf"^{SEARCH}[ \t]*\n(.*?)^{DIVIDER}[ \t]*\n(.*?)^{REPLACE}[ \t]*$", re.MULTILINE | re.DOTALL)
@@ -48,7 +50,7 @@ def parse_reply(text: str, source: str) -> tuple[Proposal, str | None]:
     why = re.search(r"^HYPOTHESIS:\s*(.*)", head, re.MULTILINE | re.DOTALL)
     why = clean(why[1].replace("```", "").strip())[:2000] if why else ""
     notes = re.search(r"^NOTES:(.*)", tail, re.MULTILINE | re.DOTALL)
-    notes = "".join(re.findall(r"\S+\s*", notes[1].replace("```", ""))[:400]).strip() if notes else None
+    notes = "".join(re.findall(r"\S+\s*", notes[1].replace("```", ""))[:400]).strip()[:4_000] if notes else None
     for number, block in enumerate(blocks, 1):
         source = replaced(source, block[1], block[2], number)
     return Proposal(clean(title[1].strip())[:200], why, source), notes
@@ -83,7 +85,8 @@ class Researcher:
         self.tune = Tune(night.tag, night.settings.profile.sizes)
         self.schedule = schedule_of(read_checkout(here, "program.md"))
         self.turns: list[dict] = []  # of the idea in hand: request, reply, objection, reply ...
-        self.status, self.lost, self.reminded = "", None, -math.inf
+        self.source = ""  # that they are about
+        self.status, self.lost, self.reminded, self.stopped = "", None, -math.inf, False
 
     def operator(self, number: int) -> str:
         """Whose turn experiment `number` is. A line of program.md that became wrong during the night changes nothing."""
@@ -97,18 +100,20 @@ class Researcher:
     def propose(self, source: str, history: History, feedback: list[str]) -> Proposal | None:
         """None if the next call might cost too much. Raises Rejected for a reply that is no proposal, Problem if going on is of no use."""
         operator = self.operator(history.number)
-        if operator == "tune" or self.lost == history.number or len(feedback) > MAX_BOUNCES:
+        lost = self.lost == history.number or len(feedback) > MAX_BOUNCES
+        if (operator == "tune" or lost) and len(feedback) <= MAX_BOUNCES + MAX_DRAWS:
             self.turns = []
             try:
                 return self.tune.propose(source, history, feedback)
             except Problem:  # it has no numbers any more
-                self.lost, operator, feedback = None, "improve", feedback[-1:]
-        if feedback and self.turns:
+                operator = "improve"
+        if feedback and self.turns and self.source == source:
             objection = f"That cannot be run: {feedback[-1]}\n\nThe whole reply again, mended."
             self.turns.append({"role": "user", "content": objection})
         else:
             missed = f"Your last proposal was not run: {feedback[-1]}" if feedback else ""
             self.turns = [{"role": "user", "content": request_text(source, history, operator, missed, self.lines)}]
+            self.source = source
         profile = self.night.settings.profile.name
         try:
             text = self.ask(system_text(self.here, self.night.folder / "harness", profile, source), history.number)
@@ -117,7 +122,7 @@ class Researcher:
             raise
         if text is None:
             return None
-        self.turns.append({"role": "assistant", "content": text or "(empty)"})
+        self.turns.append({"role": "assistant", "content": text[-REPLY_CHARS:] or "(empty)"})
         proposal, notes = parse_reply(text, source)
         if notes is not None:
             write_atomically(self.night.folder / "notes.md", notes + "\n")
@@ -131,14 +136,19 @@ class Researcher:
         self.status = "thinking"
         return call
 
+    def rest_if_stopped(self) -> None:
+        """The background thread makes no further attempt once the agent is about to end."""
+        while self.stopped:
+            time.sleep(1.0)
+
     def wait_out(self, failures: int, reason: str, delay: float | None = None) -> None:
         """After the attempt that failed: a line at the third and each hour, and a pause."""
-        delay = delay or min(PATIENCE_S, 2.0**failures) * random.uniform(0.5, 1.0)
+        delay = delay or min(PATIENCE_S, 2.0 ** min(failures, 6)) * random.uniform(0.5, 1.0)
         self.status = f"{one_line(reason)[:60]}, again in {delay:.0f} s"
         self.remind(failures, f"waiting for {self.name}: {reason}")
         time.sleep(delay)
 
     def remind(self, failures: int, line: str) -> None:
-        if failures >= 3 and time.perf_counter() - self.reminded > OUTAGE_REMINDER_S:
+        if failures == 3 or (failures > 3 and time.perf_counter() - self.reminded > OUTAGE_REMINDER_S):
             self.reminded = time.perf_counter()
             self.night.say(line)

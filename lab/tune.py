@@ -13,6 +13,7 @@ from lab.records import Proposal
 
 MAX_MOVED = 5  # numbers of one proposal
 MAX_STEP = 0.5  # doublings by which one moves
+FARTHEST = 3.0  # doublings that count of a value far from the present one
 TRIALS = 300  # of the night, the last ones: a fit takes milliseconds
 SCALES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # of a curvature, in bpb a squared doubling
 SLOPE = 0.5  # x that: of a slope, so that the best value is expected within half a doubling
@@ -41,7 +42,7 @@ class Tune:
         at = np.array([coordinate(number.value, number.value) for number in numbers.values()])
         values, names = {}, list(numbers)
         moved = random.integers(1, MAX_MOVED + 1)
-        for i, move in best_moves(places - at, changes, random):
+        for i, move in best_moves(np.clip(places - at, -FARTHEST, FARTHEST), changes, random):
             text = text_at(at[i] + move, numbers[names[i]])
             if text != numbers[names[i]].text and len(values) < moved:
                 values[names[i]] = text
@@ -64,7 +65,7 @@ def trials(history: History, sizes: str, numbers: dict[str, Number]) -> tuple[np
     for result in results:
         before = 0.0 if result.parent is None else levels[result.parent]
         alike = result.parent is None or skeletons[result.parent] == skeletons[result.number]
-        bpb, change = result.run.val_bpb, None
+        bpb, change = result.run.val_bpb if result.verdict.word in ("keep", "discard") else None, None
         if alike and result.parent is not None and bpb is not None:
             change = bpb - results[result.parent].run.val_bpb
         levels[result.number] = before + (change or 0.0)

@@ -31,7 +31,7 @@ def reply(description: str, *edits: tuple[str, str], notes: str = "") -> str:
 
 def add(name: str, value) -> str:
     """A reply whose edit always applies and changes nothing: a discard."""
-    return reply(f"{name} {value}", ("        beta=0.8,", f"        beta=0.8,\n        {name}={value!r},"))
+    return reply(f"{name} {value}", ("    steps = 0", f"    steps = 0\n    {name} = {value!r}"))
 
 
 FILTERED = "Output blocked by content filtering policy"
@@ -123,7 +123,7 @@ def test_a_night_with_replies_of_every_kind(checkout, night):
         reply("crashes", (decay, "        decay=1 // 0,")),
         add("idea", 2),  # trains while the crash is mended
         reply("repaired", (decay, "        decay=1,")),
-        reply("repeat", ("        beta=0.8,", "        beta=0.8,  # again\n        idea=1,")),
+        reply("repeat", ("    steps = 0", "    steps = 0  # again\n    idea = 1")),
         add("idea", 3),
         ("refusal", ""),
         ("cut", add("idea", 4)),

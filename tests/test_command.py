@@ -84,18 +84,31 @@ def test_of_one_that_chats_the_last_reply_counts(program):
     [
         ("sys.exit('out of quota')", "exit status 1: out of quota"),
         ("sys.exit(0)", "it printed nothing"),
-        ("time.sleep(60)", "no reply within 1 s"),
+        ("time.sleep(60)", "no reply within 4 s"),
         ("os.kill(os.getpid(), 9)", "exit status -9"),
     ],
 )
 def test_a_failure_is_waited_out_aloud(checkout, program, monkeypatch, capsys, trouble, said):
-    monkeypatch.setattr(lab.command, "LIMIT_S", 1.0)
+    monkeypatch.setattr(lab.command, "LIMIT_S", 4.0)
     monkeypatch.setattr(lab.researcher, "PATIENCE_S", 0.05)
-    reason, here = program(f"if n < 3:\n    {trouble}\nprint({add('idea', 1)!r})")
-    assert reason == "the one experiment is done" and here.results[1].description == "idea 1"
+    reason, here = program(f"if 0 < n < 4:\n    {trouble}\nprint({add('idea', 7)!r}.replace('7', str(n)))", 2)
+    assert reason == "all 2 experiments are done" and here.results[2].description == "idea 4"
     errors = [row["error"] for row in rows_of(checkout, "call") if "error" in row]
     assert len(errors) == 3 and all(said in error for error in errors)
     assert capsys.readouterr().out.count(f"waiting for command: {said}") == 1
+
+
+def test_one_that_never_replied_is_no_outage(program, monkeypatch):
+    monkeypatch.setattr(lab.researcher, "PATIENCE_S", 0.05)
+    problem, here = program("sys.exit('no such model: --key sk-canary')")
+    assert isinstance(problem, Problem) and "failed 3 times and never replied" in str(problem) and len(here.results) == 1
+
+
+def test_one_that_fails_for_ever_loses_its_turns_to_the_numeric_search(program, monkeypatch):
+    monkeypatch.setattr(lab.researcher, "PATIENCE_S", 0.01)
+    reason, here = program(f"if n:\n    sys.exit(3)\nprint({add('idea', 1)!r})", 2)
+    assert reason == "all 2 experiments are done"
+    assert [result.operator for result in here.results[1:]] == ["improve", "tune"]
 
 
 def test_output_without_end_is_cut_and_ended(checkout, program):
@@ -125,9 +138,9 @@ def test_it_works_in_an_empty_folder_with_the_key_and_nothing_else_gets_it(check
     assert b"canary-key" not in b"".join(p.read_bytes() for p in checkout.folder.rglob("*") if p.is_file())
 
 
-@pytest.mark.parametrize("command", ["no-such-program -p", "'unclosed", " "])
-def test_a_program_that_is_not_there_is_one_line_before_the_baseline(checkout, command):
-    output = checkout.agent(*NIGHT, "--command", command, expect=1)
+@pytest.mark.parametrize(("command", "status"), [("no-such-program -p", 1), ("'unclosed", 1), (" ", 2)])
+def test_a_program_that_is_not_there_is_one_line_before_the_baseline(checkout, command, status):
+    output = checkout.agent(*NIGHT, "--command", command, expect=status)
     assert "--command" in output and "Traceback" not in output and not (checkout.folder / "runs" / "t").exists()
 
 
@@ -161,12 +174,11 @@ def test_it_ends_with_the_agent(checkout, tmp_path, how):
     assert "Traceback" not in output
 
 
-def test_a_model_that_takes_the_card_is_asked_between_runs(checkout, tmp_path, monkeypatch):
+def test_a_model_that_takes_the_card_or_the_cores_is_asked_between_runs(checkout, tmp_path, monkeypatch):
     (tmp_path / "ollama").write_text("#!/bin/sh\n")
     (tmp_path / "ollama").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     (checkout.folder / "program.md").write_text("Schedule: improve tune\n")
-    for device, expected in (("cpu", [False, True]), ("cuda", [True, True])):
-        night = open_here(checkout, tag=device, device=device)
-        command = Command(night, checkout.folder, "ollama run x", {})
+    for name, expected in (("python3", [False, True]), ("ollama", [True, True])):
+        command = Command(open_here(checkout, tag=name), checkout.folder, f"{name} run x", {})
         assert [command.between_runs(number) for number in (1, 2)] == expected
