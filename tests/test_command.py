@@ -101,7 +101,9 @@ def test_a_failure_is_waited_out_aloud(checkout, program, monkeypatch, capsys, t
 def test_one_that_never_replied_is_no_outage(program, monkeypatch):
     monkeypatch.setattr(lab.researcher, "PATIENCE_S", 0.05)
     problem, here = program("sys.exit('no such model: --key sk-canary')")
-    assert isinstance(problem, Problem) and "failed 3 times and never replied" in str(problem) and len(here.results) == 1
+    assert (
+        isinstance(problem, Problem) and "failed 3 times and never replied" in str(problem) and len(here.results) == 1
+    )
 
 
 def test_one_that_fails_for_ever_loses_its_turns_to_the_numeric_search(program, monkeypatch):
