@@ -62,6 +62,7 @@ def night(checkout):
     ):
         with MessagesServer(script, think_s) as server, pytest.MonkeyPatch.context() as patch:
             patch.setenv("ANTHROPIC_BASE_URL", server.url)
+            patch.setattr(lab.researcher, "PATIENCE_S", 0.02)
             here = open_here(checkout, tag)
             (checkout.folder / "program.md").write_text(f"Schedule: {schedule}\n")
             try:
@@ -262,9 +263,8 @@ def test_the_next_model_takes_an_idea_that_the_first_one_loses(checkout, night):
 
 
 @pytest.mark.parametrize("answer", [("cut", add("idea", 1)), ("error event", ""), ("status", (529, [], "overloaded"))])
-def test_an_outage_has_a_line_at_its_third_failure(checkout, night, monkeypatch, capsys, answer):
+def test_an_outage_has_a_line_at_its_third_failure(checkout, night, capsys, answer):
     """Each attempt is in the journal and in the bill; what broke off counts for the cap at its worst case."""
-    monkeypatch.setattr(lab.researcher, "PATIENCE_S", 0.01)
     reason, server, here = night([answer] * 5 + [numbered()], 1)
     assert reason == "the one experiment is done" and here.results[1].description == "idea 0"
     assert capsys.readouterr().out.count("waiting for claude: ") == 1
@@ -286,9 +286,8 @@ def test_an_outage_stands_in_a_log_too(checkout):
     assert b"canary-key" not in b"".join(p.read_bytes() for p in checkout.folder.rglob("*") if p.is_file())
 
 
-def test_the_cap_holds_before_every_attempt(night, monkeypatch):
+def test_the_cap_holds_before_every_attempt(night):
     """Retries after an error event included: each may have cost its worst case."""
-    monkeypatch.setattr(lab.researcher, "PATIENCE_S", 0.01)
     reason, server, here = night([("error event", "")], 5, max_usd=2.5)
     assert "might exceed --max-usd 2.5" in reason and 2 <= len(server.requests) <= 4
     assert spent_usd(here.journal.rows, bound=True) <= 2.5

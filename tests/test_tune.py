@@ -69,31 +69,27 @@ def test_a_moved_number_is_of_the_same_kind(value, move):
 # --- the search
 
 
-def history(night):
-    return night.history()
-
-
 def test_a_proposal_moves_one_to_five_numbers_and_repeats(checkout):
     night = open_here(checkout, baseline=REAL)
     counts = set()
     for number in range(1, 25):
-        past = replace(history(night), number=number)
+        past = replace(night.history(), number=number)
         proposal = Tune("t", "cpu").propose(REAL, past, [])
-        assert proposal == Tune("t", "cpu").propose(REAL, past, []) and proposal.operator == "tune"
-        assert proposal.source != Tune("u", "cpu").propose(REAL, past, []).source
+        if number == 1:
+            assert proposal == Tune("t", "cpu").propose(REAL, past, []) and proposal.operator == "tune"
+            assert proposal.source != Tune("u", "cpu").propose(REAL, past, []).source
         before, after = values_of(REAL), values_of(proposal.source)
         changed = [name for name in before if before[name] != after[name]]
-        assert proposal.description == ", ".join(f"{part}" for part in proposal.description.split(", "))
         assert sorted(part.split(" ")[0] for part in proposal.description.split(", ")) == sorted(changed)
         assert skeleton(proposal.source, "cpu") == skeleton(REAL, "cpu")
-        screen(proposal.source, {})
         counts.add(len(changed))
+    screen(proposal.source, {})
     assert counts == set(range(1, MAX_MOVED + 1))
 
 
 def test_a_refused_proposal_is_followed_by_another(checkout):
     night = open_here(checkout)
-    first, second = (Tune("t", "cpu").propose(STUB, replace(history(night), number=1, rejects=n), []) for n in (0, 1))
+    first, second = (Tune("t", "cpu").propose(STUB, replace(night.history(), number=1, rejects=n), []) for n in (0, 1))
     assert first.source != second.source
 
 
@@ -113,7 +109,7 @@ def test_it_learns_from_a_model_the_numbers_alone(checkout):
     run_here(night, None, Script(better(0.3), structural, (better(0.3)[1], better(0.2)[1]), ("lr=0.2,", "lr=1 // 0,")))
     words = [result.verdict.word for result in night.results]
     assert words == ["keep", "keep", "keep", "keep", "crash"]
-    past = history(night)
+    past = night.history()
     numbers = numbers_of(night.source(night.incumbent), "cpu")
     places, changes = trials(past, "cpu", numbers)
     bpb = [result.run.val_bpb for result in night.results]
@@ -126,10 +122,9 @@ def test_it_learns_from_a_model_the_numbers_alone(checkout):
 def test_what_has_no_number_counts_as_the_worst(checkout):
     night = open_here(checkout)
     run_here(night, None, Script(better(0.5), ("        width=64,", "        width=-(10**9),")))
-    (checkout.folder / "x").write_text("")
     source = STUB.replace("warmdown=0.6", "warmdown=0.5")
     results = [*night.results, replace(night.results[1], number=3, run=replace(night.results[1].run, val_bpb=None))]
-    past = replace(history(night), results=results, sources=history(night).sources | {3: source})
+    past = replace(night.history(), results=results, sources=night.history().sources | {3: source})
     _, changes = trials(past, "cpu", numbers_of(STUB, "cpu"))
     assert changes[-1] == changes.max() > 0
 
@@ -148,14 +143,14 @@ def test_the_model_finds_the_way_down_a_known_bowl(seed):
 def test_a_file_without_numbers_is_one_clear_line(checkout):
     night = open_here(checkout)
     with pytest.raises(Problem, match="has no numbers at its top"):
-        Tune("t", "cpu").propose("x = 'a'\n", history(night), [])
+        Tune("t", "cpu").propose("x = 'a'\n", night.history(), [])
 
 
 def test_the_moves_of_a_night_are_listed_by_number(checkout):
     night = open_here(checkout)
     both = ("lr=0.3,  # best at 0.1\n        width=64,", "lr=0.2,  # best at 0.1\n        width=60,")
     run_here(night, None, Script(better(0.3), both))
-    moves = moves_of(night.results, history(night).sources, "cpu")
+    moves = moves_of(night.results, night.history().sources, "cpu")
     assert [(move.result.number, move.old, move.new, move.alone) for move in moves["lr"]] == [
         (1, 0.4, 0.3, True), (2, 0.3, 0.2, False),
     ]  # fmt: skip
@@ -164,5 +159,5 @@ def test_the_moves_of_a_night_are_listed_by_number(checkout):
 
 def test_draws_do_not_touch_the_generators_of_others(checkout):
     night, before = open_here(checkout), random.getstate()
-    Tune("t", "cpu").propose(STUB, replace(history(night), number=1), [])
+    Tune("t", "cpu").propose(STUB, replace(night.history(), number=1), [])
     assert random.getstate() == before
