@@ -141,11 +141,18 @@ def situation_text(history: History) -> str:
     left = "more follow until someone stops" if history.more is None else f"about {history.more} more may follow it"
     best = next((result for result in reversed(history.results) if result.verdict.word == "keep"), None)
     parts = [f"You propose experiment {history.number}; {left}.", f"Machine: {history.settings.text}."]
+    profile = history.settings.profile
+    tokens = history.settings.train_rows * profile.max_seq_len / 1e6
+    parts.append(
+        f"Text to train on: {tokens:,.1f}M tokens, rows of {profile.max_seq_len}, vocabulary {profile.vocab_size:,}."
+    )
     if history.noise:
         parts.append(f"Noise: {history.noise}; a smaller difference may be chance.")
     if best:
         metrics = metrics_text(best.run.metrics)
         parts.append(f"The incumbent is experiment {best.number}, val_bpb {best.run.val_bpb:.6f}. Its run: {metrics}.")
+        scoring = f"Its scoring took {best.run.scoring_seconds or 0:.0f} s, the baseline's {history.results[0].run.scoring_seconds or 0:.0f} s"
+        parts.append(f"{scoring}; twice the baseline's is allowed.")
     else:
         parts.append("The incumbent is the baseline, which trains now.")
     return "\n".join(parts)
