@@ -277,7 +277,8 @@ def test_a_night_waits_for_its_card_and_does_not_end_for_it(checkout, tmp_path, 
     assert output.count("waiting: 9,023 MB of the card are free, a run needs 9,024") == 1
     assert len(rows_of(checkout, "result")) == 3
     (tmp_path / "bin" / "free").write_text("9023\n")
-    output = checkout.agent("--tag", "t", "--experiments", "3", "--hours", "0.001")
+    hours = (rows_of(checkout)[-1]["uptime"] + 4) / 3600  # of all starts
+    output = checkout.agent("--tag", "t", "--experiments", "3", "--hours", f"{hours:.6f}")
     assert "hours are used up, the last of them waiting for the card" in output
     assert len(rows_of(checkout, "result")) == 3
 
