@@ -36,7 +36,7 @@ from lab.command import Command
 from lab.files import remove
 from lab.git import Repository
 from lab.journal import interrupts, night_runs, read_journal, seconds_of, seconds_of_earlier_starts
-from lab.night import CRASHING_AFTER, Night, read_checkout
+from lab.night import CRASHING_AFTER, Night, only_crashes, read_checkout
 from lab.propose import Replay, Try, proposals_to_replay, propose, rows_to_replay
 from lab.records import RUN_AGAIN, OutOfTime, Proposal, Rejected, Result, Run, Verdict, clean, log_tail, trouble
 from lab.researcher import Researcher
@@ -45,7 +45,6 @@ from lab.sandbox import choose_sandbox, inherited_names
 from lab.screen import fingerprint, screen
 from lab.start import journal_start, open_night, renew_demo
 from lab.text import rows_of_the_night
-from lab.tune import Tune
 from lab.view import View, print_summary
 
 HERE = Path(__file__).resolve().parent
@@ -283,8 +282,7 @@ def refuse_failed_baseline(night: Night) -> None:
 
 def refuse_crashes_in_a_row(night: Night) -> None:
     """Raises Problem if nothing but crashes came of late."""
-    tail = night.results[-MAX_CRASHES:]
-    if len(tail) == MAX_CRASHES and all(result.verdict.word == "crash" for result in tail):
+    if only_crashes(night.results, MAX_CRASHES):
         raise Problem(
             f"{MAX_CRASHES} experiments crashed in a row; read {night.folder}/results.tsv and the last run.log"
         )
@@ -304,6 +302,8 @@ def make_proposer(night: Night, args, secrets: dict, replayed):
         return Command(night, HERE, args.command, secrets)
     if args.proposer == "claude":
         return Claude(night, HERE, credentials_of(secrets), args.model or MODEL, args.max_usd, args.price)
+    from lab.tune import Tune  # brings numpy, which no other start needs
+
     return Tune(night.tag, night.settings.profile.sizes)
 
 

@@ -582,7 +582,8 @@ def out_of_memory(error: Exception) -> bool:
 def warm_up(run, model, optimizers, loss_fn, config: Config, steps: int = 3) -> tuple[int, dict[str, float]]:
     """Runs a few steps so that everything is compiled and allocated, then undoes them in place.
 
-    Returns micro_rows, and where the time of the last step went. Halves the micro-batch while it does not fit. The data order needs no undoing: it starts anew with each iterator.
+    Returns micro_rows, and where the time of the last step went. Halves the micro-batch while it does not fit. The data order
+    needs no undoing: it starts anew with each iterator.
     """
     saved = [p.detach().clone() for p in model.parameters()]
     generators = (torch.get_rng_state(), torch.cuda.get_rng_state() if run.device.type == "cuda" else None)

@@ -62,10 +62,8 @@ class Claude(Researcher):
 
         try:
             transport = DefaultHttpxClient()
-        except (
-            ImportError,
-            ValueError,
-        ) as error:  # a proxy of a kind that it does not know, such as ALL_PROXY=socks5://
+        # A proxy of a kind that it does not know, such as ALL_PROXY=socks5://.
+        except (ImportError, ValueError) as error:
             reason, how = str(error).split(". ")[0], "pip install 'httpx2[socks]'"
             raise Problem(
                 f"the proxy that the environment names cannot be used ({reason})\nmend ALL_PROXY or HTTPS_PROXY; for SOCKS run: {how}"
@@ -137,8 +135,7 @@ class Claude(Researcher):
 
         failures, text, turns, effort = 0, "", list(self.turns), self.effort
         while True:
-            self.rest_if_stopped()
-            size = sum(len(text.encode()) for text in (*system, *(str(turn["content"]) for turn in turns)))
+            size = sum(len(part.encode()) for part in (*system, *(str(turn["content"]) for turn in turns)))
             worst = usd_of(self.prices[model], {"cache_write": size // 2, "output": REPLY_TOKENS}, model)
             if self.max_usd is not None and spent_usd(list(self.night.journal.rows), bound=True) + worst > self.max_usd:
                 return None

@@ -43,7 +43,6 @@ class Command(Researcher):
         prompt = "\n\n".join([*system, *(words[turn["role"]] + turn["content"] for turn in self.turns)])
         while True:
             call, start = self.open_call(number, self.program), time.perf_counter()
-            self.rest_if_stopped()
             reply, trouble = self.run(prompt)
             self.rest_if_stopped()
             more = {"error": trouble} if trouble else {"stop": "end", "reply": reply}

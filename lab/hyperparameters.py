@@ -129,8 +129,9 @@ def coordinate(value: float, like: float) -> float:
 def text_at(place: float, like: Number) -> str:
     """A number near a coordinate, as source text of the same kind: powers of two stay such, fractions stay fractions.
 
-    Integers from 16 on keep the power of two that divides them, round ones from 10,000 on have two digits. Where the next whole number or power of two is
-    further away, a quarter of a doubling is enough to reach it. The present value's own text if it is the nearest.
+    Integers from 16 on keep the power of two that divides them, round ones from 10,000 on have two digits. Where the next whole
+    number or power of two is further away, a quarter of a doubling is enough to reach it. The present value's own text if it is
+    the nearest.
     """
     value = like.value
     if abs(place - coordinate(value, value)) < 1e-9:
@@ -142,18 +143,15 @@ def text_at(place: float, like: Number) -> str:
         return like.text if float(text) == value else text
     move, grain = place - math.log2(value), value & -value
     step = 0 if abs(move) <= 0.25 else 1 if move > 0 else -1  # if the move itself would reach nothing
-    if value >= 16 and grain == value and not round(move) and not step:
-        return like.text
     if value >= 16 and grain == value:
         power = max(0, grain.bit_length() - 1 + (round(move) or step))
-        return f"2**{power}" if "**" in like.text else str(2**power)
-    grain = (
-        1
-        if value < 16
-        else 10 ** max(0, int(place * math.log10(2)) - 1)
-        if value >= 10_000 and value % 1_000 == 0
-        else grain
-    )
-    new = max(grain, grain * round(2**place / grain))
-    new = max(grain, value + step * grain) if new == value else new
-    return like.text if new == value else str(new)
+        new, text = 2**power, f"2**{power}" if "**" in like.text else str(2**power)
+    else:
+        if value < 16:
+            grain = 1
+        elif value >= 10_000 and value % 1_000 == 0:
+            grain = 10 ** max(0, int(place * math.log10(2)) - 1)
+        new = max(grain, grain * round(2**place / grain))
+        new = max(grain, value + step * grain) if new == value else new
+        text = str(new)
+    return like.text if new == value else text

@@ -160,9 +160,8 @@ class Night:
         """What the next proposal needs to know; `running` is the experiment that trains meanwhile."""
         results, number = self.results, len(self.results) + (running is not None)
         crashed = [result for result in results[-5:] if result.verdict.word == "crash"]
-        last, tail = results[-STUCK_AFTER:], results[-CRASHING_AFTER:]
-        notes, left = self.folder / "notes.md", self.about_left()
-        crashing = len(tail) == CRASHING_AFTER and all(result.verdict.word == "crash" for result in tail)
+        notes, last, left = self.folder / "notes.md", results[-STUCK_AFTER:], self.about_left()
+        crashing = only_crashes(results, CRASHING_AFTER)
         return History(
             number=number,
             rejects=sum(row["number"] == number for row in self.journal.of("reject")),
@@ -322,8 +321,15 @@ def to_mend(results: list[Result], running: Proposal | None) -> Result | None:
     return None
 
 
-def change_of(results: list[Result], result: Result) -> float:
-    """val_bpb against the incumbent of its time; both have to have one."""
+def only_crashes(results: list[Result], count: int) -> bool:
+    """Whether the last `count` experiments, and no fewer, all crashed."""
+    return [result.verdict.word for result in results[-count:]] == ["crash"] * count
+
+
+def change_of(results: list[Result], result: Result) -> float | None:
+    """val_bpb against the incumbent of its time; None without one, or without a number that its verdict believes."""
+    if result.parent is None or result.run.val_bpb is None or result.verdict.word not in ("keep", "discard"):
+        return None
     return result.run.val_bpb - results[result.parent].run.val_bpb
 
 

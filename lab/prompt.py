@@ -20,7 +20,6 @@ HISTORY_LINES = 100  # experiments that the model sees one by one; older ones co
 LAST, BEST_DISCARDS = 5, 5  # experiments that are shown with their changes
 DIFF_LINES, BRIEF_LINES = 40, 16  # of one change, of a best discard
 LINE_CHARS = 200  # of one line of a change
-COUNTED = ("keep", "discard")  # verdicts whose number is believed
 VALUES = 6  # of one number that are shown, the best ones
 SEARCH, DIVIDER, REPLACE = "<<<<<<< SEARCH", "=======", ">>>>>>> REPLACE"
 REPLY_FORM = f"""Reply in plain text of exactly this form:
@@ -188,27 +187,24 @@ def numbers_text(source: str, history: History) -> str:
     for name, moves in moves_of(history.results, history.sources, sizes).items():
         tried = {}
         for move in moves:
-            word = move.result.verdict.word
-            change = f"{change_of(history.results, move.result):+.4f}" if word in COUNTED else word
-            tried.setdefault(move.new, []).append(change + ("" if move.alone else "+"))
+            change = change_of(history.results, move.result)
+            brought = move.result.verdict.word if change is None else f"{change:+.4f}"
+            tried.setdefault(move.new, []).append(brought + ("" if move.alone else "+"))
         if name in now:
             tried.setdefault(now[name].value, []).append("*")
-            shown = {move.new for move in sorted(moves, key=partial(worth, history.results))[:VALUES]} | {
-                now[name].value
-            }
-            cells = ", ".join(
-                f"{value if isinstance(value, int) else format(value, 'g')} {' '.join(tried[value][-3:])}"
-                for value in sorted(tried)
-                if value in shown
-            )
-            lines.append(f"{name}: {cells}")
+            shown = {move.new for move in sorted(moves, key=partial(worth, history.results))[:VALUES]}
+            cells = []
+            for value in sorted(shown | {now[name].value}):
+                text = str(value) if isinstance(value, int) else f"{value:g}"
+                cells.append(f"{text} {' '.join(tried[value][-3:])}")
+            lines.append(f"{name}: {', '.join(cells)}")
     return "\n".join(lines)
 
 
 def worth(results: list[Result], move: Move) -> tuple[bool, float]:
     """What sorts the moves of a number: those that changed nothing else first, then by what they brought."""
-    counts = move.result.verdict.word in COUNTED
-    return not move.alone, change_of(results, move.result) if counts else math.inf
+    change = change_of(results, move.result)
+    return not move.alone, math.inf if change is None else change
 
 
 def near_misses(history: History, shown: list[Result]) -> list[Result]:

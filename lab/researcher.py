@@ -11,7 +11,6 @@ from constants import Problem, write_atomically
 from lab.night import History, Night, read_checkout
 from lab.prompt import DIVIDER, HISTORY_LINES, REPLACE, REPLY_FORM, SEARCH, request_text, schedule_of, system_text
 from lab.records import Proposal, Rejected, clean, one_line
-from lab.tune import Tune
 
 MAX_BOUNCES = 3  # objections to one idea; then the numeric search takes its turn
 REPLY_CHARS = 40_000  # of a reply that is sent back with an objection
@@ -81,6 +80,8 @@ class Researcher:
     """
 
     def __init__(self, night: Night, here: Path):
+        from lab.tune import Tune  # brings numpy, which no other start needs
+
         self.night, self.here, self.lines = night, here, HISTORY_LINES
         self.tune = Tune(night.tag, night.settings.profile.sizes)
         self.schedule = schedule_of(read_checkout(here, "program.md"))
@@ -131,6 +132,7 @@ class Researcher:
 
     def open_call(self, number: int, model: str, usd: float | None = None) -> dict:
         """Journals an attempt before it is made, at the most that it may cost."""
+        self.rest_if_stopped()
         call = {"id": len(self.night.journal.of("call")), "number": number, "model": model}
         self.night.journal.append("call", **call, tokens={}, usd=usd, at_least=True)
         self.status = "thinking"

@@ -8,7 +8,7 @@ import numpy as np
 
 from constants import Problem
 from lab.hyperparameters import Number, coordinate, numbers_of, skeleton, text_at, with_values
-from lab.night import History
+from lab.night import History, change_of
 from lab.records import Proposal
 
 MAX_MOVED = 5  # numbers of one proposal
@@ -65,9 +65,7 @@ def trials(history: History, sizes: str, numbers: dict[str, Number]) -> tuple[np
     for result in results:
         before = 0.0 if result.parent is None else levels[result.parent]
         alike = result.parent is None or skeletons[result.parent] == skeletons[result.number]
-        bpb, change = result.run.val_bpb if result.verdict.word in ("keep", "discard") else None, None
-        if alike and result.parent is not None and bpb is not None:
-            change = bpb - results[result.parent].run.val_bpb
+        change = change_of(results, result) if alike else None
         levels[result.number] = before + (change or 0.0)
         if alike:
             there = numbers_of(history.sources[result.number], sizes)
