@@ -19,9 +19,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -37,12 +36,12 @@ from lab.files import remove
 from lab.git import Repository
 from lab.journal import interrupts, night_runs, read_journal, seconds_of, seconds_of_earlier_starts
 from lab.night import CRASHING_AFTER, Night, only_crashes, read_checkout
-from lab.propose import Replay, Try, proposals_to_replay, propose, rows_to_replay
+from lab.propose import Proposals, Replay, Try, proposals_to_replay, rows_to_replay
 from lab.records import RUN_AGAIN, OutOfTime, Proposal, Rejected, Result, Run, Verdict, clean, log_tail, trouble
 from lab.researcher import Researcher
 from lab.run import measure
-from lab.sandbox import choose_sandbox, inherited_names
-from lab.screen import fingerprint, screen
+from lab.sandbox import choose_sandbox, inherited_names, numbers_alone
+from lab.screen import fingerprint
 from lab.start import journal_start, open_night, renew_demo
 from lab.text import rows_of_the_night
 from lab.view import View, print_summary
@@ -94,97 +93,65 @@ def second_look(challenger: Run, incumbent: Run, why_not) -> Verdict:
 # One experiment
 
 
-def experiment(night: Night, proposal: Proposal, measure) -> Result:
-    """Train, score and judge one proposal. measure(source, seed, title, fresh=False) -> Run."""
-    best, source, number = night.incumbent, proposal.source, len(night.results)
-    program, second = fingerprint(source), None
-    night.tried.setdefault(program, f"experiment {number}, running now: {proposal.description}")
-    run = measure(source, SEED, proposal.description)
-    verdict = judge(run, best and best.run, night.baseline_run, night.settings.budget_s)
-    if verdict.word == "keep" and best and night.confirm:
+def experiment(night: Night, proposal: Proposal):
+    """Train, score and judge one proposal: yields what to measure (source, seed, title, fresh), gets the Run; returns the Result.
+
+    The incumbent is that of the moment in which a run arrives: with several workers another may have won meanwhile.
+    """
+    source, program = proposal.source, fingerprint(proposal.source)
+    night.tried.setdefault(program, f"an experiment that runs now: {proposal.description}")
+    run = yield source, SEED, proposal.description, False
+    while True:
+        best, second = night.incumbent, None
+        verdict = judge(run, best and best.run, night.baseline_run, night.settings.budget_s)
+        if verdict.word != "keep" or not best or not night.confirm:
+            break
         fresh = night.settings.profile.name == "cpu"  # whose pace drifts: a stored run may be of a faster hour
-        why = f"{run.val_bpb:.6f} is lower than {best.run.val_bpb:.6f}, so"
-        challenger = measure(source, CONFIRM_SEED, f"{why} on the second seed: {proposal.description}", fresh)
-        incumbent = measure(night.source(best), CONFIRM_SEED, f"{why} the incumbent on the second seed", fresh)
+        why = f"{run.number} is lower than {best.run.number}, so"
+        challenger = yield source, CONFIRM_SEED, f"{why} on the second seed: {proposal.description}", fresh
+        incumbent = yield night.source(best), CONFIRM_SEED, f"{why} the incumbent on the second seed", fresh
         verdict = second_look(challenger, incumbent, night.trouble)
         second = (challenger.val_bpb, incumbent.val_bpb)
+        if verdict.word != "keep" or night.incumbent is best:
+            break
     return Result(
-        number, best.number if best else None, proposal.id, proposal.description, proposal.hypothesis, proposal.operator,
-        proposal.mends, verdict, run, second, commit="", fingerprint=program,
+        len(night.results), proposal.parent if best else None, best.number if best else None, proposal.id, proposal.description,
+        proposal.hypothesis, proposal.operator, proposal.mends, verdict, run, second, commit="", fingerprint=program,
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------
-# The next proposal
+def noise(night: Night):
+    """The baseline on the second seed, as experiment(): a scale for what comes; returns None."""
+    yield night.baseline.source, CONFIRM_SEED, "the baseline on the second seed, to know the noise", False
 
 
-class Background:
-    """The one daemon thread that prepares the next proposal while an experiment trains: Ctrl-C never waits for a reply."""
+class Alone:
+    """The crew of one: this process measures. lab/fleet.py has another."""
 
-    thread = None
+    def __init__(self, measure):
+        self.measure, self.work = measure, []
 
-    def start(self, work, *args) -> None:
-        def body():
+    @property
+    def free(self) -> bool:
+        return not self.work
+
+    @property
+    def running(self) -> list[Proposal]:
+        return [proposal for proposal, _ in self.work if proposal]
+
+    def start(self, proposal: Proposal | None, steps) -> None:
+        self.work.append((proposal, steps))
+
+    def wait(self):
+        """Yields (proposal, what its generator returns) of each that has ended."""
+        run = None
+        while self.work:
+            proposal, steps = self.work[0]
             try:
-                self.outcome = work(*args)
-            except BaseException as error:
-                self.error = error
-
-        self.outcome, self.error = None, None
-        self.thread = threading.Thread(target=body, daemon=True)
-        self.thread.start()
-
-    def result(self, give_up):
-        """Wait for the result. Re-raises the thread's exception; raises OutOfTime once give_up() is true."""
-        while self.thread.is_alive():
-            if give_up():
-                raise OutOfTime("waiting for a proposal")
-            self.thread.join(0.05)
-        self.thread = None
-        if self.error is not None:
-            raise self.error
-        return self.outcome
-
-
-def rebase(night: Night, proposal: Proposal) -> Proposal:
-    """The proposal on top of the present incumbent. Raises Rejected if it does not merge, or is no longer new."""
-    best = night.incumbent
-    if proposal.parent != best.number:
-        base = night.source(night.results[proposal.parent])
-        source = night.repository.merge(base, night.source(best), proposal.source)
-        proposal = replace(proposal, source=source, parent=best.number)
-        screen(proposal.source, night.tried)
-        # What will run stands in the journal: the last row of a proposal counts.
-        night.journal.append("proposal", number=len(night.results), **vars(proposal))
-    else:
-        screen(proposal.source, night.tried)
-    return proposal
-
-
-def next_proposal(night: Night, proposer, background: Background, give_up) -> Proposal | None:
-    """The prepared proposal, rebased onto the incumbent, or a new one; None if nothing is left to propose.
-
-    Raises OutOfTime once give_up() is true.
-    """
-    if not night.results:
-        return night.baseline
-    if (
-        background.thread and background.result(give_up) is None
-    ):  # else it stands in the journal, from where it is taken below
-        return None
-    prepared, feedback = None if proposer.name == "try" else night.unused_proposal(proposer.name), []
-    if prepared:
-        try:
-            return rebase(night, prepared)
-        except Rejected as refused:
-            reason = f"no longer applies: {refused}"
-            night.journal.append(
-                "reject", number=len(night.results), proposer=proposer.name, proposal=prepared.id, reason=reason,
-                description=prepared.description,
-            )  # fmt: skip
-            feedback = [f"{prepared.description}: {reason}"]
-    background.start(propose, night, proposer, night.history(), feedback)
-    return background.result(give_up)
+                run = self.measure(*steps.send(run))
+            except StopIteration as end:
+                self.work.clear()
+                yield proposal, end.value
 
 
 # ---------------------------------------------------------------------------
@@ -198,6 +165,7 @@ class Limits:
     experiments: int | None  # after so many, the baseline not counted
     hours: float | None  # of all its starts
     began: float  # this start, by perf_counter, less what earlier ones took
+    workers: int = 1
 
     def mean_s(self, night: Night) -> float:
         """Seconds of an experiment, with its second seed."""
@@ -211,9 +179,9 @@ class Limits:
     def out_of_time(self, night: Night) -> bool:
         return self.left_s() < self.mean_s(night)
 
-    def reached(self, night: Night) -> str:
-        """Why the night ends now; empty if another experiment may start."""
-        done = len(night.results) - 1
+    def reached(self, night: Night, running: int = 0) -> str:
+        """Why no other experiment may start; empty if one may. running: how many are under way."""
+        done = len(night.results) + running - 1
         if self.experiments is not None and done >= self.experiments:
             return (
                 f"all {self.experiments} experiments are done" if self.experiments > 1 else "the one experiment is done"
@@ -230,44 +198,50 @@ class Limits:
         """How many experiments may still begin, about; None without a limit."""
         done = len(night.results)
         left = [] if self.experiments is None else [self.experiments + 1 - done]
-        left += [] if self.hours is None else [int(self.left_s() / self.mean_s(night))]
+        left += [] if self.hours is None else [self.workers * int(self.left_s() / self.mean_s(night))]
         return min(left, default=None)
 
-    def room_for_another(self, night: Night) -> bool:
-        """Whether one more experiment may follow the next."""
-        enough = self.experiments is not None and len(night.results) >= self.experiments
+    def room_for_another(self, night: Night, running: int) -> bool:
+        """Whether one more experiment may follow those that run."""
+        enough = self.experiments is not None and len(night.results) + running > self.experiments
         return not enough and self.left_s() > 2 * self.mean_s(night)
 
 
-def run_night(night: Night, proposer, limits: Limits, measure, view, second_seed: bool = True) -> str:
+def run_night(night: Night, proposer, limits: Limits, crew, view, second_seed: bool = True) -> str:
     """Run experiments until a limit is reached; returns the reason. Raises Problem if the night cannot go on.
 
     second_seed: whether the baseline is measured on it as well, so that a reader knows how large the noise is.
     """
-    background, night.out_of_time = Background(), lambda: limits.out_of_time(night)
-    night.about_left = lambda: limits.about_left(night)
+    proposals, night.out_of_time = Proposals(night, proposer), lambda: limits.out_of_time(night)
+    night.left_s, night.about_left = limits.left_s, lambda: limits.about_left(night)
     refuse_failed_baseline(night)
     try:
-        while not (reason := limits.reached(night)):
-            if second_seed and len(night.results) == 1 and night.baseline_second is None:
-                measure(night.baseline.source, CONFIRM_SEED, "the baseline on the second seed, to know the noise")
-                view.say(f"{'':6}{night.noise_text}")
-            proposal = next_proposal(night, proposer, background, night.out_of_time)
-            if proposal is None:
-                return proposer.exhausted
-            prepared = background.thread or night.unused_proposal(proposer.name, besides=proposal)
-            ahead = not prepared and not proposer.between_runs(len(night.results) + 1)
-            if ahead and limits.room_for_another(night):
-                background.start(propose, night, proposer, night.history(running=proposal), [])
-            result = night.record(experiment(night, proposal, measure), proposal.source)
-            view.finished(result)
-            refuse_failed_baseline(night)
-            refuse_crashes_in_a_row(night)
-            if proposer.name == "try" and result.number:
-                return proposer.exhausted
+        while True:
+            reason = limits.reached(night, len(crew.running))
+            if second_seed and crew.free and not reason and len(night.results) == 1:
+                second_seed = False
+                if night.baseline_second is None:
+                    crew.start(None, noise(night))
+            proposal = proposals.take(crew.running) if crew.free and not reason else None
+            if proposal:
+                crew.start(proposal, experiment(night, proposal))
+                if limits.room_for_another(night, len(crew.running)):
+                    proposals.ahead(crew.running)
+            elif not crew.work:
+                if reason or proposals.exhausted:
+                    return reason or proposer.exhausted
+                proposals.pause(night.out_of_time)
+            for proposal, result in crew.wait():
+                if proposal is None:
+                    view.say(f"{'':6}{night.noise_text}")
+                    continue
+                view.finished(night.record(result, proposal.source))
+                refuse_failed_baseline(night)
+                refuse_crashes_in_a_row(night)
+                if proposer.name == "try" and len(night.results) > 1:
+                    return proposer.exhausted
     except OutOfTime as wait:
         return f"{limits.hours:g} hours are used up, the last of them {wait}"
-    return reason
 
 
 def refuse_failed_baseline(night: Night) -> None:
@@ -307,25 +281,52 @@ def make_proposer(night: Night, args, secrets: dict, replayed):
     return Tune(night.tag, night.settings.profile.sizes)
 
 
-def at_work(night: Night, args, proposer) -> tuple[str, str]:
+def at_work(night: Night, args, proposer, fleet) -> tuple[str, str]:
     """What the command asks for, with the device locked; returns why it ended, and the flag with which it would go on."""
     shown = night.keeps[-1:] if args.describe else night.results if proposer else []
-    with View(night, proposer, shown) as view:
+    with View(night, proposer, shown, args.workers if fleet else 0) as view:
         night.say = view.say
-        measured = partial(measure, night, view)
+        measured = partial(measure, night, view.lanes[0])
         if args.check or args.ablate:
             why = (
                 check(night, args.seeds or CHECK_SEEDS, measured, view.say)
                 if args.check
                 else ablate(night, measured, view.say)
             )
-            cache.settle(night.folder, None)
+            cache.clear(night.folder)
             return why, ""
         earlier_s = seconds_of_earlier_starts(night.journal.rows)
         experiments, hours = (None, None) if args.describe else (args.experiments, args.hours)
-        limits = Limits(experiments, hours, time.perf_counter() - earlier_s)
+        limits = Limits(experiments, hours, time.perf_counter() - earlier_s, args.workers if fleet else 1)
         second_seed = not args.demo and (not args.describe or bool(args.confirm))
-        return run_night(night, proposer, limits, measured, view, second_seed), limits.larger(night)
+        crew = fleet.shown_by(view) if fleet else Alone(measured)
+        return run_night(night, proposer, limits, crew, view, second_seed), limits.larger(night)
+
+
+def start_fleet(args, folder: Path, locks: contextlib.ExitStack):
+    """The workers that --workers asks for, which end with the locks; None if this process measures."""
+    if not args.workers or args.workers == 1:
+        return None
+    from lab.fleet import Fleet
+
+    rules = folder / "harness" / "night.json"
+    stored = constants.Settings.of(rules.read_text()).profile.name if rules.is_file() else None
+    fleet = Fleet(args.workers, args.profile or stored or os.environ.get("AUTORESEARCH_PROFILE"), folder.name)
+    locks.callback(fleet.close)
+    return fleet
+
+
+def take_device(night: Night, args, locks: contextlib.ExitStack) -> None:
+    """The device's lock, the training rows and the sandbox of a night that this process measures."""
+    device = f"the device {night.settings.device_name}"
+    locks.enter_context(locked(constants.device_lock(night.device_id), device, f"agent.py, tag {night.tag}"))
+    locks.enter_context(rows_of_the_night(night))
+    night.sandbox = choose_sandbox(night, *sandbox_of(night, args))
+
+
+def sandbox_of(night: Night, args) -> tuple:
+    """The arguments of choose_sandbox(): what it hides, and who goes without."""
+    return HERE, RUNS, night.repository.common_dir, args.no_sandbox, numbers_alone(night, args)
 
 
 def start_and_work(args, secrets: dict) -> None:
@@ -339,7 +340,7 @@ def start_and_work(args, secrets: dict) -> None:
         rows = rows_to_replay(RUNS, args.replay)
         replayed = proposals_to_replay(rows, bool(args.kept))
         if new:
-            restore_setting(args, rows)
+            restore_setting(args, rows, ("profile", "dataset", "budget"))
     with contextlib.ExitStack() as locks:
         locks.enter_context(locked(folder / "lock", f"night {tag}", f"agent.py, tag {tag}"))
         if args.demo:
@@ -347,11 +348,12 @@ def start_and_work(args, secrets: dict) -> None:
         try:
             if pids := end_processes(str(folder)):
                 print(f"ended what an earlier start had left running: pid {', '.join(map(str, pids))}")
-            night = open_night(HERE, folder, args, repository)
-            device = f"the device {night.settings.device_name}"
-            locks.enter_context(locked(constants.device_lock(night.device_id), device, f"agent.py, tag {tag}"))
-            locks.enter_context(rows_of_the_night(night))
-            night.sandbox = choose_sandbox(night, HERE, RUNS, args)
+            fleet = start_fleet(args, folder, locks)
+            night = open_night(HERE, folder, args, repository, fleet and fleet.ask)
+            if fleet:
+                fleet.open(night, *sandbox_of(night, args))
+            else:
+                take_device(night, args, locks)
             proposer = None if args.check or args.ablate else make_proposer(night, args, secrets, replayed)
             journal_start(night, args, inherited_names())
         except BaseException:
@@ -359,7 +361,7 @@ def start_and_work(args, secrets: dict) -> None:
                 remove(folder)
             raise
         try:
-            why, more = at_work(night, args, proposer)
+            why, more = at_work(night, args, proposer, fleet)
             if proposer and not args.describe:
                 night.journal.append("end", reason=why)
         except KeyboardInterrupt:
@@ -367,6 +369,8 @@ def start_and_work(args, secrets: dict) -> None:
         finally:
             if isinstance(proposer, Researcher):
                 proposer.stopped = True
+            if fleet:
+                fleet.close()
             end_processes(str(folder))  # a researcher that is still thinking
     if proposer:
         print_summary(night, why, proposer, "" if args.demo or args.describe else more)
@@ -383,6 +387,8 @@ def main() -> None:
         signal.signal(number, interrupts)
     try:
         if args.dry:
+            rows = read_journal(RUNS / (args.tag or "try") / "journal.jsonl")[0]
+            restore_setting(args, rows, ("profile", "dataset", "no_sandbox"))
             rehearsal(HERE, RUNS, args)
         else:
             start_and_work(args, secrets)

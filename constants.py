@@ -122,9 +122,9 @@ class Settings:
         host = dict(host)
         own = {name: host.pop(name) for name in ("sizes", "dtype", "peak_tflops", "memory_gb")}
         compiles = host.pop("compiler") and budget_s >= COMPILE_FROM_S
-        profile = replace(PROFILES[profile], **own)
-        rows = Path(others["data"], others["train_file"]).stat().st_size // (2 * (profile.max_seq_len + 1))
-        return Settings(profile=profile, train_rows=rows, budget_s=budget_s, compile=compiles, **host, **others)
+        return Settings(
+            profile=replace(PROFILES[profile], **own), budget_s=budget_s, compile=compiles, **host, **others
+        )
 
     @staticmethod
     def of(text: str) -> "Settings":
@@ -160,6 +160,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def row_count(path: Path, profile: str) -> int:
+    """How many rows a file of rows has."""
+    return path.stat().st_size // (2 * (PROFILES[profile].max_seq_len + 1))
+
+
 def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -188,8 +193,8 @@ def file_trouble(error: OSError, when_full: str) -> str:
     return f"{error.filename}: {error.strerror}; {places}"
 
 
-def lock(path: Path, note: str, wait: bool = False) -> IO[str]:
-    """The open file that holds an exclusive lock on `path` until it is closed, with our pid and `note` in it.
+def lock(path: Path, note: str, wait: bool = False, shared: bool = False) -> IO[str]:
+    """The open file that holds a lock on `path` until it is closed, exclusive or shared, with our pid and `note` in it.
 
     Raises BlockingIOError, with what the holder wrote as its text, if another process has it; `wait` waits instead.
     """
@@ -198,7 +203,7 @@ def lock(path: Path, note: str, wait: bool = False) -> IO[str]:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+")  # noqa: SIM115 (it stays open as long as the lock is held)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         file.seek(0)
         holder = file.read().strip() or "another process"
@@ -215,9 +220,9 @@ def device_lock(device_id: str) -> Path:
     return cache_dir() / f"device-{device_id}.lock"
 
 
-def locked(path: Path, what: str, note: str) -> IO[str]:
+def locked(path: Path, what: str, note: str, shared: bool = False) -> IO[str]:
     """The lock, held until it is closed. Raises Problem, naming the holder, if another process has it."""
     try:
-        return lock(path, note)
+        return lock(path, note, shared=shared)
     except BlockingIOError as holder:
         raise Problem(f"{what} is in use by {holder}; stop it first, or wait") from None

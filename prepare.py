@@ -610,8 +610,8 @@ def settings_by_hand(profile: str | None = None, dataset: str | None = None) -> 
     if place is None:
         how = f"python prepare.py --profile {name} --dataset {shlex.quote(dataset)}"
         raise Problem(f"no prepared data in {constants.cache_dir()} for profile {name}, dataset {dataset}; run: {how}")
-    data, train_file = map(str, place)
-    return Settings.made(host, name, budget_s, dataset=dataset, data=data, train_file=train_file)
+    (data, train_file), rows = map(str, place), constants.row_count(Path(*place), name)
+    return Settings.made(host, name, budget_s, dataset=dataset, data=data, train_file=train_file, train_rows=rows)
 
 
 def open_rows(path: Path, profile: Profile) -> np.ndarray:

@@ -10,13 +10,16 @@ hyperparameters   the numbers at the top of train.py
 cache      compile caches: what a run begins with, and what of its own is kept
 journal    the record of a night: rows that are appended whole or not at all
 child      one child process, watched and ended with all that it started
+place      where runs are made: folder, device, sandbox, rows
 night      a night's folder and state; recording
 text       the training rows, in a run's folder while its clock runs
 start      a new night, or one that goes on
 trial      what a new sandbox has to prove, run inside it
 sandbox    what a child sees of the computer, and the trial child
 run        measure(): train and score one (source, seed)
-propose    how a proposer is asked; replays, and a person's own train.py
+worker     one of several devices, in a process of Ray's
+fleet      --workers: runs handed to workers, their results taken in
+propose    the next proposal, made beside the runs; replays, and a person's own train.py
 tune       the numeric search
 prompt     what a model sees
 researcher a model, whoever serves it: replies, turns, outages

@@ -58,6 +58,9 @@ def parse_arguments(description_text: str) -> argparse.Namespace:
     )
     night.add_argument("--dataset", help="climbmix (default of gpu), sotu (of cpu), or the path of a text")
     night.add_argument("--budget", type=positive(float), metavar="SECONDS", help="training time of a run (300)")
+    night.add_argument(
+        "--workers", type=positive(int), metavar="N", help="so many experiments at once, on as many cards: needs Ray"
+    )
     group = parser.add_argument_group("who proposes, or what else is done; one of these")
     one = group.add_mutually_exclusive_group()
     one.add_argument(
@@ -108,6 +111,8 @@ def parse_arguments(description_text: str) -> argparse.Namespace:
     for flag, other in pairs.items():
         if getattr(args, flag) and not getattr(args, other):
             parser.error(f"--{flag} goes with --{'try' if other == 'describe' else other}")
+    if args.workers and (args.describe or args.check or args.ablate):
+        parser.error("--workers goes with a night of experiments")
     if args.demo and (args.tag or args.profile or args.dataset):
         parser.error("--demo has its own tag, profile and dataset")
     if args.command is not None and not args.command.strip():
@@ -151,17 +156,20 @@ def choose_tag(args, runs: Path) -> str:
     return next(name for name in names if name not in journals)
 
 
-def restore_setting(args, rows: list[dict]) -> None:
-    """Profile, dataset and budget of a replay are those with which the other night began, unless given."""
-    for name in ("profile", "dataset", "budget"):
+def restore_setting(args, rows: list[dict], names: tuple[str, ...]) -> None:
+    """The setting of a replay or a rehearsal is that with which the other night began, unless given."""
+    for name in names:
         setattr(args, name, getattr(args, name) or first_start(rows).get(name))
 
 
 def restore_arguments(args, rows: list[dict], key: bool) -> None:
     """Flags that were not given come from the night's last start. key: whether the API can be asked. Raises Problem if nobody proposes."""
     stored, of_claude = last_start(rows), args.max_usd or args.model or args.price
+    for start in (row["arguments"] for row in rows if row["event"] == "night"):
+        stored = stored | {name: start[name] for name in ("model", "price", "max_usd") if name in start}
     named = args.proposer or args.command or args.replay or args.describe or args.check or args.ablate
     names = "experiments hours no_sandbox model price max_usd confirm kept" + ("" if named else " proposer replay")
+    names += "" if args.describe or args.check or args.ablate else " workers"
     for name in names.split():
         if getattr(args, name) is None:
             setattr(args, name, stored.get(name))

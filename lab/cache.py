@@ -36,10 +36,15 @@ def set_aside(night: Path, source: str, made: Path) -> None:
     os.replace(fresh, place)
 
 
-def settle(night: Path, keep: str | None) -> None:
-    """After a verdict: the cache of a kept source becomes the night's, all others go."""
-    if keep and aside(night, keep).exists():
+def settle(night: Path, source: str, kept: bool) -> None:
+    """After a verdict: the cache of a kept source becomes the night's, else it goes."""
+    if kept and aside(night, source).exists():
         remove(night / "cache")
-        os.replace(aside(night, keep), night / "cache")
+        os.replace(aside(night, source), night / "cache")
+    remove(aside(night, source))
+
+
+def clear(night: Path) -> None:
+    """Of sources without a verdict: of --check and --ablate, of an earlier start."""
     for place in night.glob("cache-*"):
         remove(place)

@@ -12,7 +12,6 @@ from pathlib import Path
 from constants import Problem, counted, device_lock, locked, write_atomically
 from lab.files import remove
 from lab.git import Repository
-from lab.journal import first_start, read_journal
 from lab.night import Night, read_checkout
 from lab.records import Rejected, Run, one_line
 from lab.run import rehearse
@@ -120,11 +119,9 @@ def words(without: list[float], reference: list[float]) -> list[str]:
 def rehearsal(here: Path, runs: Path, args) -> None:
     """--try --dry: the checkout's train.py through the screen, and as far as its clock, eager; nothing is recorded. Raises Problem.
 
-    In the setting of the night that it would go to, and with the device locked: nothing trains meanwhile.
+    With the device locked: nothing trains meanwhile.
     """
-    folder, began = runs / "dry", first_start(read_journal(runs / (args.tag or "try") / "journal.jsonl")[0])
-    for name in ("profile", "dataset", "no_sandbox"):
-        setattr(args, name, getattr(args, name) or began.get(name))
+    folder = runs / "dry"
     with contextlib.ExitStack() as locks:
         locks.enter_context(locked(folder / "lock", "the rehearsal", "agent.py --dry"))
         try:
@@ -135,7 +132,7 @@ def rehearsal(here: Path, runs: Path, args) -> None:
             rules = folder / "harness" / "night.json"
             rules.chmod(0o644)
             write_atomically(rules, night.settings.json())
-            night.sandbox = choose_sandbox(night, here, runs, args)
+            night.sandbox = choose_sandbox(night, here, runs, repository.common_dir, args.no_sandbox, harmless=False)
             source = read_checkout(here, "train.py")
             screen(source, {})
             if trouble := rehearse(night, source):

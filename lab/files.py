@@ -114,3 +114,27 @@ def check_disk(folder: Path) -> None:
             f"{free / 2**20:,.0f} MB are free in {folder} and a run needs {DISK_FLOOR_BYTES / 2**20:,.0f}; free "
             f"space, {RUN_AGAIN}"
         )
+
+
+def packed(folder: Path, names) -> dict[str, bytes]:
+    """The regular files of these names; a child may have made anything of them."""
+    files = {}
+    for name in names:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            with open(descriptor, "rb") as file:
+                if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    files[name] = file.read()
+    return files
+
+
+def unpack(files: dict[str, bytes], folder: Path) -> None:
+    """Makes the folder anew, whole or not at all."""
+    fresh = folder.with_suffix(".new")
+    remove(fresh)
+    fresh.mkdir(parents=True)
+    for name, raw in files.items():
+        (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+        (fresh / name).write_bytes(raw)
+    remove(folder)
+    os.replace(fresh, folder)

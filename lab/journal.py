@@ -13,7 +13,7 @@ import constants
 from constants import Problem
 from lab.records import Run, run_of
 
-FORMAT = 4
+FORMAT = 5
 REVIEWS = {"check", "ablate"}  # the arguments of starts that train for no experiment
 
 

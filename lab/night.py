@@ -1,23 +1,24 @@
 """A night's folder: journal, resume, recording, results.tsv. The journal is the record; everything else is derived from it."""
 
-import contextlib
 import hashlib
+import math
+import os
 import stat
+import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
 import constants
-from constants import Problem, Settings, sha256_of, write_atomically
+from constants import Problem, Settings, write_atomically
 from lab import cache
-from lab.files import file_stamp, remove
+from lab.files import remove
 from lab.git import Repository
 from lab.journal import Journal, interrupts
-from lab.records import Proposal, Result, Run, clean, log_tail, one_line, run_of, trouble
+from lab.place import HARNESS, Place
+from lab.records import MERGE, Proposal, Result, Rivals, Run, clean, log_tail, one_line, run_of, trouble
 
-# Frozen with the night: name there, place in the checkout.
-HARNESS = {"constants.py": "constants.py", "prepare.py": "prepare.py", "score.py": "lab/score.py"}
 RESULT_BYTES = 64_000  # a result.json over this is neither read nor kept
 STUCK_AFTER = 15  # experiments without a keep before a new direction is asked for
 MAX_MENDED = 2  # attempts to mend one crashed idea
@@ -38,7 +39,7 @@ class History:
     sources: dict[int, str]  # train.py of each
     logs: dict[int, str]  # the end of the log of those that crashed
     settings: Settings
-    running: Proposal | None = None  # trains meanwhile
+    running: tuple[Proposal, ...] = ()  # what trains meanwhile
     noise: str = ""  # how far the baseline's two seeds lie apart
     notes: str = ""  # what the model wrote for itself
     to_mend: Result | None = None  # the last experiment, if it deserves another attempt
@@ -48,33 +49,24 @@ class History:
 
 
 @dataclass
-class Night:
+class Night(Place):
     """An opened night. It runs nothing itself. agent.py sets sandbox, say and out_of_time, lab/start.py confirm."""
 
-    folder: Path
-    settings: Settings
     journal: Journal
     repository: Repository
-    device_id: str  # of the device that this start runs on
     baseline: Proposal
-    sandbox: object | None = None  # lab.sandbox.Sandbox
+    _: KW_ONLY
     confirm: bool = False  # whether a win is measured on the second seed too
-    say: Callable[[str], None] = print  # a line for the terminal
-    out_of_time: Callable[[], bool] = lambda: False  # whether --hours leaves no room for a run
+    left_s: Callable[[], float] = lambda: math.inf  # until --hours are used up
     # how many experiments the limits leave room for; None: no limit
     about_left: Callable[[], int | None] = lambda: None
-    last_exit: float | None = None  # when the last child ended, by perf_counter
     tried: dict[str, str] = field(default_factory=dict)  # fingerprint of each program: what became of it
     results: list[Result] = field(default_factory=list)
-    stamps: dict[str, tuple] = field(default_factory=dict)  # of the data files when they were last read in full
+    adding: threading.Lock = field(default_factory=threading.Lock)  # while a proposal gets its id
 
     @property
     def tag(self) -> str:
         return self.settings.tag
-
-    @property
-    def tier(self) -> str:
-        return self.sandbox.tier if self.sandbox else "none"
 
     @property
     def branch(self) -> str:
@@ -87,11 +79,6 @@ class Night:
         return self.folder / f"{number:04d}"
 
     @property
-    def rows(self) -> Path:
-        """The training rows, as linked or copied for this night."""
-        return self.folder / "text" / self.settings.train_file
-
-    @property
     def keeps(self) -> list[Result]:
         return [result for result in self.results if result.verdict.word == "keep"]
 
@@ -102,6 +89,11 @@ class Night:
     @property
     def baseline_run(self) -> Run | None:
         return self.results[0].run if self.results else None
+
+    @property
+    def rivals(self) -> Rivals:
+        """The runs that bound a new one and that it has to beat, as of now."""
+        return Rivals(self.baseline_run, self.incumbent and self.incumbent.run)
 
     def source(self, result: Result) -> str:
         return self.repository.source(result.commit)
@@ -145,20 +137,40 @@ class Night:
 
     def add_proposal(self, proposal: Proposal, number: int, **more) -> Proposal:
         """Journals a proposal for experiment `number`, with its id. Any thread may."""
-        proposal = replace(proposal, id=len({row["id"] for row in self.journal.of("proposal")}))
-        self.journal.append("proposal", number=number, **asdict(proposal), **more)
+        with self.adding:
+            proposal = replace(proposal, id=len({row["id"] for row in self.journal.of("proposal")}))
+            self.journal.append("proposal", number=number, **asdict(proposal), **more)
         return proposal
 
-    def unused_proposal(self, proposer: str, besides: Proposal | None = None) -> Proposal | None:
-        """The first proposal with neither a result nor a reject: it was prepared and never run. The last row of each counts."""
+    def unused_proposal(self, proposer: str, running: list[Proposal]) -> Proposal | None:
+        """The first proposal with neither a result nor a reject, that does not run either. The last row of each counts."""
         used = {row["proposal"] for row in self.journal.of("result", "reject") if "proposal" in row}
-        used |= {besides.id} if besides else set()
+        used |= {proposal.id for proposal in running}
         rows = {row["id"]: row for row in self.journal.of("proposal") if row["proposer"] == proposer}
         return next((proposal_of(row) for id, row in sorted(rows.items()) if id not in used), None)
 
-    def history(self, running: Proposal | None = None) -> History:
-        """What the next proposal needs to know; `running` is the experiment that trains meanwhile."""
-        results, number = self.results, len(self.results) + (running is not None)
+    def lacking(self) -> Result | None:
+        """The first gain that the incumbent lacks and that nobody tried to add: its parent is an earlier incumbent than the winner's.
+
+        A gain is a keep, and what was lower than its own parent, yet no longer lower than the incumbent. With one worker there is none.
+        """
+        results, number, done = self.results, self.incumbent.number, set()
+        while number is not None:
+            result = results[number]
+            done |= {number, result.mends} if result.operator == MERGE else {number}
+            number = result.parent
+        done |= {row["mends"] for row in self.journal.of("proposal") if row["operator"] == MERGE}
+        for result in results:
+            stale = result.verdict.word == "discard" and result.second is None and result.parent != result.rival
+            if result.number not in done and (
+                result.verdict.word == "keep" or (stale and change_of(results, result) < 0)
+            ):
+                return result
+        return None
+
+    def history(self, running: list[Proposal] = ()) -> History:
+        """What the next proposal needs to know; `running` are the experiments that train meanwhile."""
+        results, number = self.results, len(self.results) + len(running)
         crashed = [result for result in results[-5:] if result.verdict.word == "crash"]
         notes, last, left = self.folder / "notes.md", results[-STUCK_AFTER:], self.about_left()
         crashing = only_crashes(results, CRASHING_AFTER)
@@ -169,11 +181,11 @@ class Night:
             sources={result.number: self.source(result) for result in results},
             logs={r.number: "\n".join(log_tail(self.run_folder(r.number) / "run.log")[-20:]) for r in crashed},
             settings=self.settings,
-            running=running,
+            running=tuple(running),
             noise=self.noise_text,
             notes=notes.read_text() if notes.exists() else "",
             to_mend=None if crashing else to_mend(results, running),
-            more=None if left is None else max(0, left - 1 - (running is not None)),
+            more=None if left is None else max(0, left - 1 - len(running)),
             stuck=len(last) == STUCK_AFTER and not any(result.verdict.word == "keep" for result in last),
             crashing=crashing,
         )
@@ -193,7 +205,7 @@ class Night:
             files |= {place: (self.folder / "harness" / name).read_text() for name, place in HARNESS.items()}
         with interrupts.held():
             commit = self.repository.commit(best.commit if best else self.settings.head, files, message)
-            cache.settle(self.folder, result.run.source if word == "keep" else None)
+            cache.settle(self.folder, result.run.source, word == "keep")
             result = replace(result, commit=commit)
             self.journal.append("result", **result.row(), sandbox=self.tier)
             if word == "keep":
@@ -223,9 +235,16 @@ class Night:
             )
         write_atomically(self.folder / "results.tsv", "\n".join(lines) + "\n")
 
+    def arrived(self, source: str) -> Path:
+        """Where the files of a worker's run of a source (its sha256) lie until its experiment has a number."""
+        return self.folder / f"arrived-{source[:16]}"
+
     def tidy(self) -> None:
         """Keeps of the last run's output its result.json, and the weights of the incumbent only."""
         last, best = self.results[-1], self.incumbent
+        if self.arrived(last.run.source).exists():
+            remove(self.run_folder(last.number))
+            os.replace(self.arrived(last.run.source), self.run_folder(last.number))
         remove(self.run_folder(last.number) / "cache")
         for path in (self.run_folder(last.number) / "out").glob("*"):
             info = path.lstat()
@@ -256,66 +275,25 @@ class Night:
             self.tidy()
         self.write_results_tsv()
 
-    def check_unchanged(self) -> None:
-        """Raises Problem if harness or data are no longer what the night began with.
-
-        Data are read in full once in each start, later if size, inode or times differ.
-        """
-        harness, another = self.folder / "harness", "changed during the night; start another night with --tag NEW"
-        for path in (*(harness / name for name in HARNESS), *map(self.data_file, self.settings.data_sha256)):
-            if not path.is_file():
-                raise Problem(
-                    f"{path} is gone; restore it (data: python prepare.py), or start another night with --tag NEW"
-                )
-        for name, expected in self.settings.harness_sha256.items():
-            if sha256_of(harness / name) != expected:
-                raise Problem(f"{harness / name} {another}")
-        if Settings.of((harness / "night.json").read_text()) != self.settings:
-            raise Problem(f"{harness / 'night.json'} {another}")
-        for name, expected in self.settings.data_sha256.items():
-            path = self.data_file(name)
-            stamp = file_stamp(path)
-            if stamp is None or (stamp != self.stamps.get(name) and sha256_of(path) != expected):
-                raise Problem(f"{Path(self.settings.data) / name} {another}")
-            self.stamps[name] = stamp
-
-    def data_file(self, name: str) -> Path:
-        """Where a data file is read: the training rows from the night's own link or copy, if it has one."""
-        return self.rows if name == self.rows.name and self.rows.exists() else Path(self.settings.data) / name
-
-    def linked_again(self) -> None:
-        """Takes note that a link to the rows was made or removed, which changes one of their times and nothing else."""
-        stamp, known = file_stamp(self.rows), self.stamps.get(self.rows.name)
-        if stamp and known and stamp[:-1] == known[:-1]:
-            self.stamps[self.rows.name] = stamp
-
-    @contextlib.contextmanager
-    def linking(self):
-        """Around making or removing a link: what had changed before is not taken for the doing of the link."""
-        unchanged = file_stamp(self.rows) == self.stamps.get(self.rows.name)
-        yield
-        if unchanged:
-            self.linked_again()
-
 
 def proposal_of(row: dict) -> Proposal:
     return Proposal(**{name: row[name] for name in Proposal.__dataclass_fields__})
 
 
-def to_mend(results: list[Result], running: Proposal | None) -> Result | None:
+def to_mend(results: list[Result], running: list[Proposal]) -> Result | None:
     """The model's last idea, if it deserves another attempt and has not got it: a crash twice, an `explore` that lost narrowly once.
 
     Narrowly: it lost by no more than half of the night's discards did.
     """
-    last = next((result for result in reversed(results) if result.operator != "tune"), None)
-    if last is None or not last.operator or last.number in {item.mends for item in (*results, running) if item}:
+    last = next((result for result in reversed(results) if result.operator not in ("tune", MERGE)), None)
+    if last is None or not last.operator or last.number in {item.mends for item in (*results, *running)}:
         return None
     if last.verdict.word == "crash":
         attempts, result = 0, last
         while result.mends is not None:
             attempts, result = attempts + 1, results[result.mends]
         return last if attempts < MAX_MENDED else None
-    if last.verdict.word == "discard" and last.operator == "explore" and last.mends is None:
+    if last.verdict.word == "discard" and last.operator == "explore" and last.mends is None and last.second is None:
         losses = [change_of(results, result) for result in results if result.verdict.word == "discard"]
         return last if change_of(results, last) <= median(losses) else None
     return None
@@ -327,7 +305,7 @@ def only_crashes(results: list[Result], count: int) -> bool:
 
 
 def change_of(results: list[Result], result: Result) -> float | None:
-    """val_bpb against the incumbent of its time; None without one, or without a number that its verdict believes."""
+    """val_bpb against the incumbent that it was made on; None without one, or without a number that its verdict believes."""
     if result.parent is None or result.run.val_bpb is None or result.verdict.word not in ("keep", "discard"):
         return None
     return result.run.val_bpb - results[result.parent].run.val_bpb

@@ -1,9 +1,11 @@
-"""How any proposer is asked, until a proposal passes the screen; replays, and a person's own train.py.
+"""The next proposal: who is asked, until one passes the screen, beside the runs; replays, and a person's own train.py.
 
 A proposer has a `name`, between_runs(number) (whether it is asked for that experiment between runs, not while one trains), `exhausted` (why
 it proposes nothing more) and propose(source, history, feedback) -> Proposal | None, which raises Rejected for what is no proposal.
 """
 
+import math
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 from constants import Problem
 from lab.journal import read_journal
 from lab.night import History, Night
-from lab.records import Proposal, Rejected, one_line
+from lab.records import MERGE, OutOfTime, Proposal, Rejected, one_line
 from lab.screen import screen
 
 MAX_REJECTS = 20  # proposals for one experiment that are refused before the night stops
@@ -24,7 +26,7 @@ def propose(night: Night, proposer, history: History, feedback: list[str]) -> Pr
     """
     parent, refused, feedback = night.incumbent, 0, list(feedback)
     source = night.source(parent) if parent else night.baseline.source
-    while refused < MAX_REJECTS or proposer.name == "replay":  # whose edits come to an end
+    while refused < getattr(proposer, "max_rejects", MAX_REJECTS):
         start, proposal = time.perf_counter(), None
         asked = replace(history, rejects=history.rejects + refused)
         try:
@@ -44,6 +46,92 @@ def propose(night: Night, proposer, history: History, feedback: list[str]) -> Pr
     raise Problem(f"{refused} proposals in a row were refused, the last with: {feedback[-1]}; the journal has them all")
 
 
+class Proposals:
+    """The next proposal of a night, made by a daemon thread while experiments train: Ctrl-C never waits for a reply."""
+
+    def __init__(self, night: Night, proposer):
+        self.night, self.proposer, self.thread = night, proposer, None
+        self.made, self.error, self.exhausted, self.feedback = None, None, False, []
+
+    def take(self, running: list[Proposal]) -> Proposal | None:
+        """The next one, on top of the present incumbent; None while it is being made, and once nothing is left (`exhausted`).
+
+        Raises what stopped the proposer, when nothing runs any more.
+        """
+        night, name = self.night, self.proposer.name
+        if not night.results:
+            return None if running else night.baseline
+        if self.thread and not self.thread.is_alive():
+            self.thread, self.exhausted = None, self.made is None and not self.error
+        prepared = self.made if name == "try" else night.unused_proposal(name, running) or self.merge()
+        if prepared:
+            try:
+                return self.rebase(prepared)
+            except Rejected as refused:
+                reason = f"no longer applies: {refused}"
+                night.journal.append(
+                    "reject", number=len(night.results), proposer=name, proposal=prepared.id, reason=reason,
+                    description=prepared.description,
+                )  # fmt: skip
+                self.feedback.append(f"{prepared.description}: {reason}")
+        if self.error and not running:
+            raise self.error
+        if not (self.thread or self.error or self.exhausted):
+            self.begin(running)
+        return None
+
+    def pause(self, give_up) -> None:
+        """Waits until it is made, with nothing else to do. Raises OutOfTime once give_up() is true."""
+        while self.thread and self.thread.is_alive():
+            if give_up():
+                raise OutOfTime("waiting for a proposal")
+            self.thread.join(0.05)
+
+    def ahead(self, running: list[Proposal]) -> None:
+        """Begins to make the one after these, if the proposer is asked while they train and none waits."""
+        number = len(self.night.results) + len(running)
+        waits = self.thread or self.night.unused_proposal(self.proposer.name, running)
+        if not waits and not self.proposer.between_runs(number):
+            self.begin(running)
+
+    def begin(self, running: list[Proposal]) -> None:
+        history, feedback = self.night.history(running), self.feedback
+
+        def body():
+            try:
+                self.made = propose(self.night, self.proposer, history, feedback)
+            except BaseException as error:
+                self.error = error
+
+        self.made, self.feedback = None, []
+        self.thread = threading.Thread(target=body, daemon=True)
+        self.thread.start()
+
+    def rebase(self, proposal: Proposal) -> Proposal:
+        """The proposal on top of the present incumbent. Raises Rejected if it does not merge, or is no longer new."""
+        night, best = self.night, self.night.incumbent
+        if proposal.parent != best.number:
+            base = night.source(night.results[proposal.parent])
+            source = night.repository.merge(base, night.source(best), proposal.source)
+            proposal = replace(proposal, source=source, parent=best.number)
+            screen(proposal.source, night.tried)
+            # What will run stands in the journal: the last row of a proposal counts.
+            night.journal.append("proposal", number=len(night.results), **vars(proposal))
+        else:
+            screen(proposal.source, night.tried)
+        return proposal
+
+    def merge(self) -> Proposal | None:
+        """A gain that the incumbent lacks, as a proposal; it was made on an earlier one, while another won."""
+        lacking = self.night.lacking()
+        if lacking is None:
+            return None
+        description = f"experiment {lacking.number} on top of {self.night.incumbent.number}: {lacking.description}"
+        proposal = Proposal(description, lacking.hypothesis, self.night.source(lacking), MERGE, lacking.number)
+        proposal = replace(proposal, proposer=self.proposer.name, parent=lacking.parent)
+        return self.night.add_proposal(proposal, len(self.night.results))
+
+
 # ---------------------------------------------------------------------------
 # replay: the experiments of an earlier night; try: the checkout's train.py
 
@@ -51,7 +139,7 @@ def propose(night: Night, proposer, history: History, feedback: list[str]) -> Pr
 class Replay:
     """The experiments of another night's journal in order: each change is merged into the incumbent of this night."""
 
-    name, exhausted = "replay", "the replay is complete"
+    name, exhausted, max_rejects = "replay", "the replay is complete", math.inf  # it comes to an end
 
     def between_runs(self, number: int) -> bool:
         return True

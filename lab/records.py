@@ -4,6 +4,7 @@ import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+MERGE = "merge"  # the operator of an experiment that adds an earlier gain to the incumbent
 RUN_AGAIN = "then run the same command: it goes on where it stopped"
 
 
@@ -22,8 +23,8 @@ class Proposal:
     description: str
     hypothesis: str
     source: str
-    operator: str = ""  # improve, explore or tune; empty if nobody asked for one of them
-    mends: int | None = None  # the experiment that it mends: a crash, or a near-miss of `explore`
+    operator: str = ""  # improve, explore, tune or merge; empty if nobody asked for one of them
+    mends: int | None = None  # the experiment that it mends (a crash, a near-miss of `explore`) or adds (merge)
     id: int = 0  # counts the proposals of a night
     proposer: str = ""
     parent: int | None = None  # the experiment that it was made against
@@ -45,11 +46,20 @@ class Run:
     scoring_seconds: float | None
     idle_seconds: float | None  # from the last child's exit to this one's start; None for a first run
     free_mb: float | None = None  # free memory of the card before it started
+    worker: int | None = None  # which of several
 
     @property
     def number(self) -> str:
         """val_bpb as people read it; empty if there is none."""
         return "" if self.val_bpb is None else f"{self.val_bpb:.6f}"
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """What a run is measured beside; None until there is one."""
+
+    baseline: Run | None
+    incumbent: Run | None
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,8 @@ class Result:
     """A finished experiment: the journal's `result` row."""
 
     number: int
-    parent: int | None  # the incumbent that it was measured against; None for the baseline
+    parent: int | None  # the incumbent that it was made on; None for the baseline
+    rival: int | None  # the incumbent when it was judged: with one worker the same
     proposal: int  # its id
     description: str
     hypothesis: str

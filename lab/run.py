@@ -17,7 +17,8 @@ from lab.card import CARD_CONTEXT_MB, free_card_mb, wait_for_card
 from lab.child import run_child
 from lab.files import check_disk, make_run_folder, remove
 from lab.night import RESULT_BYTES, Night, sha256
-from lab.records import Run, clean, log_tail, overrun_s
+from lab.place import Place
+from lab.records import Rivals, Run, clean, log_tail, overrun_s
 from lab.sandbox import child_command
 
 STARTUP_LIMIT_S = 1_800.0  # until the clock starts: several cold compiles on a slow machine
@@ -95,29 +96,37 @@ def crash_reason(status: int, log: Path) -> str:
 def measure(night: Night, view, source: str, seed: int, title: str, fresh: bool = False) -> Run:
     """Trains and scores a program on a seed: the one way to do so. Raises Problem, OutOfTime if --hours ends first.
 
-    A (source, seed) whose run counts stands in the journal and is not repeated, unless `fresh`. What crashed from outside, or on
-    another seed than the night's, is tried once more.
+    A (source, seed) whose run counts stands in the journal and is not repeated, unless `fresh`.
     """
     known = None if fresh else night.known_run(sha256(source), seed)
     if known:
         return known
-    run = measure_once(night, view, source, seed, title)
-    if OUTSIDE.search(run.crash) or (run.crash and seed != constants.SEED):
-        view.say(f"{title}: {run.crash}; this may have come from outside, so it is run once more")
-        run = measure_once(night, view, source, seed, title)
+    folder = night.run_folder(len(night.results)) if seed == constants.SEED else night.folder / "trial"
+    run = measure_at(night, view, folder, source, seed, title, night.rivals)
     if night.counts(run):
         night.journal.append("run", number=len(night.results), **vars(run))
     return run
 
 
-def measure_once(night: Night, view, source: str, seed: int, title: str) -> Run:
+def measure_at(place: Place, view, folder: Path, source: str, seed: int, title: str, rivals: Rivals) -> Run:
+    """One training and one scoring, in a run folder of this place; what may have crashed from outside is tried once more.
+
+    So is what crashed on another seed than the night's, on which it ran.
+    """
+    run = measure_once(place, view, folder, source, seed, title, rivals)
+    if OUTSIDE.search(run.crash) or (run.crash and seed != constants.SEED):
+        place.say(f"{title}: {run.crash}; this may have come from outside, so it is run once more")
+        run = measure_once(place, view, folder, source, seed, title, rivals)
+    return run
+
+
+def measure_once(place: Place, view, folder: Path, source: str, seed: int, title: str, rivals: Rivals) -> Run:
     """One training and one scoring. What outlasts the bounds that the baseline sets is ended: it would not count."""
-    settings, baseline = night.settings, night.baseline_run
+    settings, baseline, best = place.settings, rivals.baseline, rivals.incumbent
     on_night_seed, program = seed == constants.SEED, sha256(source)
-    wait_until_ready(night)
-    folder = night.run_folder(len(night.results)) if on_night_seed else night.folder / "trial"
-    make_folder(night, folder, source, seed)
-    idle_s = None if night.last_exit is None else time.perf_counter() - night.last_exit
+    wait_until_ready(place, best)
+    make_folder(place, folder, source, seed, baseline)
+    idle_s = None if place.last_exit is None else time.perf_counter() - place.last_exit
     limit_s, clock_limit_s, score_limit_s = STARTUP_LIMIT_S, settings.budget_s + SAVING_LIMIT_S, SCORE_LIMIT_S
     if baseline:
         clock_limit_s = max(baseline.clock_seconds, settings.budget_s) + 2 * overrun_s(settings.budget_s)
@@ -126,16 +135,16 @@ def measure_once(night: Night, view, source: str, seed: int, title: str) -> Run:
 
     def on_clock():
         if settings.compile:
-            cache.set_aside(night.folder, program, folder / "cache")
-        text.hand_over(night, folder)
+            cache.set_aside(place.folder, program, folder / "cache")
+        text.hand_over(place, folder)
         view.enter("training")
 
     view.begin(title, folder)
-    command = child_command("train", folder, night.sandbox)
+    command = child_command("train", folder, place.sandbox)
     try:
         ended = run_child(command, folder / "run.log", limit_s, clock_limit_s, on_clock)
     finally:
-        text.take_back(night, folder)
+        text.take_back(place, folder)
     crash, metrics = ended.why or crash_reason(ended.status, folder / "run.log"), {}
     if not crash:
         try:
@@ -149,15 +158,14 @@ def measure_once(night: Night, view, source: str, seed: int, title: str) -> Run:
     )
     if not crash:
         view.enter("scoring")
-        best = night.incumbent
-        below = best.run.val_bpb if best and on_night_seed else math.inf
-        run = score(night, run, folder, score_limit_s, below, test=seed != constants.CONFIRM_SEED)
-    night.last_exit = time.perf_counter()
+        below = best.val_bpb if best and on_night_seed else math.inf
+        run = score(place, run, folder, score_limit_s, below, seed != constants.CONFIRM_SEED, baseline)
+    place.last_exit = time.perf_counter()
     view.end()
-    night.check_unchanged()
+    place.check_unchanged()
     if run.crash:  # a full disk is no fault of the experiment: it is run again
         try:
-            check_disk(night.folder)
+            check_disk(place.folder)
         except Problem:
             remove(folder)
             raise
@@ -177,7 +185,7 @@ def rehearse(night: Night, source: str) -> str:
         raise AtTheClock
 
     folder = night.folder / "trial"
-    make_folder(night, folder, source, constants.SEED)
+    make_folder(night, folder, source, constants.SEED, night.baseline_run)
     try:
         ended = run_child(
             child_command("train", folder, night.sandbox), folder / "run.log", STARTUP_LIMIT_S, 0.0, on_clock
@@ -188,43 +196,42 @@ def rehearse(night: Night, source: str) -> str:
     return "\n".join([*log_tail(folder / "run.log")[-15:], crash])
 
 
-def wait_until_ready(night: Night) -> None:
+def wait_until_ready(place: Place, best: Run | None) -> None:
     """Waits for the card. Raises Problem if harness or data changed or the disk is full, OutOfTime if --hours ends first.
 
     What a run needs is the incumbent's peak and what CUDA itself takes.
     """
-    night.check_unchanged()
-    check_disk(night.folder)
-    peak_mb = night.incumbent.run.metrics.get("peak_vram_mb") if night.incumbent else None
+    place.check_unchanged()
+    check_disk(place.folder)
+    peak_mb = best.metrics.get("peak_vram_mb") if best else None
     if peak_mb is not None:
-        ran_in_mb = 0.98 * (night.incumbent.run.free_mb or math.inf)
-        needed_mb = min(peak_mb + CARD_CONTEXT_MB, ran_in_mb)
-        wait_for_card(needed_mb, night.say, night.out_of_time)
+        needed_mb = min(peak_mb + CARD_CONTEXT_MB, 0.98 * (best.free_mb or math.inf))
+        wait_for_card(needed_mb, place.say, place.out_of_time)
 
 
-def make_folder(night: Night, folder: Path, source: str, seed: int) -> None:
+def make_folder(place: Place, folder: Path, source: str, seed: int, baseline: Run | None) -> None:
     """An empty run folder with train.py, run.json and a compile cache to begin with.
 
     Later runs take the attention backend and the micro-batch that the baseline chose.
     """
     make_run_folder(folder)
     (folder / "train.py").write_text(source)
-    chosen = night.baseline_run.metrics if night.baseline_run else {}
+    chosen = baseline.metrics if baseline else {}
     chosen = {"attention": chosen.get("backend"), "micro_rows": chosen.get("micro_rows")}
     (folder / "run.json").write_text(json.dumps({"seed": seed, "chosen": chosen}))
-    if night.settings.compile:
-        cache.fill(night.folder, sha256(source), folder / "cache")
+    if place.settings.compile:
+        cache.fill(place.folder, sha256(source), folder / "cache")
 
 
-def score(night: Night, run: Run, folder: Path, limit_s: float, below: float, test: bool) -> Run:
+def score(place: Place, run: Run, folder: Path, limit_s: float, below: float, test: bool, baseline: Run | None) -> Run:
     """The run with what the scorer measures of its weights; a val_bpb under `below` is probed, and with `test` measured on test."""
     log = folder / "score.log"
-    children = {action: child_command(action, folder, night.sandbox).argv for action in ("evaluate", "answer")}
+    children = {action: child_command(action, folder, place.sandbox).argv for action in ("evaluate", "answer")}
     more = ("--below", repr(below), "--children", json.dumps(children), *(() if test else ("--no-test",)))
     ended = run_child(child_command("score", folder, None, more), log, limit_s)
     crash = ended.why or crash_reason(ended.status, log)
-    if crash.startswith("time-out") and night.baseline_run:
-        crash += f": the baseline's took {night.baseline_run.scoring_seconds:.0f} s, and twice that is allowed"
+    if crash.startswith("time-out") and baseline:
+        crash += f": the baseline's took {baseline.scoring_seconds:.0f} s, and twice that is allowed"
     if crash:
         return replace(run, crash=f"scoring: {crash}")
     try:

@@ -16,10 +16,10 @@ from pathlib import Path
 from constants import DATASETS, Problem, Settings, cache_dir
 from lab.child import Command, run_child
 from lab.files import check_disk, make_run_folder, remove
-from lab.git import Repository
 from lab.hyperparameters import skeleton
 from lab.machine import compiler_and_header
 from lab.night import Night
+from lab.place import Place
 from lab.records import log_tail
 
 SCRATCH_BYTES = 2 * 2**30  # a child's /tmp, in memory
@@ -101,12 +101,12 @@ class Sandbox:
         return [*command, "--chdir", str(folder / "out"), "--"]
 
 
-def make_sandbox(here: Path, runs: Path, settings: Settings, repository: Repository) -> Sandbox:
-    """The sandbox of a night. Raises Problem if bubblewrap is not installed."""
+def make_sandbox(here: Path, runs: Path, settings: Settings, common_dir: Path) -> Sandbox:
+    """The sandbox of a night; checkout, nights and git's folder are hidden in it. Raises Problem if bubblewrap is not installed."""
     if not shutil.which("bwrap"):
         fix = "run: apt-get install bubblewrap" if sys.platform == "linux" else "it exists for Linux only"
         raise Problem(f"bubblewrap is not installed; {fix}")
-    secret = [Path.home(), here, runs, cache_dir(), Path(settings.data), repository.common_dir, *texts(settings)]
+    secret = [Path.home(), here, runs, cache_dir(), Path(settings.data), common_dir, *texts(settings)]
     secret = {path.resolve() for path in secret if path.exists()} - {Path("/")}
     libraries = [Path(name).absolute() for name in os.environ.get("LD_LIBRARY_PATH", "").split(":") if name]
     libraries = [path for path in libraries if not any(place.is_relative_to(path.resolve()) for place in secret)]
@@ -161,12 +161,12 @@ def interpreter() -> list[Path]:
     return [*places, *(place.resolve() for place in places), executable, *links]
 
 
-def trial(night: Night, sandbox: Sandbox, forbidden: list[Path]) -> str:
+def trial(place: Place, sandbox: Sandbox, forbidden: list[Path]) -> str:
     """Why the sandbox does not do; empty if a child in it works and reaches nothing forbidden. lab/trial.py is that child.
 
     Outside, a plain process waits whose environment holds a secret: the child must not be able to read it.
     """
-    canary, folder, settings = os.urandom(8).hex(), night.folder / "trial", night.settings
+    canary, folder, settings = os.urandom(8).hex(), place.folder / "trial", place.settings
     make_run_folder(folder)
     stranger = subprocess.Popen(["sleep", "600"], env={"AUTORESEARCH_CANARY": canary}, start_new_session=True)
     try:
@@ -180,7 +180,7 @@ def trial(night: Night, sandbox: Sandbox, forbidden: list[Path]) -> str:
         stranger.wait()
     lines = log_tail(folder / "run.log")
     if status != 0:  # a full disk is no fault of the sandbox
-        check_disk(night.folder)
+        check_disk(place.folder)
     remove(folder)
     if status != 0:
         message = lines[-1] if lines else f"exit status {status}"
@@ -192,30 +192,40 @@ def trial(night: Night, sandbox: Sandbox, forbidden: list[Path]) -> str:
     return f"it does not hide {', '.join(leaks)}" if leaks else ""
 
 
-def choose_sandbox(night: Night, here: Path, runs: Path, args) -> Sandbox | None:
-    """The first tier that its trial child proves, or None if the user, or a night of `tune` alone, goes without. Raises Problem."""
-    if args.no_sandbox:
+def choose_sandbox(
+    place: Place, here: Path, runs: Path, common_dir: Path, unsafe: bool, harmless: bool
+) -> Sandbox | None:
+    """The first tier that its trial child proves, or None if the user (unsafe), or a night of `tune` alone (harmless), goes without.
+
+    Raises Problem.
+    """
+    if unsafe:
         print(f"warning: no sandbox: {EXPOSED}{', and you are root' if os.geteuid() == 0 else ''}")
         return None
     folders_to_show()  # a mistake in it is no reason to go without a sandbox
     try:
-        sandbox = make_sandbox(here, runs, night.settings, night.repository)
-        data = [Path(night.settings.data, name) for name in ("val.bin", "test.bin", night.settings.train_file)]
-        forbidden = [*data, night.rows, *texts(night.settings), night.folder / "journal.jsonl", here / "agent.py"]
-        forbidden += [night.repository.common_dir, Path("/etc/hostname")]
+        sandbox = make_sandbox(here, runs, place.settings, common_dir)
+        data = [Path(place.settings.data, name) for name in ("val.bin", "test.bin", place.settings.train_file)]
+        forbidden = [*data, place.rows, *texts(place.settings), place.folder / "journal.jsonl", here / "agent.py"]
+        forbidden += [common_dir, Path("/etc/hostname")]
         for shared_processes in (False, True):
             sandbox = replace(sandbox, shared_processes=shared_processes)
-            refused = trial(night, sandbox, forbidden)
+            refused = trial(place, sandbox, forbidden)
             if not refused:
                 return sandbox
     except Problem as problem:
         refused = str(problem)
-    sizes = night.settings.profile.sizes
-    programs = {skeleton(row["source"], sizes) for row in night.journal.of("proposal")}
-    if len(programs) <= 1 and (args.proposer == "tune" or args.check or args.ablate):
+    if harmless:
         print(f"warning: no sandbox ({refused}); this night changes nothing but numbers, so it goes on")
         return None
     raise Problem(f"no sandbox: {refused}\nto go without it, add --no-sandbox: {EXPOSED}")
+
+
+def numbers_alone(night: Night, args) -> bool:
+    """Whether nothing but numbers of train.py was and will be changed in this night."""
+    sizes = night.settings.profile.sizes
+    programs = {skeleton(row["source"], sizes) for row in night.journal.of("proposal")}
+    return len(programs) <= 1 and bool(args.proposer == "tune" or args.check or args.ablate)
 
 
 # ---------------------------------------------------------------------------

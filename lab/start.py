@@ -14,7 +14,8 @@ from constants import Problem, Settings, locked, sha256_of, write_atomically
 from lab.files import remove
 from lab.git import Repository
 from lab.journal import FORMAT, Journal, has_ended, read_journal
-from lab.night import HARNESS, Night, proposal_of, read_checkout
+from lab.night import Night, proposal_of, read_checkout
+from lab.place import HARNESS
 from lab.records import Proposal
 from lab.screen import screen
 
@@ -35,8 +36,26 @@ def ask_prepare(here: Path, *args: str) -> dict:
     return json.loads(done.stdout)
 
 
-def create_night(here: Path, folder: Path, args, repository: Repository) -> tuple[Settings, str]:
-    """Decides everything once, freezes the harness and writes night.json; returns the settings and the device's id."""
+def survey(here: Path, *flags: str) -> dict:
+    """The same, with the data prepared if they are missing, the number of training rows and the hashes. Raises Problem."""
+    host = ask_prepare(here, *flags)  # first: it says if there is no GPU
+    if host["train_file"] is None:
+        command = ["prepare.py", "--profile", host["profile"], "--dataset", host["dataset"]]
+        if host["dataset"] == "climbmix" and host["profile"] == "gpu":
+            command += ["--num-shards", str(START_SHARDS)]
+        if subprocess.run([sys.executable, *command], cwd=here).returncode:
+            raise Problem(f"the data could not be prepared; run: python {' '.join(command)}")
+        host = ask_prepare(here, *flags)
+    data, rows = Path(host["data"]), host["train_file"]
+    hashes = {name: sha256_of(data / name) for name in (rows, *DATA_FILES)}
+    return host | {"data_sha256": hashes, "train_rows": constants.row_count(data / rows, host["profile"])}
+
+
+def create_night(here: Path, folder: Path, args, repository: Repository, ask=None) -> tuple[Settings, str]:
+    """Decides everything once, freezes the harness and writes night.json; returns the settings and the device's id.
+
+    ask: what answers for the machine in the place of survey(), if another one trains.
+    """
     tag = folder.name
     if repository.refs(tag):
         names = f"refs/heads/autoresearch/{tag} refs/autoresearch/{tag}"
@@ -46,33 +65,23 @@ def create_night(here: Path, folder: Path, args, repository: Repository) -> tupl
         )
     repository.refuse_blocked(f"refs/heads/autoresearch/{tag}", f"refs/autoresearch/{tag}/0000")
     flags = [word for name in ("profile", "dataset") if (value := getattr(args, name)) for word in (f"--{name}", value)]
-    host = ask_prepare(here, *flags)  # first: it says if there is no GPU
-    if host["train_file"] is None:
-        command = ["prepare.py", "--profile", host["profile"], "--dataset", host["dataset"]]
-        if host["dataset"] == "climbmix" and host["profile"] == "gpu":
-            command += ["--num-shards", str(START_SHARDS)]
-        if subprocess.run([sys.executable, *command], cwd=here).returncode:
-            raise Problem(f"the data could not be prepared; run: python {' '.join(command)}")
-        host = ask_prepare(here, *flags)
+    host = (ask or survey)(here, *flags)
     budget_s, harness = args.budget or constants.TIME_BUDGET_S, folder / "harness"
     remove(harness)  # of a start that ended before its baseline
     harness.mkdir(parents=True)
     for name, place in HARNESS.items():
         shutil.copyfile(here / place, harness / name)
         (harness / name).chmod(0o444)
-    device_id, profile, place, train_file = (host.pop(key) for key in ("device_id", "profile", "data", "train_file"))
-    names = (train_file, *DATA_FILES)
-    settings = Settings.made(
-        host, profile, budget_s, data=place, train_file=train_file, tag=tag, head=repository.resolve("HEAD"),
-        harness_sha256={name: sha256_of(harness / name) for name in HARNESS},
-        data_sha256={name: sha256_of(Path(place) / name) for name in names},
-    )  # fmt: skip
+    device_id, profile = (host.pop(key) for key in ("device_id", "profile"))
+    hashes = {name: sha256_of(harness / name) for name in HARNESS}
+    head = repository.resolve("HEAD")
+    settings = Settings.made(host, profile, budget_s, tag=tag, head=head, harness_sha256=hashes)
     write_atomically(harness / "night.json", settings.json())
     (harness / "night.json").chmod(0o444)
     return settings, device_id
 
 
-def resume_night(here: Path, folder: Path, args, journal: Journal) -> tuple[Settings, str]:
+def resume_night(here: Path, folder: Path, args, journal: Journal, ask=None) -> tuple[Settings, str]:
     """The settings of a night that goes on, and the device's id. Raises Problem if anything that it fixed is different now."""
     rules, another = folder / "harness" / "night.json", "start another night with --tag NEW"
     if not rules.is_file():
@@ -90,23 +99,27 @@ def resume_night(here: Path, folder: Path, args, journal: Journal) -> tuple[Sett
         if sha256_of(here / place) != settings.harness_sha256[name]:
             how = f"git checkout autoresearch/{settings.tag} -- {place}"
             raise Problem(f"{place} differs from the one night {settings.tag} began with; run: {how}, or {another}")
-    host = ask_prepare(here, "--profile", settings.profile.name, "--dataset", settings.dataset)
-    for name in ("device_name", "torch", "flash_attention", "capability"):
-        if host[name] != getattr(settings, name):
-            raise Problem(
-                f"night {settings.tag} ran with {name} {getattr(settings, name)}, here it is {host[name]}; {another}"
-            )
+    host = (ask or ask_prepare)(here, "--profile", settings.profile.name, "--dataset", settings.dataset)
+    if other := difference(host, settings):
+        raise Problem(f"night {settings.tag} ran with {other}; {another}")
     return settings, host["device_id"]
 
 
-def open_night(here: Path, folder: Path, args, repository: Repository) -> Night:
+def difference(host: dict, settings: Settings) -> str:
+    """In what a machine is not like the one that began the night; empty if it is."""
+    names = ("device_name", "torch", "flash_attention", "capability")
+    pairs = ((name, getattr(settings, name), host[name]) for name in names)
+    return next((f"{name} {old}, here it is {new}" for name, old, new in pairs if old != new), "")
+
+
+def open_night(here: Path, folder: Path, args, repository: Repository, ask=None) -> Night:
     """Creates the night or takes it up again. Raises Problem if it cannot, Rejected if the screen refuses its train.py.
 
-    Until the baseline has its result, another train.py, other rules or other flags begin the night anew.
+    Until the baseline has its result, another train.py, other rules or other flags begin the night anew. ask: see create_night().
     """
     journal, checkout = Journal(folder / "journal.jsonl"), read_checkout(here, "train.py")
     if journal.of("result"):
-        baseline, opened = proposal_of(journal.of("proposal")[0]), resume_night(here, folder, args, journal)
+        baseline, opened = proposal_of(journal.of("proposal")[0]), resume_night(here, folder, args, journal, ask)
     else:
         source = repository.source(repository.resolve("HEAD")) if args.describe else checkout
         if args.describe and source == checkout:
@@ -117,13 +130,15 @@ def open_night(here: Path, folder: Path, args, repository: Repository) -> Night:
         baseline, opened = Proposal("baseline", "", source), None
         if journal.of("proposal") and proposal_of(journal.of("proposal")[0]).source == source:
             with contextlib.suppress(Problem):
-                baseline, opened = proposal_of(journal.of("proposal")[0]), resume_night(here, folder, args, journal)
+                baseline, opened = (
+                    proposal_of(journal.of("proposal")[0]),
+                    resume_night(here, folder, args, journal, ask),
+                )
         if opened is None:
             journal.path.unlink(missing_ok=True)
-            journal, opened = Journal(journal.path), create_night(here, folder, args, repository)
+            journal, opened = Journal(journal.path), create_night(here, folder, args, repository, ask)
     settings, device_id = opened
-    night = Night(folder, settings, journal, repository, device_id, baseline=baseline)
-    night.check_unchanged()
+    night = Night(folder, settings, device_id, journal, repository, baseline)
     night.recover()
     night.confirm = args.confirm if args.confirm is not None else settings.profile.name == "cpu"
     return night

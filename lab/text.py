@@ -10,26 +10,26 @@ from pathlib import Path
 
 from constants import Problem
 from lab.files import remove
-from lab.night import Night
+from lab.place import Place
 
 
 @contextlib.contextmanager
-def rows_of_the_night(night: Night):
+def rows_of_the_night(place: Place):
     """Within it the night's folder has the training rows, on one file system with its runs: linked, else copied. Raises Problem."""
-    source = Path(night.settings.data) / night.settings.train_file
-    for left in (night.rows.parent, *night.folder.glob("*/text")):  # by an agent that was killed
+    source = Path(place.settings.data) / place.settings.train_file
+    for left in (place.rows.parent, *place.folder.glob("*/text")):  # by an agent that was killed
         remove(left)
-    night.rows.parent.mkdir()
+    place.rows.parent.mkdir()
     try:
         try:
-            os.link(source, night.rows)
+            os.link(source, place.rows)
         except OSError:  # another file system, or a file of another user
-            copy(source, night.rows)
-        night.linked_again()
-        night.check_unchanged()
+            copy(source, place.rows)
+        place.linked_again()
+        place.check_unchanged()
         yield
     finally:
-        remove(night.rows.parent)
+        remove(place.rows.parent)
 
 
 def copy(source: Path, target: Path) -> None:
@@ -40,13 +40,13 @@ def copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def hand_over(night: Night, folder: Path) -> None:
+def hand_over(place: Place, folder: Path) -> None:
     """Links the rows into the text/ of a run's folder."""
-    with night.linking():
-        os.link(night.rows, folder / "text" / night.rows.name)
+    with place.linking():
+        os.link(place.rows, folder / "text" / place.rows.name)
 
 
-def take_back(night: Night, folder: Path) -> None:
+def take_back(place: Place, folder: Path) -> None:
     """Removes the text/ of a run's folder."""
-    with night.linking():
+    with place.linking():
         remove(folder / "text")

@@ -3,6 +3,7 @@
 import os
 import re
 import time
+from functools import partial
 from pathlib import Path
 
 import constants
@@ -13,24 +14,59 @@ from lab.journal import night_runs, seconds_of
 from lab.machine import speed_advice, speed_text
 from lab.night import Night
 from lab.prompt import OPERATORS, beside_text, step_text, verdict_counts
-from lab.records import Result, log_tail, one_line, pace_text, run_of
+from lab.records import MERGE, Result, log_tail, one_line, pace_text, run_of
 from lab.researcher import Researcher
 
 STYLES = {"keep": "green", "discard": "", "crash": "red", "invalid": "magenta"}
 
 
-class View:
-    """On a terminal one live line; with redirected output a plain line for each phase of a run."""
+class Lane:
+    """What the terminal shows of one run at a time: of this process, or of one of several workers."""
 
-    def __init__(self, night: Night, proposer, shown: list[Result]):
-        """shown: the finished experiments whose lines are printed at the start."""
+    def __init__(self, view: "View", worker: int | None):
+        self.view, self.worker, self.title, self.phase, self.since, self.active = view, worker, "", "", 0.0, False
+        self.lines = list  # () -> the last lines of the run's log
+
+    def begin(self, title: str, folder: Path | None) -> None:
+        """folder: of the run; None if another process says what its log ends with."""
+        self.title, self.since, self.active = one_line(title), time.perf_counter(), True
+        self.lines = partial(log_tail, folder / "run.log") if folder else list
+        self.enter("starting")
+
+    def enter(self, phase: str) -> None:
+        self.phase = phase
+        if not self.view.live:
+            expected = self.view.expected_s(phase)
+            about = f" (about {expected:.0f} s)" if expected else ""
+            who = "" if self.worker is None else f"worker {self.worker}: "
+            self.view.say(f"{'':6}{who}{phase}{about}: {self.title}")
+
+    def end(self) -> None:
+        self.active = False
+
+    @property
+    def text(self) -> str:
+        """Elapsed bar, loss, tokens a second."""
+        line = next((line for line in reversed(self.lines()) if "tok/s" in line), "")
+        match = re.search(r"step +(\d+) +([\d.]+)% +loss ([\d.naif]+) +([\d,]+) tok/s", line)
+        if match and self.phase == "training":
+            done = float(match[2]) / 100
+            return f"{'━' * round(20 * done):─<20} {done:4.0%}  loss {match[3]}  {match[4]} tok/s"
+        return self.phase
+
+
+class View:
+    """On a terminal a live line for each run; with redirected output a plain line for each phase of it."""
+
+    def __init__(self, night: Night, proposer, shown: list[Result], workers: int = 0):
+        """shown: the finished experiments whose lines are printed at the start. workers: if they train, not this process."""
         from rich.console import Console
         from rich.live import Live
 
         self.night, self.proposer, self.shown, self.console = night, proposer, shown, Console(highlight=False)
         if not self.console.is_terminal:
             self.console.width = 240
-        self.title, self.folder, self.phase, self.since = "", None, "", 0.0
+        self.lanes = [Lane(self, i + 1) for i in range(workers)] or [Lane(self, None)]
         self.live = Live(get_renderable=self.render, console=self.console, refresh_per_second=2, transient=True)
         self.live = self.live if self.console.is_terminal else None
 
@@ -55,17 +91,6 @@ class View:
 
         self.console.print(Text(line, style=style), no_wrap=True, overflow="ellipsis", crop=True)
 
-    def begin(self, title: str, folder: Path) -> None:
-        self.title, self.folder, self.since = one_line(title), folder, time.perf_counter()
-        self.enter("starting")
-
-    def enter(self, phase: str) -> None:
-        self.phase = phase
-        if not self.live:
-            expected = self.expected_s(phase)
-            about = f" (about {expected:.0f} s)" if expected else ""
-            self.say(f"{'':6}{phase}{about}: {self.title}")
-
     def expected_s(self, phase: str) -> float | None:
         """How long a phase will take, by the last run that counted; None for the first."""
         known = self.night.journal.of("run")
@@ -76,13 +101,10 @@ class View:
         last = run_of(known[-1])
         return last.scoring_seconds if phase == "scoring" else last.run_seconds - (last.clock_seconds or 0.0)
 
-    def end(self) -> None:
-        self.folder = None
-
     def finished(self, result: Result) -> None:
         """The line of a finished experiment, and the reason of its verdict; after the baseline, what the night runs on."""
         word, bpb = result.verdict.word, result.run.val_bpb
-        other = None if result.parent is None else self.night.results[result.parent].run
+        other = None if result.rival is None else self.night.results[result.rival].run
         rival, pace = (other.val_bpb, pace_text(result.run, other)) if other else (None, "")
         number = result.run.number or "-"
         change = "-" if bpb is None or rival is None else f"{bpb - rival:+.6f}"
@@ -111,22 +133,18 @@ class View:
                 self.say(f"warning: {advice}", "yellow")
 
     def render(self):
-        """The live line: number, elapsed bar, loss, tokens a second, description."""
+        """A line for each run: number or worker, what it does, seconds, description; and what the researcher does."""
         from rich.text import Text
 
-        if self.folder is None:
-            return Text("")
-        line = next((line for line in reversed(log_tail(self.folder / "run.log")) if "tok/s" in line), "")
-        match = re.search(r"step +(\d+) +([\d.]+)% +loss ([\d.naif]+) +([\d,]+) tok/s", line)
-        phase = self.phase
-        if match and self.phase == "training":
-            done = float(match[2]) / 100
-            phase = f"{'━' * round(20 * done):─<20} {done:4.0%}  loss {match[3]}  {match[4]} tok/s"
-        if isinstance(self.proposer, Researcher):
+        lines = []
+        for lane in self.lanes:
+            if lane.active:
+                who = f"{len(self.night.results):4d}" if lane.worker is None else f"{'w':>3}{lane.worker}"
+                lines.append([who, lane.text, f"{time.perf_counter() - lane.since:.0f} s", lane.title])
+        if lines and isinstance(self.proposer, Researcher):
             money = f", ${self.proposer.spent_usd:.2f}" if self.proposer.spent_usd else ""
-            phase += f"  {self.proposer.status or 'next proposal ready'}{money}"
-        text = f"{len(self.night.results):4d}  {phase}  {time.perf_counter() - self.since:.0f} s  {self.title}"
-        return Text(text[: self.console.width - 1], style="cyan")
+            lines[-1].insert(2, f"{self.proposer.status or 'next proposal ready'}{money}")
+        return Text("\n".join("  ".join(line)[: self.console.width - 1] for line in lines), style="cyan")
 
 
 def print_summary(night: Night, why: str, proposer, more: str) -> None:
@@ -154,11 +172,17 @@ def print_summary(night: Night, why: str, proposer, more: str) -> None:
         f"training {training:.0f} s of {total:.0f} s ({training / total:.0%}), start-up {startup:.0f} s, scoring {scoring:.0f} s, "
         f"idle {idle:.1f} s"
     )
-    for operator in OPERATORS:
+    for worker in sorted({run.worker for run in runs} - {None}):
+        own = [run for run in runs if run.worker == worker]
+        busy, waited = seconds_of(own), sum(run.idle_seconds or 0.0 for run in own)
+        print(
+            f"worker {worker}: {counted(len(own), 'run')}, busy {busy:.0f} s of {busy + waited:.0f} s ({busy / (busy + waited):.0%})"
+        )
+    for operator in (*OPERATORS, MERGE):
         own = [result for result in results if result.operator == operator]
         kept = [result for result in own if result.verdict.word == "keep"]
         if own:
-            gain = sum(results[result.parent].run.val_bpb - result.run.val_bpb for result in kept)
+            gain = sum(results[result.rival].run.val_bpb - result.run.val_bpb for result in kept)
             print(f"{operator}: {counted(len(own), 'experiment')}, {len(kept)} kept, together {gain:.6f}")
     if isinstance(proposer, Claude):
         print(f"the API has cost ${proposer.spent_usd:.2f}; tokens and prices stand in the journal")

@@ -29,10 +29,11 @@ for name in list(os.environ):
 
 
 import constants  # noqa: E402 (after the path)
-from agent import Limits, run_night  # noqa: E402
+from agent import Alone, Limits, run_night  # noqa: E402
 from lab.git import Repository  # noqa: E402
 from lab.journal import FORMAT, Journal  # noqa: E402
-from lab.night import HARNESS, Night, proposal_of, sha256  # noqa: E402
+from lab.night import Night, proposal_of, sha256  # noqa: E402
+from lab.place import HARNESS  # noqa: E402
 from lab.records import Proposal, Run  # noqa: E402
 from lab.tune import Tune  # noqa: E402
 
@@ -197,7 +198,7 @@ def open_here(checkout, tag: str = "t", baseline: str | None = None, **changes) 
     source = (checkout.folder / "train.py").read_text() if baseline is None else baseline
     begun = journal.of("proposal")
     first = proposal_of(begun[0]) if begun else Proposal("baseline", "", source)
-    night = Night(folder, settings_for(checkout, tag, **changes), journal, repository, "cpu", first)
+    night = Night(folder, settings_for(checkout, tag, **changes), "cpu", journal, repository, first)
     (folder / "harness" / "night.json").write_text(night.settings.json())
     night.recover()
     journal.append("night", format=FORMAT, arguments={})
@@ -248,7 +249,7 @@ def run_here(
     """Runs a night of this process to its end; returns the reason."""
     proposer = proposer or Tune(night.tag, "cpu")
     limits = Limits(experiments, hours, time.perf_counter())
-    return run_night(night, proposer, limits, measure or fake_measure(night), view or Quiet(), second_seed)
+    return run_night(night, proposer, limits, Alone(measure or fake_measure(night)), view or Quiet(), second_seed)
 
 
 class Script:

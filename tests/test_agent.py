@@ -193,7 +193,7 @@ def test_the_next_proposal_is_prepared_while_one_trains(checkout):
 
     class Thinking(Slow):
         def propose(self, source, history, feedback):
-            asked.append((history.number, history.running.description if history.running else None))
+            asked.append((history.number, *(running.description for running in history.running)))
             return super().propose(source, history, feedback)
 
     measure = fake_measure(night, lambda source, seed: time.sleep(0.2))

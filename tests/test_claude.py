@@ -157,7 +157,7 @@ def test_a_night_with_replies_of_every_kind(checkout, night):
     assert "canary-key" not in (here.folder / "journal.jsonl").read_text()
     texts = [str(body["messages"]) for body in server.requests]
     assert any("lr matters" in text for text in texts[2:]), "its notes come back to it"
-    assert any("crashed: ZeroDivisionError" in text for text in texts)
+    assert any('crashed: "ZeroDivisionError' in text for text in texts)
 
 
 def test_a_proposal_that_was_paid_for_is_used_after_a_kill(checkout):

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 ORDER = [  # each module may import what stands before it
     "constants", "lab.machine", "prepare", "train", "lab.score", "lab.records", "lab.files", "lab.card", "lab.git", "lab.screen", "lab.hyperparameters",
-    "lab.cache", "lab.journal", "lab.child", "lab.night", "lab.text", "lab.start", "lab.trial", "lab.sandbox", "lab.run", "lab.propose", "lab.tune", "lab.prompt", "lab.researcher", "lab.claude", "lab.command", "lab.check",
+    "lab.cache", "lab.journal", "lab.child", "lab.place", "lab.night", "lab.text", "lab.start", "lab.trial", "lab.sandbox", "lab.run", "lab.worker", "lab.fleet", "lab.propose", "lab.tune", "lab.prompt", "lab.researcher", "lab.claude", "lab.command", "lab.check",
     "lab.arguments", "lab.view", "agent",
 ]  # fmt: skip
 WITHOUT_TORCH = [name for name in ORDER if name not in ("prepare", "train", "lab.score")]

@@ -46,7 +46,7 @@ def test_the_pace_is_tokens_against_the_other_runs(own, theirs, text):
 
 def test_a_result_comes_back_from_its_row():
     result = Result(
-        3, 2, 7, "wider", "because", "improve", None, Verdict("keep", "lower"), RUN, (1.0, None), "abc", "def"
+        3, 2, 2, 7, "wider", "because", "improve", None, Verdict("keep", "lower"), RUN, (1.0, None), "abc", "def"
     )
     assert Result.of(result.row()) == result
     assert Result.of(replace(result, second=None).row()).second is None

@@ -298,10 +298,10 @@ def test_an_idle_card_is_never_waited_for(checkout, tmp_path, monkeypatch):
     night.results[0] = replace(night.results[0], run=filled)
     (night.folder / "harness" / "night.json").write_text(night.settings.json())
     night.out_of_time = lambda: True
-    run.wait_until_ready(night)
+    run.wait_until_ready(night, night.incumbent.run)
     fake_card(tmp_path / "bin2", monkeypatch, "60000")
     with pytest.raises(OutOfTime):
-        run.wait_until_ready(night)
+        run.wait_until_ready(night, night.incumbent.run)
 
 
 # --- what a child leaves
@@ -467,7 +467,7 @@ def test_a_compile_cache_with_paths_longer_than_paths_may_be_is_looked_through(t
     files.copy_regular_files(folder / "cache", night / "cache", 10**6)
     cache.set_aside(night, "sha", folder / "cache")
     assert cache.aside(night, "sha").exists()
-    cache.settle(night, None)
+    cache.settle(night, "sha", kept=False)
     remove(folder / "cache" / ("d" * 200))
     cache.set_aside(night, "sha", folder / "cache")
     assert not cache.aside(night, "sha").exists()

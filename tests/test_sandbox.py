@@ -155,9 +155,7 @@ def test_the_whole_machine_is_not_shown(checkout, monkeypatch):
     ):
         monkeypatch.setenv("AUTORESEARCH_SHOW", value)
         with pytest.raises(Problem, match=said):
-            choose_sandbox(
-                SimpleNamespace(), checkout.folder, checkout.folder / "runs", SimpleNamespace(no_sandbox=False)
-            )
+            choose_sandbox(SimpleNamespace(), *3 * [checkout.folder], unsafe=False, harmless=False)
 
 
 @sandboxed
@@ -173,7 +171,7 @@ def test_a_library_path_without_secrets_is_shown_and_each_link_to_the_interprete
     monkeypatch.setenv("LD_LIBRARY_PATH", f"{tmp_path / 'libraries'}::{checkout.folder}")
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/true")
     sandbox = make_sandbox(
-        checkout.folder, checkout.folder / "runs", settings_for(checkout), Repository(checkout.folder)
+        checkout.folder, checkout.folder / "runs", settings_for(checkout), Repository(checkout.folder).common_dir
     )
     assert tmp_path / "libraries" in sandbox.shown and checkout.folder not in sandbox.shown
     assert not any(path == Path("/") or path == Path("/etc") for path in sandbox.shown)
@@ -192,7 +190,7 @@ def test_each_child_sees_the_rows_that_it_needs(checkout, tmp_path, action, rows
     for name in ("train.bin", "val.bin", "test.bin", "tokenizer.txt"):
         (data / name).write_text(name)
     settings = settings_for(checkout, data=str(data))
-    sandbox = make_sandbox(checkout.folder, checkout.folder / "runs", settings, Repository(checkout.folder))
+    sandbox = make_sandbox(checkout.folder, checkout.folder / "runs", settings, Repository(checkout.folder).common_dir)
     command = [*sandbox.command(action, folder), "sh", "-c", f"ls {data}; touch left /cache/left"]
     seen = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split()
     assert seen == sorted(["tokenizer.txt", *(f"{name}.bin" for name in rows.split())])
@@ -385,7 +383,7 @@ sys.argv = ["agent.py", "--tag", "t", "--proposer", "tune", "--budget", "1", "--
 args, folder = agent.parse_arguments(""), agent.RUNS / "t"
 folder.mkdir(parents=True)
 night = agent.open_night(agent.HERE, folder, args, agent.Repository(agent.HERE))
-print("TIER", agent.choose_sandbox(night, agent.HERE, agent.RUNS, args).tier)
+print("TIER", agent.choose_sandbox(night, agent.HERE, agent.RUNS, night.repository.common_dir, False, False).tier)
 """
 
 
@@ -481,7 +479,7 @@ def test_an_own_text_is_out_of_sight_of_every_child(checkout, tmp_path, kind):
     for name in ("train.bin", "val.bin", "test.bin", "tokenizer.txt"):
         (data / name).write_text(name)
     settings = settings_for(checkout, dataset=str(place if kind == "file" else place.parent), data=str(data))
-    sandbox = make_sandbox(checkout.folder, checkout.folder / "runs", settings, Repository(checkout.folder))
+    sandbox = make_sandbox(checkout.folder, checkout.folder / "runs", settings, Repository(checkout.folder).common_dir)
     for action in ("train", "evaluate", "answer"):
         command = [*sandbox.command(action, folder), "cat", str(place)]
         assert "canary" not in subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
@@ -569,7 +567,7 @@ ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
 folder = Path(FOLDER)
 settings = settings_of_folder(folder)
 checkout = Path(CHECKOUT)
-sandbox = replace(make_sandbox(checkout, checkout / "runs", settings, Repository(checkout)), shared_processes=SHARED)
+sandbox = replace(make_sandbox(checkout, checkout / "runs", settings, Repository(checkout).common_dir), shared_processes=SHARED)
 for kind in ("evaluate", "answer"):
     with serving(child_command(kind, folder, sandbox).argv, settings, folder) as connection:
         connection.send(("text",))

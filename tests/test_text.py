@@ -9,8 +9,7 @@ import pytest
 from conftest import NIGHT, STUB, check_agreement, make_checkout, open_here, rows_of, story
 
 from constants import Problem, sha256_of
-from lab import night as night_module
-from lab import text
+from lab import place, text
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def run_folder(night, number: int) -> Path:
 def count_hashes(monkeypatch) -> list[str]:
     """The names of the data files that the night reads in full, as it reads them."""
     read = []
-    monkeypatch.setattr(night_module, "sha256_of", lambda path: (read.append(path.name), sha256_of(path))[1])
+    monkeypatch.setattr(place, "sha256_of", lambda path: (read.append(path.name), sha256_of(path))[1])
     return read
 
 
@@ -70,7 +69,7 @@ def test_many_rows_cost_a_night_nothing(night, monkeypatch):
     """A hundred shards, 8.6 GB, of which the file system holds none: linked, neither copied nor read again."""
     data = Path(night.settings.data) / "train.bin"
     os.truncate(data, 100 * 86_000_000)
-    night.stamps["train.bin"] = night_module.file_stamp(data)  # as if read at the start
+    night.stamps["train.bin"] = place.file_stamp(data)  # as if read at the start
     read = count_hashes(monkeypatch)
     with text.rows_of_the_night(night):
         folder = run_folder(night, 0)
@@ -144,7 +143,7 @@ INSTANTS = {  # file, the line before which the agent is killed
     "linked, the line not written": ("lab/child.py", "                        clock_at = time.perf_counter()"),
     "training": ("lab/run.py", '        view.enter("training")'),
     "scoring": ("lab/run.py", '    write_atomically(folder / "score.json"'),
-    "the run written": ("lab/run.py", "    return run\n\n\ndef measure_once"),
+    "the run written": ("lab/run.py", "    return run\n\n\ndef measure_at"),
     "the cache promoted, no result": ("lab/night.py", '            self.journal.append("result"'),
     "the result written, no refs": ("lab/night.py", '            if word == "keep":'),
 }

@@ -1,0 +1,213 @@
+"""Several cards: the experiments of one night on Ray's workers, each with a device, a sandbox and rows of its own.
+
+Journal, git and all decisions stay with the agent; a worker gets a source and a seed and returns the Run with its files.
+"""
+
+import contextlib
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+from constants import Problem, cache_dir, counted
+from lab import cache
+from lab.files import names_within, packed, unpack
+from lab.night import Night, sha256
+from lab.place import HARNESS
+from lab.records import OutOfTime, Proposal, Run
+from lab.worker import HERE, Worker
+
+READY_LIMIT_S = 120.0  # of a worker, its like of an earlier start ended
+START_LIMIT_S = 3_600.0  # its node's data prepared
+STATE_LIMIT_S = 2.0  # how long a worker may take to say what it does
+CLOSE_LIMIT_S = 20.0  # of a worker, to end what it runs
+
+
+@dataclass
+class Work:
+    """An experiment under way: the generator of its runs, the one that is wanted now, the worker that makes it."""
+
+    proposal: Proposal | None
+    steps: object
+    worker: int | None = None
+    wanted: tuple | None = None
+    answer: object | None = None  # Ray's reference to (Run, files)
+    lost: int = 0  # how often a worker died of it, or with it
+
+
+class Fleet:
+    """The workers of a night, as run_night() wants its crew: started here or in the cluster of RAY_ADDRESS. Raises Problem."""
+
+    def __init__(self, count: int, profile: str | None, tag: str):
+        try:
+            import ray
+        except ImportError:
+            raise Problem('--workers needs Ray; run: pip install -e ".[ray]"') from None
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        os.environ["AUTORESEARCH_CACHE"] = str(cache_dir())  # of its workers, which start elsewhere
+        address, ours = os.environ.get("RAY_ADDRESS"), signal.getsignal(signal.SIGTERM)
+        here = {} if address else {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
+        code = {"working_dir": str(HERE), "excludes": [".git"]}  # and what .gitignore names
+        try:
+            ray.init(address or "local", log_to_driver=False, logging_level="ERROR", runtime_env=code, **here)
+        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+            raise Problem(f"Ray does not start: {error}") from None
+        signal.signal(signal.SIGTERM, ours)  # which Ray has replaced
+        self.ray, self.night, self.view, self.work = ray, None, None, []
+        has = ray.cluster_resources()
+        self.profile = profile or ("gpu" if has.get("GPU") else "cpu")
+        what, noun = ("GPU", "GPU") if self.profile == "gpu" else ("CPU", "core")
+        if has.get(what, 0) < count:
+            ray.shutdown()
+            here = counted(int(has.get(what, 0)), noun)
+            raise Problem(f"--workers {count} needs {counted(count, noun)}, and there is {here}; take fewer workers")
+        share = 0 if self.profile == "gpu" else int(has["CPU"] // count)
+        options = {"num_gpus": 1, "num_cpus": 0} if self.profile == "gpu" else {"num_cpus": share}
+        kind = ray.remote(Worker).options(max_concurrency=2, **options)
+        self.workers = {i: kind.remote(i, tag, share) for i in range(1, count + 1)}
+        self.compiled, self.sent = (None, None), dict.fromkeys(self.workers)
+        self.of_all("ready", limit_s=READY_LIMIT_S)
+
+    def of_all(self, method: str, *args, limit_s: float = START_LIMIT_S) -> dict[int, object]:
+        """What each worker answers; one that cannot go on is left out, with a line. Raises Problem if none is left."""
+        answers = {number: getattr(worker, method).remote(*args) for number, worker in self.workers.items()}
+        for number, answer in list(answers.items()):
+            try:
+                answers[number] = self.ray.get(answer, timeout=limit_s)
+            except self.ray.exceptions.RayError as error:
+                del answers[number]
+                self.leave_out(number, error)
+        return answers
+
+    def leave_out(self, number: int, error: Exception) -> None:
+        reason = str(getattr(error, "cause", None) or error).strip().split("\n")[0]
+        self.ray.kill(self.workers.pop(number))
+        say = self.night.say if self.night else print
+        say(f"worker {number} is left out, {len(self.workers)} remain: {reason}")
+        if not self.workers:
+            raise Problem(f"no worker is left; the last one: {reason}")
+
+    def ask(self, here: Path, *flags: str) -> dict:
+        """What the first worker says of its machine; each prepares data that its node lacks."""
+        flags = [*flags, *(() if "--profile" in flags else ("--profile", self.profile))]
+        return dict(next(iter(self.of_all("survey", *flags).values())))
+
+    def open(self, night: Night, *sandbox) -> None:
+        """Gives the night to all workers. Its sandbox is the weakest of theirs."""
+        harness = packed(night.folder / "harness", HARNESS)
+        answers = self.of_all("open", night.settings, harness, *sandbox).values()
+        for note in dict.fromkeys(note for _, notes in answers for note in notes.splitlines()):
+            print(note)
+        night.sandbox = min(
+            (box for box, _ in answers), key=lambda box: (box is not None, box and not box.shared_processes)
+        )
+        self.night = night
+
+    # --- as a crew
+
+    def shown_by(self, view) -> "Fleet":
+        self.view = view
+        return self
+
+    @property
+    def running(self) -> list[Proposal]:
+        return [work.proposal for work in self.work if work.proposal]
+
+    @property
+    def free(self) -> bool:
+        return len(self.work) < len(self.workers)
+
+    def start(self, proposal: Proposal | None, steps) -> None:
+        self.work.append(Work(proposal, steps))
+
+    def wait(self):
+        """Yields (proposal, what its generator returned) of the experiments that end within half a second, each judged in its turn."""
+        for work in [work for work in self.work if work.answer is None]:
+            yield from self.go_on(work, None)
+        answers = [work.answer for work in self.work if work.answer is not None]
+        ended, _ = self.ray.wait(answers, timeout=0.05 if self.free else 0.5) if answers else ([], [])
+        for work in [work for work in self.work if work.answer in ended]:
+            run = self.received(work)
+            if work in self.work:
+                yield from self.go_on(work, run)
+        self.look()
+
+    def go_on(self, work: Work, run: Run | None):
+        """Hands out the next run of an experiment, or yields its end. What the journal knows already is not repeated."""
+        night = self.night
+        try:
+            if run or not work.wanted:
+                work.wanted = work.steps.send(run)
+            while run := self.known(*work.wanted):
+                work.wanted = work.steps.send(run)
+        except StopIteration as end:
+            self.work.remove(work)
+            yield work.proposal, end.value
+            return
+        taken = {other.worker for other in self.work}
+        work.worker = work.worker or next((number for number in self.workers if number not in taken), None)
+        if work.worker and work.answer is None:
+            source, seed, title, _ = work.wanted
+            call = self.workers[work.worker].measure.remote
+            work.answer = call(source, seed, title, night.rivals, night.left_s(), self.cache_for(work.worker))
+            self.lane(work).begin(title, None)
+
+    def known(self, source: str, seed: int, title: str, fresh: bool) -> Run | None:
+        return None if fresh else self.night.known_run(sha256(source), seed)
+
+    def received(self, work: Work) -> Run | None:
+        """The run that has ended, journalled, its files kept; None if it has to be made again, on another worker."""
+        answer, work.answer = work.answer, None
+        self.lane(work).end()
+        try:
+            run, files = self.ray.get(answer)
+        except OutOfTime:
+            self.work.remove(work)
+            return None
+        except self.ray.exceptions.RayError as error:
+            self.leave_out(work.worker, error)
+            work.worker, work.lost = None, work.lost + 1
+            crash = "its worker was lost, and so was a second one"
+            lost = Run(sha256(work.wanted[0]), work.wanted[1], None, None, crash, "", {}, 0.0, None, None, None)
+            return lost if work.lost > 1 else None
+        if files:
+            place = self.night.arrived(run.source)
+            unpack(files, place)
+            if (place / "cache").exists():
+                cache.set_aside(self.night.folder, run.source, place / "cache")
+        if self.night.counts(run):
+            self.night.journal.append("run", number=len(self.night.results), **vars(run))
+        return run
+
+    def cache_for(self, number: int):
+        """The night's compile cache, if this worker has not got that of the present incumbent."""
+        place, best = self.night.folder / "cache", self.night.incumbent
+        if not best or not place.exists() or self.sent[number] == best.number:
+            return None
+        if self.compiled[0] != best.number:
+            self.compiled = best.number, self.ray.put(packed(place, names_within(place)))
+        self.sent[number] = best.number
+        return self.compiled[1]
+
+    def lane(self, work: Work):
+        return self.view.lanes[work.worker - 1]
+
+    def look(self) -> None:
+        """Shows what each worker does."""
+        for work in self.work:
+            if work.answer is not None:
+                with contextlib.suppress(self.ray.exceptions.RayError):
+                    state = self.workers[work.worker].state.remote()
+                    phase, lines = self.ray.get(state, timeout=STATE_LIMIT_S)
+                    lane = self.lane(work)
+                    lane.lines = lambda lines=lines: lines
+                    if phase and phase != lane.phase:
+                        lane.enter(phase)
+
+    def close(self) -> None:
+        """Ends the workers and what they run."""
+        if not self.ray.is_initialized():
+            return
+        with contextlib.suppress(self.ray.exceptions.RayError, Problem):
+            self.ray.get([worker.close.remote() for worker in self.workers.values()], timeout=CLOSE_LIMIT_S)
+        self.ray.shutdown()
