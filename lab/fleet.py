@@ -12,6 +12,7 @@ from pathlib import Path
 from constants import Problem, cache_dir, counted
 from lab import cache
 from lab.files import names_within, packed, unpack
+from lab.machine import cores
 from lab.night import Night, sha256
 from lab.place import HARNESS
 from lab.records import OutOfTime, Proposal, Run
@@ -46,7 +47,7 @@ class Fleet:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         os.environ["AUTORESEARCH_CACHE"] = str(cache_dir())  # of its workers, which start elsewhere
         address, ours = os.environ.get("RAY_ADDRESS"), signal.getsignal(signal.SIGTERM)
-        here = {} if address else {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
+        here = {} if address else {"num_cpus": len(cores()), "include_dashboard": False}
         code = {"working_dir": str(HERE), "excludes": [".git"]}  # and what .gitignore names
         try:
             ray.init(address or "local", log_to_driver=False, logging_level="ERROR", runtime_env=code, **here)

@@ -200,6 +200,11 @@ def sizes_of(card: str, peak: float | None, uuid: str, measure) -> tuple[str, st
     return card_class(None, known[key]), f"measured {known[key]:.3g} TFLOP/s, kept in {path.name}"
 
 
+def cores() -> list[int]:
+    """The cores that this thread may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
+
+
 def machine(profile: str) -> dict:
     """What a night decides once: device and what it can do, dtype, compiler, threads. Profile cpu takes the CPU in any case.
 
@@ -207,7 +212,7 @@ def machine(profile: str) -> dict:
     """
     import torch
 
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = len(cores())
     flash = ("flash-attn-3", "flash-attn-4")
     host = {"torch": torch.__version__, "threads": threads, "peak_tflops": None, "memory_gb": None, "capability": None}
     host |= {"sizes": constants.PROFILES[profile].sizes, "sizes_reason": "", "compiler": False, "compiler_trouble": ""}

@@ -150,23 +150,14 @@ class Night(Place):
         return next((proposal_of(row) for id, row in sorted(rows.items()) if id not in used), None)
 
     def lacking(self) -> Result | None:
-        """The first gain that the incumbent lacks and that nobody tried to add: its parent is an earlier incumbent than the winner's.
-
-        A gain is a keep, and what was lower than its own parent, yet no longer lower than the incumbent. With one worker there is none.
-        """
+        """The first keep that the incumbent lacks and that nobody tried to add: the winner was made before it. None with one worker."""
         results, number, done = self.results, self.incumbent.number, set()
         while number is not None:
             result = results[number]
             done |= {number, result.mends} if result.operator == MERGE else {number}
             number = result.parent
         done |= {row["mends"] for row in self.journal.of("proposal") if row["operator"] == MERGE}
-        for result in results:
-            stale = result.verdict.word == "discard" and result.second is None and result.parent != result.rival
-            if result.number not in done and (
-                result.verdict.word == "keep" or (stale and change_of(results, result) < 0)
-            ):
-                return result
-        return None
+        return next((keep for keep in self.keeps if keep.number not in done), None)
 
     def history(self, running: list[Proposal] = ()) -> History:
         """What the next proposal needs to know; `running` are the experiments that train meanwhile."""

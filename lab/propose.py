@@ -122,7 +122,7 @@ class Proposals:
         return proposal
 
     def merge(self) -> Proposal | None:
-        """A gain that the incumbent lacks, as a proposal; it was made on an earlier one, while another won."""
+        """A keep that the incumbent lacks, as a proposal: the winner was made before it, and ended after it."""
         lacking = self.night.lacking()
         if lacking is None:
             return None

@@ -13,6 +13,7 @@ from constants import SEED, Problem, Settings, cache_dir, device_lock, lock, loc
 from lab import cache
 from lab.child import end_processes, guard_this_process
 from lab.files import names_within, packed, remove, unpack
+from lab.machine import cores
 from lab.night import RESULT_BYTES
 from lab.place import Place
 from lab.records import Rivals, Run, log_tail
@@ -51,9 +52,9 @@ class Worker:
                     name = f"cpu-{socket.gethostname()}-{slot}"
                     self.held.enter_context(lock(device_lock(name), f"worker {self.number}"))
                     break
-            all_cores = sorted(os.sched_getaffinity(0))
-            self.cores = {all_cores[(slot * self.share + i) % len(all_cores)] for i in range(self.share)}
-        if self.cores:
+            here = cores()
+            self.cores = {here[(slot * self.share + i) % len(here)] for i in range(self.share)}
+        if self.cores and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, self.cores)
 
     def survey(self, *flags: str) -> dict:

@@ -1,6 +1,6 @@
 """Two hundred stub experiments on eight workers of a cluster of four nodes, while workers and the agent are killed at random.
 
-`python tests/bench_fleet_kills.py [KILLS]`: kill -9 of the agent so often (10), of some two workers between, of one node near the end.
+`python tests/bench_fleet_kills.py [KILLS]`: kill -9 of the agent so often (10), of up to three workers in each start, of one node near the end.
 At the end journal, refs, branch, results.tsv and folders agree, nothing that was acknowledged is lost or changed, no experiment was
 run twice under two numbers, and each keep was lower than the incumbent of its moment.
 """
@@ -36,15 +36,15 @@ def main() -> None:
         for kill in range(kills + 1):
             process = checkout.start(*flags, RAY_ADDRESS=cluster.address)
             journal = checkout.folder / "runs" / "t" / "journal.jsonl"
-            target = len(acknowledged) + draw.randint(8, EXPERIMENTS // (kills + 1) + 6)
+            lost, target = 0, len(acknowledged) + draw.randint(8, EXPERIMENTS // (kills + 1) + 6)
             while process.poll() is None:
                 done = len(rows_of(checkout, "result")) if journal.exists() else 0
                 if kill < kills and done >= target:
                     break
-                if done > len(acknowledged) + 2 and draw.random() < 0.01 and (own := workers()):
+                if done > len(acknowledged) + 2 and lost < 3 and draw.random() < 0.02 and (own := workers()):
                     draw.choice(own).kill()
-                    dead += 1
-                if kill == kills and nodes and done > EXPERIMENTS - 20:
+                    dead, lost = dead + 1, lost + 1
+                if kill == kills and len(nodes) == NODES - 1 and done > EXPERIMENTS - 20:
                     cluster.remove_node(nodes.pop(), allow_graceful=False)
                 time.sleep(0.05)
             process.kill()
