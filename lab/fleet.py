@@ -44,7 +44,7 @@ class Fleet:
             import ray
         except ImportError:
             raise Problem('--workers needs Ray; run: pip install -e ".[ray]"') from None
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
         os.environ["AUTORESEARCH_CACHE"] = str(cache_dir())  # of its workers, which start elsewhere
         address, ours = os.environ.get("RAY_ADDRESS"), signal.getsignal(signal.SIGTERM)
         here = {} if address else {"num_cpus": len(cores()), "include_dashboard": False}

@@ -108,7 +108,10 @@ def resume_night(here: Path, folder: Path, args, journal: Journal, ask=None) -> 
 def difference(host: dict, settings: Settings) -> str:
     """In what a machine is not like the one that began the night; empty if it is."""
     names = ("device_name", "torch", "flash_attention", "capability")
-    pairs = ((name, getattr(settings, name), host[name]) for name in names)
+    pairs = [(name, getattr(settings, name), host[name]) for name in names]
+    pairs.append(("sizes", settings.profile.sizes, host["sizes"]))
+    if settings.device == "cpu":  # more than the night's do no harm
+        pairs.append(("threads", settings.threads, min(settings.threads, host["threads"])))
     return next((f"{name} {old}, here it is {new}" for name, old, new in pairs if old != new), "")
 
 
