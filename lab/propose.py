@@ -110,15 +110,14 @@ class Proposals:
     def rebase(self, proposal: Proposal) -> Proposal:
         """The proposal on top of the present incumbent. Raises Rejected if it does not merge, or is no longer new."""
         night, best = self.night, self.night.incumbent
-        if proposal.parent != best.number:
+        stale = proposal.parent != best.number
+        if stale:
             base = night.source(night.results[proposal.parent])
             source = night.repository.merge(base, night.source(best), proposal.source)
             proposal = replace(proposal, source=source, parent=best.number)
-            screen(proposal.source, night.tried)
-            # What will run stands in the journal: the last row of a proposal counts.
+        screen(proposal.source, night.tried)
+        if stale:  # what will run stands in the journal: the last row of a proposal counts
             night.journal.append("proposal", number=len(night.results), **vars(proposal))
-        else:
-            screen(proposal.source, night.tried)
         return proposal
 
     def merge(self) -> Proposal | None:
@@ -149,7 +148,8 @@ class Replay:
         self.night = night
         own = [row for row in night.journal.of("proposal", "reject") if row["proposer"] == self.name]
         rejected = sum(row["event"] == "reject" and "proposal" not in row for row in own)  # at once
-        self.queue = proposals[rejected + len({row["id"] for row in own if row["event"] == "proposal"}) :]
+        taken = {row["id"] for row in own if row["event"] == "proposal" and row["operator"] != MERGE}
+        self.queue = proposals[rejected + len(taken) :]
 
     def propose(self, source: str, history: History, feedback: list[str]) -> Proposal | None:
         if not self.queue:

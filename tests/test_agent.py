@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from conftest import (
@@ -26,6 +27,7 @@ from test_records import METRICS, RUN
 
 import agent
 from constants import CONFIRM_SEED, Problem
+from lab.arguments import restore_arguments
 from lab.journal import FORMAT
 from lab.night import sha256
 from lab.records import Verdict
@@ -254,6 +256,20 @@ def test_a_proposer_that_never_gets_past_the_screen_stops_the_night(checkout):
 
 
 # --- the command
+
+
+def test_a_start_without_a_model_does_not_forget_what_a_model_may_cost():
+    flags = dict.fromkeys(
+        "experiments hours no_sandbox model price max_usd confirm kept proposer replay workers command describe check ablate".split()
+    )
+    starts = [{"proposer": "claude", "max_usd": 5.0, "model": "m"}, {"proposer": "tune", "workers": 2}]
+    rows = [{"event": "night", "arguments": arguments} for arguments in starts]
+    args = SimpleNamespace(**flags | {"proposer": "claude"})
+    restore_arguments(args, rows, key=True)
+    assert (args.max_usd, args.model, args.workers) == (5.0, "m", 2)
+    args = SimpleNamespace(**flags | {"check": "t"})
+    restore_arguments(args, rows, key=False)
+    assert args.workers is None
 
 
 def test_try_runs_the_checkout_against_the_committed_baseline(checkout):

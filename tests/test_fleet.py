@@ -10,13 +10,26 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import NIGHT, Checkout, Quiet, Script, better, check_agreement, fake_measure, open_here, rows_of, run_here
+from conftest import (
+    NIGHT,
+    Checkout,
+    Quiet,
+    Script,
+    better,
+    check_agreement,
+    fake_measure,
+    open_here,
+    rows_of,
+    run_here,
+    settings_for,
+)
 
 from agent import Alone, Limits, run_night
 from constants import Problem
 from lab.files import packed, unpack
 from lab.fleet import Fleet
 from lab.night import sha256
+from lab.start import difference
 from lab.view import View
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason='Ray is not installed: pip install -e ".[ray]"')
@@ -199,6 +212,26 @@ def test_what_loses_two_workers_is_a_crash_and_without_workers_the_night_stops(c
     with pytest.raises(Problem, match="no worker is left; the last one: the node is gone"):
         run_fleet(night, ["dies"], [better(0.1)], second_seed=False)
     check_agreement(checkout)
+
+
+def test_a_machine_of_another_kind_or_with_fewer_threads_is_told_apart(checkout):
+    settings, host = settings_for(checkout, threads=2), vars(settings_for(checkout)) | {"sizes": "cpu", "threads": 4}
+    assert difference(host, settings) == ""
+    assert difference(host | {"threads": 1}, settings) == "threads 2, here it is 1"
+    assert difference(host | {"sizes": "small"}, settings) == "sizes cpu, here it is small"
+
+
+def test_the_live_view_has_a_line_for_each_worker_at_work(checkout):
+    view = View(open_here(checkout), None, [], workers=3)
+    for lane in view.lanes[1:]:
+        lane.begin("wider", None)
+        lane.enter("training")
+    view.lanes[1].lines = lambda: ["step     3   50.0%  loss 1.7500      1,234 tok/s"]
+    first, second = view.render().plain.split("\n")
+    assert first.startswith("  w2  ━━━━━━━━━━──────────  50%  loss 1.7500  1,234 tok/s  0 s  wider")
+    assert second.startswith("  w3  training  0 s  wider")
+    view.lanes[2].end()
+    assert "\n" not in view.render().plain
 
 
 def test_files_of_a_run_travel_and_links_do_not(tmp_path):
