@@ -132,8 +132,9 @@ class Alone:
         self.measure, self.work = measure, []
 
     @property
-    def free(self) -> bool:
-        return not self.work
+    def free(self) -> int:
+        """How many experiments may begin at once."""
+        return 1 - len(self.work)
 
     @property
     def running(self) -> list[Proposal]:
@@ -210,18 +211,21 @@ class Limits:
 def run_night(night: Night, proposer, limits: Limits, crew, view, second_seed: bool = True) -> str:
     """Run experiments until a limit is reached; returns the reason. Raises Problem if the night cannot go on.
 
-    second_seed: whether the baseline is measured on it as well, so that a reader knows how large the noise is.
+    second_seed: whether the baseline is measured on it as well, so that a reader knows how large the noise is. Workers without
+    other work do so beside the baseline, which otherwise would have the machine to itself, unlike all that it is compared with.
     """
     proposals, night.out_of_time = Proposals(night, proposer), lambda: limits.out_of_time(night)
     night.left_s, night.about_left = limits.left_s, lambda: limits.about_left(night)
+    noise_known = bool(night.noise_text)
     refuse_failed_baseline(night)
     try:
         while True:
             reason = limits.reached(night, len(crew.running))
-            if second_seed and crew.free and not reason and len(night.results) == 1:
+            if second_seed and crew.free and not reason and (night.results or crew.running):
                 second_seed = False
-                if night.baseline_second is None:
-                    crew.start(None, noise(night))
+                for _ in range(1 if night.results else crew.free):
+                    if night.baseline_second is None:
+                        crew.start(None, noise(night))
             proposal = proposals.take(crew.running) if crew.free and not reason else None
             if proposal:
                 crew.start(proposal, experiment(night, proposal))
@@ -232,13 +236,14 @@ def run_night(night: Night, proposer, limits: Limits, crew, view, second_seed: b
                     return reason or proposer.exhausted
                 proposals.pause(night.out_of_time)
             for proposal, result in crew.wait():
-                if proposal is None:
+                if proposal:
+                    view.finished(night.record(result, proposal.source))
+                if not noise_known and night.noise_text:
+                    noise_known = True
                     view.say(f"{'':6}{night.noise_text}")
-                    continue
-                view.finished(night.record(result, proposal.source))
                 refuse_failed_baseline(night)
                 refuse_crashes_in_a_row(night)
-                if proposer.name == "try" and len(night.results) > 1:
+                if proposer.name == "try" and proposal and result.number:
                     return proposer.exhausted
     except OutOfTime as wait:
         return f"{limits.hours:g} hours are used up, the last of them {wait}"
@@ -310,8 +315,8 @@ def start_fleet(args, folder: Path, locks: contextlib.ExitStack):
     from lab.fleet import Fleet
 
     rules = folder / "harness" / "night.json"
-    stored = constants.Settings.of(rules.read_text()).profile.name if rules.is_file() else None
-    fleet = Fleet(args.workers, args.profile or stored or os.environ.get("AUTORESEARCH_PROFILE"), folder.name)
+    stored = constants.Settings.of(rules.read_text()) if rules.is_file() else None
+    fleet = Fleet(args.workers, args.profile, folder.name, stored)
     locks.callback(fleet.close)
     return fleet
 

@@ -56,7 +56,7 @@ def check(night: Night, seeds: int, measure, say) -> str:
 
 def ablate(night: Night, measure, say) -> str:
     """Each kept change reverted alone, against three runs of the incumbent; says for each whether it matters. Returns why it ended."""
-    keeps = night.keeps
+    keeps = night.ancestry
     if len(keeps) < 2:
         raise Problem(f"night {night.tag} kept nothing but its baseline: there is nothing to revert; {REVIEW}")
     sources = [night.source(result) for result in keeps]

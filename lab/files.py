@@ -118,23 +118,28 @@ def check_disk(folder: Path) -> None:
 
 def packed(folder: Path, names) -> dict[str, bytes]:
     """The regular files of these names; a child may have made anything of them."""
+
+    def without_links(path, flags):
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
     files = {}
     for name in names:
-        with contextlib.suppress(OSError):
-            descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-            with open(descriptor, "rb") as file:
-                if stat.S_ISREG(os.fstat(descriptor).st_mode):
-                    files[name] = file.read()
+        with contextlib.suppress(OSError), open(f"{folder}/{name}", "rb", opener=without_links) as file:
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                files[name] = file.read()
     return files
 
 
 def unpack(files: dict[str, bytes], folder: Path) -> None:
-    """Makes the folder anew, whole or not at all."""
+    """Makes the folder anew, whole or not at all; what has a longer path than paths may be is left out."""
     fresh = folder.with_suffix(".new")
     remove(fresh)
     fresh.mkdir(parents=True)
     for name, raw in files.items():
-        (fresh / name).parent.mkdir(parents=True, exist_ok=True)
-        (fresh / name).write_bytes(raw)
+        try:
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+            (fresh / name).write_bytes(raw)
+        except OSError as error:
+            unless_full(error)
     remove(folder)
     os.replace(fresh, folder)

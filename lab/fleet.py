@@ -6,16 +6,18 @@ Journal, git and all decisions stay with the agent; a worker gets a source and a
 import contextlib
 import os
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from constants import Problem, cache_dir, counted
+from constants import DATASETS, Problem, Settings, cache_dir, counted, device_lock, locked
 from lab import cache
 from lab.files import names_within, packed, unpack
 from lab.machine import cores
 from lab.night import Night, sha256
 from lab.place import HARNESS
-from lab.records import OutOfTime, Proposal, Run
+from lab.records import OutOfTime, Proposal, Run, one_line
+from lab.start import difference
 from lab.worker import HERE, Worker
 
 READY_LIMIT_S = 120.0  # of a worker, its like of an earlier start ended
@@ -39,24 +41,32 @@ class Work:
 class Fleet:
     """The workers of a night, as run_night() wants its crew: started here or in the cluster of RAY_ADDRESS. Raises Problem."""
 
-    def __init__(self, count: int, profile: str | None, tag: str):
+    def __init__(self, count: int, profile: str | None, tag: str, stored: Settings | None):
+        """stored: of a night that goes on."""
+        # No reports to Ray; workers at our priority; one is not killed because a run fills the memory.
+        os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_memory_monitor_refresh_ms": "0"}
+        os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # else it makes an environment anew for each worker
+        os.environ["AUTORESEARCH_CACHE"] = str(cache_dir())  # of its workers, which start elsewhere
         try:
             import ray
         except ImportError:
             raise Problem('--workers needs Ray; run: pip install -e ".[ray]"') from None
-        os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-        os.environ["AUTORESEARCH_CACHE"] = str(cache_dir())  # of its workers, which start elsewhere
         address, ours = os.environ.get("RAY_ADDRESS"), signal.getsignal(signal.SIGTERM)
-        here = {} if address else {"num_cpus": len(cores()), "include_dashboard": False}
-        code = {"working_dir": str(HERE), "excludes": [".git"]}  # and what .gitignore names
+        print(
+            f"starting {count} workers {f'at {address}' if address else 'here'}; one prepares the data that its machine lacks"
+        )
+        local = {"num_cpus": len(cores()), "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        here = {} if address else local
+        code = {"working_dir": str(HERE), "excludes": ["/*", "!/constants.py", "!/prepare.py", "!/lab"]}
         try:
             ray.init(address or "local", log_to_driver=False, logging_level="ERROR", runtime_env=code, **here)
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             raise Problem(f"Ray does not start: {error}") from None
         signal.signal(signal.SIGTERM, ours)  # which Ray has replaced
-        self.ray, self.night, self.view, self.work = ray, None, None, []
+        self.ray, self.stored, self.night, self.view, self.work, self.looked = ray, stored, None, None, [], 0.0
         has = ray.cluster_resources()
-        self.profile = profile or ("gpu" if has.get("GPU") else "cpu")
+        usual = os.environ.get("AUTORESEARCH_PROFILE") or ("gpu" if has.get("GPU") else "cpu")
+        self.profile = profile or (stored.profile.name if stored else usual)
         what, noun = ("GPU", "GPU") if self.profile == "gpu" else ("CPU", "core")
         if has.get(what, 0) < count:
             ray.shutdown()
@@ -65,33 +75,52 @@ class Fleet:
         share = 0 if self.profile == "gpu" else int(has["CPU"] // count)
         options = {"num_gpus": 1, "num_cpus": 0} if self.profile == "gpu" else {"num_cpus": share}
         kind = ray.remote(Worker).options(max_concurrency=2, **options)
-        self.workers = {i: kind.remote(i, tag, share) for i in range(1, count + 1)}
+        self.held = None
+        if self.profile == "cpu" and not address:
+            self.held = locked(device_lock("cpu"), "the CPU", f"agent.py, tag {tag}")
+        self.workers = {i: kind.remote(i, tag, share, bool(self.held)) for i in range(1, count + 1)}
         self.compiled, self.sent = (None, None), dict.fromkeys(self.workers)
         self.of_all("ready", limit_s=READY_LIMIT_S)
 
     def of_all(self, method: str, *args, limit_s: float = START_LIMIT_S) -> dict[int, object]:
         """What each worker answers; one that cannot go on is left out, with a line. Raises Problem if none is left."""
         answers = {number: getattr(worker, method).remote(*args) for number, worker in self.workers.items()}
+        ends = time.monotonic() + limit_s
         for number, answer in list(answers.items()):
             try:
-                answers[number] = self.ray.get(answer, timeout=limit_s)
+                answers[number] = self.ray.get(answer, timeout=max(0.1, ends - time.monotonic()))
+            except self.ray.exceptions.GetTimeoutError:
+                del answers[number]
+                self.leave_out(number, Problem(f"no answer within {limit_s:.0f} s: no room for it, or its node hangs"))
             except self.ray.exceptions.RayError as error:
                 del answers[number]
                 self.leave_out(number, error)
         return answers
 
     def leave_out(self, number: int, error: Exception) -> None:
-        reason = str(getattr(error, "cause", None) or error).strip().split("\n")[0]
-        self.ray.kill(self.workers.pop(number))
+        reason, worker = str(getattr(error, "cause", None) or error).strip(), self.workers.pop(number)
+        self.end(worker)
+        self.ray.kill(worker)
         say = self.night.say if self.night else print
-        say(f"worker {number} is left out, {len(self.workers)} remain: {reason}")
+        say(f"worker {number} is left out, {len(self.workers)} remain: {one_line(reason.splitlines()[0])}")
         if not self.workers:
             raise Problem(f"no worker is left; the last one: {reason}")
 
+    def end(self, worker) -> None:
+        """Has a worker end what it runs and tidy up, if it still can."""
+        with contextlib.suppress(self.ray.exceptions.RayError):
+            self.ray.get(worker.close.remote(), timeout=CLOSE_LIMIT_S)
+
     def ask(self, here: Path, *flags: str) -> dict:
-        """What the first worker says of its machine; each prepares data that its node lacks."""
+        """What the night's machine is: that of a worker like those of its earlier starts, else of the commonest kind."""
         flags = [*flags, *(() if "--profile" in flags else ("--profile", self.profile))]
-        return dict(next(iter(self.of_all("survey", *flags).values())))
+        dataset = os.environ.get("AUTORESEARCH_DATASET")
+        if dataset and "--dataset" not in flags:
+            flags += ["--dataset", dataset if dataset in DATASETS else str(Path(dataset).expanduser().resolve())]
+        hosts = list(self.of_all("survey", *flags).values())
+        hosts = [host for host in hosts if self.stored and not difference(host, self.stored)] or hosts
+        kinds = [(host["device_name"], host["sizes"]) for host in hosts]
+        return dict(hosts[kinds.index(max(kinds, key=kinds.count))])
 
     def open(self, night: Night, *sandbox) -> None:
         """Gives the night to all workers. Its sandbox is the weakest of theirs."""
@@ -115,8 +144,8 @@ class Fleet:
         return [work.proposal for work in self.work if work.proposal]
 
     @property
-    def free(self) -> bool:
-        return len(self.work) < len(self.workers)
+    def free(self) -> int:
+        return max(0, len(self.workers) - len(self.work))
 
     def start(self, proposal: Proposal | None, steps) -> None:
         self.work.append(Work(proposal, steps))
@@ -145,13 +174,23 @@ class Fleet:
             self.work.remove(work)
             yield work.proposal, end.value
             return
-        taken = {other.worker for other in self.work}
-        work.worker = work.worker or next((number for number in self.workers if number not in taken), None)
+        work.worker = work.worker or self.idle_worker()
         if work.worker and work.answer is None:
             source, seed, title, _ = work.wanted
             call = self.workers[work.worker].measure.remote
             work.answer = call(source, seed, title, night.rivals, night.left_s(), self.cache_for(work.worker))
             self.lane(work).begin(title, None)
+
+    def idle_worker(self) -> int | None:
+        """One that answers; those that do not are left out, so that no experiment is lost with them."""
+        taken = {work.worker for work in self.work}
+        for number in [number for number in self.workers if number not in taken]:
+            try:
+                self.ray.get(self.workers[number].ready.remote(), timeout=STATE_LIMIT_S)
+                return number
+            except self.ray.exceptions.RayError as error:
+                self.leave_out(number, error)
+        return None
 
     def known(self, source: str, seed: int, title: str, fresh: bool) -> Run | None:
         return None if fresh else self.night.known_run(sha256(source), seed)
@@ -176,8 +215,7 @@ class Fleet:
             unpack(files, place)
             if (place / "cache").exists():
                 cache.set_aside(self.night.folder, run.source, place / "cache")
-        if self.night.counts(run):
-            self.night.journal.append("run", number=len(self.night.results), **vars(run))
+        self.night.add_run(run)
         return run
 
     def cache_for(self, number: int):
@@ -194,7 +232,10 @@ class Fleet:
         return self.view.lanes[work.worker - 1]
 
     def look(self) -> None:
-        """Shows what each worker does."""
+        """Shows what each worker does, at most twice a second."""
+        if time.monotonic() - self.looked < 0.5:
+            return
+        self.looked = time.monotonic()
         for work in self.work:
             if work.answer is not None:
                 with contextlib.suppress(self.ray.exceptions.RayError):
@@ -209,6 +250,9 @@ class Fleet:
         """Ends the workers and what they run."""
         if not self.ray.is_initialized():
             return
-        with contextlib.suppress(self.ray.exceptions.RayError, Problem):
-            self.ray.get([worker.close.remote() for worker in self.workers.values()], timeout=CLOSE_LIMIT_S)
+        for ending in [worker.close.remote() for worker in self.workers.values()]:
+            with contextlib.suppress(self.ray.exceptions.RayError):
+                self.ray.get(ending, timeout=CLOSE_LIMIT_S)
         self.ray.shutdown()
+        if self.held:
+            self.held.close()

@@ -143,21 +143,35 @@ class Night(Place):
         return proposal
 
     def unused_proposal(self, proposer: str, running: list[Proposal]) -> Proposal | None:
-        """The first proposal with neither a result nor a reject, that does not run either. The last row of each counts."""
+        """The first proposal of this proposer, or merge, with neither a result nor a reject, that does not run either.
+
+        The last row of each counts.
+        """
         used = {row["proposal"] for row in self.journal.of("result", "reject") if "proposal" in row}
         used |= {proposal.id for proposal in running}
-        rows = {row["id"]: row for row in self.journal.of("proposal") if row["proposer"] == proposer}
-        return next((proposal_of(row) for id, row in sorted(rows.items()) if id not in used), None)
+        rows = {row["id"]: row for row in self.journal.of("proposal")}
+        own = (row for id, row in sorted(rows.items()) if id not in used)
+        return next((proposal_of(row) for row in own if row["proposer"] == proposer or row["operator"] == MERGE), None)
 
     def lacking(self) -> Result | None:
         """The first keep that the incumbent lacks and that nobody tried to add: the winner was made before it. None with one worker."""
-        results, number, done = self.results, self.incumbent.number, set()
-        while number is not None:
-            result = results[number]
-            done |= {number, result.mends} if result.operator == MERGE else {number}
-            number = result.parent
+        done = {result.number for result in self.ancestry}
         done |= {row["mends"] for row in self.journal.of("proposal") if row["operator"] == MERGE}
         return next((keep for keep in self.keeps if keep.number not in done), None)
+
+    @property
+    def ancestry(self) -> list[Result]:
+        """The experiments whose changes the incumbent holds, from the baseline on: with one worker the keeps."""
+        chain, number = [], self.incumbent.number
+        while number is not None:
+            chain.append(self.results[number])
+            number = chain[-1].parent
+        return chain[::-1]
+
+    def add_run(self, run: Run) -> None:
+        """Journals a run, if it counts: it is not repeated."""
+        if self.counts(run):
+            self.journal.append("run", number=len(self.results), **vars(run))
 
     def history(self, running: list[Proposal] = ()) -> History:
         """What the next proposal needs to know; `running` are the experiments that train meanwhile."""
@@ -190,12 +204,18 @@ class Night(Place):
         """
         best, word = self.incumbent, result.verdict.word
         title = f"{one_line(result.description)} ({word}, {result.run.number or 'no number'})"
-        message = f"{title}\n\n{clean(result.hypothesis)}\n{result.verdict.reason}".strip()
+        stale = (
+            f"made on experiment {result.parent}, before {result.rival} was kept"
+            if result.parent != result.rival
+            else ""
+        )
+        message = "\n".join((title, "", clean(result.hypothesis), result.verdict.reason, stale)).strip()
+        onto = best if word == "keep" or best is None else self.results[result.parent]
         files = {"train.py": source}
         if best is None:  # the branch reproduces: it holds the rules that the night runs under
             files |= {place: (self.folder / "harness" / name).read_text() for name, place in HARNESS.items()}
         with interrupts.held():
-            commit = self.repository.commit(best.commit if best else self.settings.head, files, message)
+            commit = self.repository.commit(onto.commit if onto else self.settings.head, files, message)
             cache.settle(self.folder, result.run.source, word == "keep")
             result = replace(result, commit=commit)
             self.journal.append("result", **result.row(), sandbox=self.tier)
@@ -264,6 +284,11 @@ class Night(Place):
             self.repository.move(self.branch, keeps[-1].commit, before)
         if self.results:
             self.tidy()
+        used = {row["proposal"] for row in self.journal.of("result", "reject") if "proposal" in row}
+        open_ones = {sha256(row["source"])[:16] for row in self.journal.of("proposal") if row["id"] not in used}
+        for left in (*self.folder.glob("cache-*"), *self.folder.glob("arrived-*")):
+            if left.name.partition("-")[2] not in open_ones:
+                remove(left)
         self.write_results_tsv()
 
 

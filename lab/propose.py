@@ -10,9 +10,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from constants import Problem
+from constants import SEED, Problem
 from lab.journal import read_journal
-from lab.night import History, Night
+from lab.night import History, Night, sha256
 from lab.records import MERGE, OutOfTime, Proposal, Rejected, one_line
 from lab.screen import screen
 
@@ -63,14 +63,15 @@ class Proposals:
             return None if running else night.baseline
         if self.thread and not self.thread.is_alive():
             self.thread, self.exhausted = None, self.made is None and not self.error
-        prepared = self.made if name == "try" else night.unused_proposal(name, running) or self.merge()
+        number = len(night.results) + len(running)
+        prepared = self.made if name == "try" else self.merge(number) or night.unused_proposal(name, running)
         if prepared:
             try:
-                return self.rebase(prepared)
+                return self.rebase(prepared, number)
             except Rejected as refused:
                 reason = f"no longer applies: {refused}"
                 night.journal.append(
-                    "reject", number=len(night.results), proposer=name, proposal=prepared.id, reason=reason,
+                    "reject", number=number, proposer=name, proposal=prepared.id, reason=reason,
                     description=prepared.description,
                 )  # fmt: skip
                 self.feedback.append(f"{prepared.description}: {reason}")
@@ -107,20 +108,23 @@ class Proposals:
         self.thread = threading.Thread(target=body, daemon=True)
         self.thread.start()
 
-    def rebase(self, proposal: Proposal) -> Proposal:
-        """The proposal on top of the present incumbent. Raises Rejected if it does not merge, or is no longer new."""
+    def rebase(self, proposal: Proposal, number: int) -> Proposal:
+        """The proposal on top of the present incumbent, unless it was trained already and a kill came before its verdict.
+
+        Raises Rejected if it does not merge, or is no longer new.
+        """
         night, best = self.night, self.night.incumbent
-        stale = proposal.parent != best.number
+        stale = proposal.parent != best.number and not night.known_run(sha256(proposal.source), SEED)
         if stale:
             base = night.source(night.results[proposal.parent])
             source = night.repository.merge(base, night.source(best), proposal.source)
             proposal = replace(proposal, source=source, parent=best.number)
         screen(proposal.source, night.tried)
         if stale:  # what will run stands in the journal: the last row of a proposal counts
-            night.journal.append("proposal", number=len(night.results), **vars(proposal))
+            night.journal.append("proposal", number=number, **vars(proposal))
         return proposal
 
-    def merge(self) -> Proposal | None:
+    def merge(self, number: int) -> Proposal | None:
         """A keep that the incumbent lacks, as a proposal: the winner was made before it, and ended after it."""
         lacking = self.night.lacking()
         if lacking is None:
@@ -128,7 +132,7 @@ class Proposals:
         description = f"experiment {lacking.number} on top of {self.night.incumbent.number}: {lacking.description}"
         proposal = Proposal(description, lacking.hypothesis, self.night.source(lacking), MERGE, lacking.number)
         proposal = replace(proposal, proposer=self.proposer.name, parent=lacking.parent)
-        return self.night.add_proposal(proposal, len(self.night.results))
+        return self.night.add_proposal(proposal, number)
 
 
 # ---------------------------------------------------------------------------

@@ -86,7 +86,7 @@ class Researcher:
         self.tune = Tune(night.tag, night.settings.profile.sizes)
         self.schedule = schedule_of(read_checkout(here, "program.md"))
         self.turns: list[dict] = []  # of the idea in hand: request, reply, objection, reply ...
-        self.source = ""  # that they are about
+        self.source, self.number = "", 0  # that they are about
         self.status, self.lost, self.reminded, self.stopped = "", None, -math.inf, False
 
     def operator(self, number: int) -> str:
@@ -108,13 +108,13 @@ class Researcher:
                 return self.tune.propose(source, history, feedback)
             except Problem:  # it has no numbers any more
                 operator = "improve"
-        if feedback and self.turns and self.source == source:
+        if feedback and self.turns and (self.source, self.number) == (source, history.number):
             objection = f"That cannot be run: {feedback[-1]}\n\nThe whole reply again, mended."
             self.turns.append({"role": "user", "content": objection})
         else:
             missed = f"Your last proposal was not run: {feedback[-1]}" if feedback else ""
             self.turns = [{"role": "user", "content": request_text(source, history, operator, missed, self.lines)}]
-            self.source = source
+            self.source, self.number = source, history.number
         profile = self.night.settings.profile.name
         try:
             text = self.ask(system_text(self.here, self.night.folder / "harness", profile, source), history.number)

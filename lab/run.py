@@ -103,8 +103,7 @@ def measure(night: Night, view, source: str, seed: int, title: str, fresh: bool 
         return known
     folder = night.run_folder(len(night.results)) if seed == constants.SEED else night.folder / "trial"
     run = measure_at(night, view, folder, source, seed, title, night.rivals)
-    if night.counts(run):
-        night.journal.append("run", number=len(night.results), **vars(run))
+    night.add_run(run)
     return run
 
 

@@ -29,11 +29,11 @@ RETURNED = ("train.py", "run.json", "run.log", "score.log", "score.json", "out/r
 class Worker:
     """One device of a fleet: runs in a process of Ray's on its node, and is what a run tells its phases. Raises Problem."""
 
-    def __init__(self, number: int, tag: str, share: int):
-        """share: how many cores are its own; 0: it has a card."""
+    def __init__(self, number: int, tag: str, share: int, alone: bool):
+        """share: how many cores are its own; 0: it has a card. alone: no worker of another night or cluster is on this machine."""
         guard_this_process()
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-        self.number, self.share, self.cores = number, share, None
+        self.number, self.share, self.alone, self.cores = number, share, alone, None
         self.folder = cache_dir() / "fleet" / f"{tag}-{number}"
         self.held, self.closed, self.phase, self.log = contextlib.ExitStack(), False, "", Path()
         # Its like of an earlier start may still be about to end.
@@ -45,8 +45,11 @@ class Worker:
 
     def take_cores(self) -> None:
         """Binds this thread, and so its children, to cores that no other worker of this machine has."""
+        if self.share and not hasattr(os, "sched_setaffinity"):
+            raise Problem("on this system cores cannot be shared out: --workers needs cards here")
         if self.share and self.cores is None:
-            self.held.enter_context(locked(device_lock("cpu"), "the CPU", f"worker {self.number}", shared=True))
+            if not self.alone:
+                self.held.enter_context(locked(device_lock("cpu"), "the CPU", f"worker {self.number}", shared=True))
             for slot in itertools.count():
                 with contextlib.suppress(BlockingIOError):
                     name = f"cpu-{socket.gethostname()}-{slot}"
@@ -54,7 +57,7 @@ class Worker:
                     break
             here = cores()
             self.cores = {here[(slot * self.share + i) % len(here)] for i in range(self.share)}
-        if self.cores and hasattr(os, "sched_setaffinity"):
+        if self.cores:
             os.sched_setaffinity(0, self.cores)
 
     def survey(self, *flags: str) -> dict:

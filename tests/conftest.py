@@ -214,8 +214,8 @@ def model_of(source: str) -> dict:
     return namespace["build_model"](None)
 
 
-def fake_measure(night: Night, before=lambda source, seed: None):
-    """The closed form of stub_score.py as a `measure`, memoised like the real one. `before` is called for each run."""
+def fake_measure(night: Night, before=lambda source, seed: None, journal: bool = True):
+    """The closed form of stub_score.py as a `measure`, memoised and journalled like the real one. `before` is called for each run."""
     from stub_score import truth
 
     def measure(source: str, seed: int, title: str = "", fresh: bool = False) -> Run:
@@ -236,8 +236,8 @@ def fake_measure(night: Night, before=lambda source, seed: None):
             run = replace(run, val_bpb=val_bpb, test_bpb=true_bpb if claim else None, distrust=caught or "")
         except Exception as error:
             run = replace(run, crash=f"{type(error).__name__}: {error}", metrics={}, scoring_seconds=None)
-        if night.counts(run):
-            night.journal.append("run", number=len(night.results), **vars(run))
+        if journal:
+            night.add_run(run)
         return run
 
     return measure

@@ -24,11 +24,12 @@ from conftest import (
     settings_for,
 )
 
-from agent import Alone, Limits, run_night
-from constants import Problem
+from agent import Alone, Limits, experiment, run_night
+from constants import SEED, Problem
 from lab.files import packed, unpack
 from lab.fleet import Fleet
 from lab.night import sha256
+from lab.records import Proposal
 from lab.start import difference
 from lab.view import View
 
@@ -45,7 +46,7 @@ class Several(Alone):
 
     @property
     def free(self):
-        return len(self.work) < self.count
+        return self.count - len(self.work)
 
     def wait(self):
         self.calls += 1
@@ -90,6 +91,49 @@ def test_a_keep_that_the_winner_lacks_is_the_next_experiment(checkout):
     check_agreement(checkout)
 
 
+def test_a_merge_comes_before_what_waits(checkout):
+    night = open_here(checkout)
+
+    class Ahead(Script):
+        def between_runs(self, number):
+            return False
+
+    decays = [("        decay=0.1,", f"        decay={decay},") for decay in (0.2, 0.3)]
+    run_several(night, [], order=[1, 2, 3], proposer=Ahead(NARROWER, better(0.2), *decays))
+    assert [result.description for result in night.results[1:4]] == ["change 1", "change 2", "change 3"]
+    assert night.results[4].operator == "merge" and night.results[5].description == "change 4"
+
+
+def test_the_commit_of_what_was_overtaken_shows_its_own_change(checkout):
+    night = open_here(checkout)
+    run_several(night, [NARROWER, better(0.2)], order=[2, 1])
+    overtaken = night.results[2]
+    assert checkout.git("rev-parse", f"{overtaken.commit}^") == night.results[0].commit
+    assert "made on experiment 0, before 1 was kept" in checkout.git("log", "-1", "--format=%B", overtaken.commit)
+    change = checkout.git("show", "--format=", overtaken.commit, "--", "train.py")
+    assert "+        width=32," in change and "lr=" not in change.replace(" lr=0.4", "")
+
+
+def test_what_was_trained_before_a_kill_is_judged_and_not_trained_anew(checkout):
+    """It was made on the baseline, its run is journalled, then another was kept: it is not rebased, so that its run still counts."""
+    night = open_here(checkout)
+    run_here(night, 0)
+    proposals = [Proposal("narrower", "", night.baseline.source.replace(*NARROWER), proposer="script", parent=0)]
+    proposals += [Proposal("faster", "", night.baseline.source.replace(*better(0.2)), proposer="script", parent=0)]
+    narrower, faster = (night.add_proposal(proposal, 1) for proposal in proposals)
+    measure = fake_measure(night)
+    measure(narrower.source, SEED)
+    crew = Several(measure, 1, [])
+    crew.start(faster, experiment(night, faster))
+    for proposal, result in crew.wait():
+        night.record(result, proposal.source)
+    trained = len(rows_of(checkout, "run"))
+    again = open_here(checkout)
+    run_several(again, [], order=[], experiments=2)
+    assert again.results[2].description == "narrower" and again.results[2].parent == 0 and again.results[2].rival == 1
+    assert len(rows_of(checkout, "run")) == trained
+
+
 def test_a_keep_that_conflicts_goes_back_to_the_proposer(checkout):
     night, told = open_here(checkout), []
 
@@ -120,6 +164,16 @@ def test_the_next_is_proposed_knowing_what_runs_and_the_limit_counts_it(checkout
     assert asked[:4] == [(1, []), (2, ["change 1"]), (3, ["change 1", "change 2"]), (4, ["change 1", "change 2"])]
 
 
+def test_the_baseline_is_measured_with_all_workers_at_work(checkout):
+    """As all that it is compared with: alone it would have memory and bandwidth to itself."""
+    night, at_once = open_here(checkout), []
+    crew = Several(fake_measure(night, lambda source, seed: at_once.append((seed, len(crew.work)))), 3, [])
+    view = Quiet()
+    run_night(night, Script(better(0.2)), Limits(None, None, time.perf_counter()), crew, view, True)
+    assert at_once[:2] == [(1, 2), (2, 2)] and night.noise is not None
+    assert [line for line in view.lines if "two seeds" in line] == [f"      {night.noise_text}"]
+
+
 def test_a_night_of_one_worker_lacks_nothing(checkout):
     night = open_here(checkout)
     run_here(night, 6, Script(better(0.2), NARROWER, better(0.4), better(0.1), better(0.3)))
@@ -146,7 +200,7 @@ class Lost(Exception):
 class FakeRay:
     """Ray's few calls: an answer is a function, called when it is got."""
 
-    exceptions, calls = SimpleNamespace(RayError=Lost), 0
+    exceptions, calls = SimpleNamespace(RayError=Lost, GetTimeoutError=TimeoutError), 0
 
     def wait(self, answers, timeout):
         self.calls += 1
@@ -165,9 +219,9 @@ class FakeRay:
 def fake_fleet(night, behaviours):
     """behaviours: of each worker, what its runs do: "works", or "dies" at its first one."""
     fleet = object.__new__(Fleet)
-    fleet.ray, fleet.night, fleet.work, fleet.compiled = FakeRay(), night, [], (None, None)
+    fleet.ray, fleet.night, fleet.work, fleet.compiled, fleet.looked = FakeRay(), night, [], (None, None), 0.0
     fleet.view = View(night, None, [], len(behaviours))
-    local, ran = fake_measure(night), []
+    local, ran = fake_measure(night, journal=False), []
 
     def run(number, behaviour, source, seed, title, *others):
         if behaviour == "dies":
@@ -179,7 +233,9 @@ def fake_fleet(night, behaviours):
 
     def worker(number, behaviour):
         measure = SimpleNamespace(remote=lambda *args: partial(run, number, behaviour, *args))
-        return SimpleNamespace(measure=measure, state=SimpleNamespace(remote=lambda: lambda: ("training", ["line"])))
+        nothing = SimpleNamespace(remote=lambda: lambda: None)
+        state = SimpleNamespace(remote=lambda: lambda: ("training", ["line"]))
+        return SimpleNamespace(measure=measure, state=state, ready=nothing, close=nothing)
 
     fleet.workers = {i: worker(i, behaviour) for i, behaviour in enumerate(behaviours, 1)}
     fleet.sent = dict.fromkeys(fleet.workers)
@@ -201,6 +257,7 @@ def test_an_experiment_whose_worker_dies_is_run_elsewhere(checkout):
     check_agreement(checkout)
     assert all((night.run_folder(result.number) / "run.log").read_text() == "log" for result in night.results)
     assert len(ran) == len(set(ran)) and not list(night.folder.glob("arrived-*"))
+    assert len(rows_of(checkout, "run")) == len(ran)
 
 
 def test_what_loses_two_workers_is_a_crash_and_without_workers_the_night_stops(checkout):
