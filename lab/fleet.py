@@ -5,7 +5,9 @@ Journal, git and all decisions stay with the agent; a worker gets a source and a
 
 import contextlib
 import os
+import shutil
 import signal
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,16 +54,19 @@ class Fleet:
         except ImportError:
             raise Problem('--workers needs Ray; run: pip install -e ".[ray]"') from None
         address, ours = os.environ.get("RAY_ADDRESS"), signal.getsignal(signal.SIGTERM)
-        print(
-            f"starting {count} workers {f'at {address}' if address else 'here'}; one prepares the data that its machine lacks"
-        )
+        where = f"in the cluster {address}" if address else "here"
+        print(f"starting {count} workers {where}; each prepares data that its machine lacks")
         local = {"num_cpus": len(cores()), "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
         here = {} if address else local
-        code = {"working_dir": str(HERE), "excludes": ["/*", "!/constants.py", "!/prepare.py", "!/lab"]}
-        try:
-            ray.init(address or "local", log_to_driver=False, logging_level="ERROR", runtime_env=code, **here)
-        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-            raise Problem(f"Ray does not start: {error}") from None
+        with tempfile.TemporaryDirectory() as code:  # what workers get of the checkout, in which a key may lie
+            shutil.copytree(HERE / "lab", f"{code}/lab", ignore=shutil.ignore_patterns("__pycache__"))
+            for name in ("constants.py", "prepare.py"):
+                shutil.copy(HERE / name, code)
+            try:
+                started = dict(log_to_driver=False, logging_level="ERROR", runtime_env={"working_dir": code})
+                ray.init(address or "local", **started, **here)
+            except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+                raise Problem(f"Ray does not start: {error}") from None
         signal.signal(signal.SIGTERM, ours)  # which Ray has replaced
         self.ray, self.stored, self.night, self.view, self.work, self.looked = ray, stored, None, None, [], 0.0
         has = ray.cluster_resources()
@@ -70,8 +75,8 @@ class Fleet:
         what, noun = ("GPU", "GPU") if self.profile == "gpu" else ("CPU", "core")
         if has.get(what, 0) < count:
             ray.shutdown()
-            here = counted(int(has.get(what, 0)), noun)
-            raise Problem(f"--workers {count} needs {counted(count, noun)}, and there is {here}; take fewer workers")
+            found = counted(int(has.get(what, 0)), noun)
+            raise Problem(f"--workers {count} needs {counted(count, noun)}, and there is {found}; take fewer workers")
         share = 0 if self.profile == "gpu" else int(has["CPU"] // count)
         options = {"num_gpus": 1, "num_cpus": 0} if self.profile == "gpu" else {"num_cpus": share}
         kind = ray.remote(Worker).options(max_concurrency=2, **options)
@@ -99,17 +104,15 @@ class Fleet:
 
     def leave_out(self, number: int, error: Exception) -> None:
         reason, worker = str(getattr(error, "cause", None) or error).strip(), self.workers.pop(number)
-        self.end(worker)
+        lines = reason.splitlines()
+        short = one_line(lines[-1] if "creation task" in lines[0] else lines[0])
+        with contextlib.suppress(self.ray.exceptions.RayError):  # it ends what it runs and tidies up, if it still can
+            self.ray.get(worker.close.remote(), timeout=STATE_LIMIT_S)
         self.ray.kill(worker)
         say = self.night.say if self.night else print
-        say(f"worker {number} is left out, {len(self.workers)} remain: {one_line(reason.splitlines()[0])}")
+        say(f"worker {number} is left out, {len(self.workers)} remain: {short}")
         if not self.workers:
             raise Problem(f"no worker is left; the last one: {reason}")
-
-    def end(self, worker) -> None:
-        """Has a worker end what it runs and tidy up, if it still can."""
-        with contextlib.suppress(self.ray.exceptions.RayError):
-            self.ray.get(worker.close.remote(), timeout=CLOSE_LIMIT_S)
 
     def ask(self, here: Path, *flags: str) -> dict:
         """What the night's machine is: that of a worker like those of its earlier starts, else of the commonest kind."""

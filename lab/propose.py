@@ -14,7 +14,7 @@ from constants import SEED, Problem
 from lab.journal import read_journal
 from lab.night import History, Night, sha256
 from lab.records import MERGE, OutOfTime, Proposal, Rejected, one_line
-from lab.screen import screen
+from lab.screen import fingerprint, screen
 
 MAX_REJECTS = 20  # proposals for one experiment that are refused before the night stops
 
@@ -114,7 +114,8 @@ class Proposals:
         Raises Rejected if it does not merge, or is no longer new.
         """
         night, best = self.night, self.night.incumbent
-        stale = proposal.parent != best.number and not night.known_run(sha256(proposal.source), SEED)
+        trained = night.known_run(sha256(proposal.source), SEED) and fingerprint(proposal.source) not in night.tried
+        stale = proposal.parent != best.number and not trained
         if stale:
             base = night.source(night.results[proposal.parent])
             source = night.repository.merge(base, night.source(best), proposal.source)

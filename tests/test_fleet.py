@@ -54,10 +54,9 @@ class Several(Alone):
             time.sleep(0.005)
             return
         self.calls = 0
-        self.work.sort(
-            key=lambda work: self.order.index(work[0].description) if work[0].description in self.order else 99
-        )
-        (proposal, steps), run = self.work.pop(0), None
+        names = [proposal.description if proposal else "" for proposal, _ in self.work]
+        first = min(range(len(names)), key=lambda i: self.order.index(names[i]) if names[i] in self.order else 99)
+        (proposal, steps), run = self.work.pop(first), None
         try:
             while True:
                 run = self.measure(*steps.send(run))
@@ -251,9 +250,9 @@ def run_fleet(night, behaviours, changes, second_seed=True):
 
 def test_an_experiment_whose_worker_dies_is_run_elsewhere(checkout):
     night = open_here(checkout)
-    _, lines, ran = run_fleet(night, ["works", "dies", "works"], [better(0.2), NARROWER, better(0.1)])
+    _, lines, ran = run_fleet(night, ["works", "dies", "works"], [better(0.2), NARROWER, ("beta=0.8", "beta=0.7")])
     assert "worker 2 is left out, 2 remain: the node is gone" in lines
-    assert "change 3" in {result.description for result in night.results} and night.incumbent.run.val_bpb < 1.01
+    assert {"change 1", "change 2", "change 3"} < {result.description for result in night.results}
     check_agreement(checkout)
     assert all((night.run_folder(result.number) / "run.log").read_text() == "log" for result in night.results)
     assert len(ran) == len(set(ran)) and not list(night.folder.glob("arrived-*"))
