@@ -5,6 +5,7 @@ Journal, git and all decisions stay with the agent; a worker gets a source and a
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import tempfile
@@ -49,15 +50,16 @@ class Fleet:
         os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_memory_monitor_refresh_ms": "0"}
         os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # else it makes an environment anew for each worker
         os.environ["AUTORESEARCH_CACHE"] = str(cache_dir())  # of its workers, which start elsewhere
+        address, ours = os.environ.get("RAY_ADDRESS"), signal.getsignal(signal.SIGTERM)
+        if not address:  # it listens on all networks: only those who have our token may ask it to run something
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         try:
             import ray
         except ImportError:
             raise Problem('--workers needs Ray; run: pip install -e ".[ray]"') from None
-        address, ours = os.environ.get("RAY_ADDRESS"), signal.getsignal(signal.SIGTERM)
         where = f"in the cluster {address}" if address else "here"
         print(f"starting {count} workers {where}; each prepares data that its machine lacks")
-        local = {"num_cpus": len(cores()), "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-        here = {} if address else local
+        here = {} if address else {"num_cpus": len(cores()), "include_dashboard": False}
         with tempfile.TemporaryDirectory() as code:  # what workers get of the checkout, in which a key may lie
             shutil.copytree(HERE / "lab", f"{code}/lab", ignore=shutil.ignore_patterns("__pycache__"))
             for name in ("constants.py", "prepare.py"):
