@@ -78,7 +78,7 @@ class Fleet:
         if has.get(what, 0) < count:
             ray.shutdown()
             found = counted(int(has.get(what, 0)), noun)
-            raise Problem(f"--workers {count} needs {counted(count, noun)}, and there is {found}; take fewer workers")
+            raise Problem(f"--workers {count} needs {counted(count, noun)} and finds {found}; take fewer workers")
         share = 0 if self.profile == "gpu" else int(has["CPU"] // count)
         options = {"num_gpus": 1, "num_cpus": 0} if self.profile == "gpu" else {"num_cpus": share}
         kind = ray.remote(Worker).options(max_concurrency=2, **options)
