@@ -222,10 +222,9 @@ def run_night(night: Night, proposer, limits: Limits, crew, view, second_seed: b
         while True:
             reason = limits.reached(night, len(crew.running))
             if second_seed and crew.free and not reason and (night.results or crew.running):
-                second_seed = False
-                for _ in range(1 if night.results else crew.free):
-                    if night.baseline_second is None:
-                        crew.start(None, noise(night))
+                second_seed, at_once = False, 1 if night.results else crew.free
+                for _ in range(at_once if night.baseline_second is None else 0):
+                    crew.start(None, noise(night))
             proposal = proposals.take(crew.running) if crew.free and not reason else None
             if proposal:
                 crew.start(proposal, experiment(night, proposal))

@@ -96,11 +96,10 @@ class Fleet:
         for number, answer in list(answers.items()):
             try:
                 answers[number] = self.ray.get(answer, timeout=max(0.1, ends - time.monotonic()))
-            except self.ray.exceptions.GetTimeoutError:
-                del answers[number]
-                self.leave_out(number, Problem(f"no answer within {limit_s:.0f} s: no room for it, or its node hangs"))
             except self.ray.exceptions.RayError as error:
                 del answers[number]
+                if isinstance(error, self.ray.exceptions.GetTimeoutError):
+                    error = Problem(f"no answer within {limit_s:.0f} s: no room for it, or its node hangs")
                 self.leave_out(number, error)
         return answers
 
@@ -122,10 +121,16 @@ class Fleet:
         dataset = os.environ.get("AUTORESEARCH_DATASET")
         if dataset and "--dataset" not in flags:
             flags += ["--dataset", dataset if dataset in DATASETS else str(Path(dataset).expanduser().resolve())]
-        hosts = list(self.of_all("survey", *flags).values())
-        hosts = [host for host in hosts if self.stored and not difference(host, self.stored)] or hosts
-        kinds = [(host["device_name"], host["sizes"]) for host in hosts]
-        return dict(hosts[kinds.index(max(kinds, key=kinds.count))])
+        hosts = self.of_all("survey", *flags)
+        alike = [number for number, host in hosts.items() if self.stored and not difference(host, self.stored)]
+        kinds = {number: (hosts[number]["device_name"], hosts[number]["sizes"]) for number in alike or hosts}
+        number = max(kinds, key=lambda number: list(kinds.values()).count(kinds[number]))
+        try:
+            return self.ray.get(self.workers[number].hashed.remote(), timeout=START_LIMIT_S)
+        except self.ray.exceptions.RayError as error:
+            raise Problem(
+                f"worker {number} ended while it read the data: {error}; run the same command again"
+            ) from None
 
     def open(self, night: Night, *sandbox) -> None:
         """Gives the night to all workers. Its sandbox is the weakest of theirs."""
@@ -169,7 +174,6 @@ class Fleet:
 
     def go_on(self, work: Work, run: Run | None):
         """Hands out the next run of an experiment, or yields its end. What the journal knows already is not repeated."""
-        night = self.night
         try:
             if run or not work.wanted:
                 work.wanted = work.steps.send(run)
@@ -180,10 +184,10 @@ class Fleet:
             yield work.proposal, end.value
             return
         work.worker = work.worker or self.idle_worker()
-        if work.worker and work.answer is None:
+        if work.worker:
             source, seed, title, _ = work.wanted
             call = self.workers[work.worker].measure.remote
-            work.answer = call(source, seed, title, night.rivals, night.left_s(), self.cache_for(work.worker))
+            work.answer = call(source, seed, title, self.night.rivals, self.night.left_s(), self.cache_for(work.worker))
             self.lane(work).begin(title, None)
 
     def idle_worker(self) -> int | None:

@@ -142,13 +142,17 @@ class Night(Place):
             self.journal.append("proposal", number=number, **asdict(proposal), **more)
         return proposal
 
+    @property
+    def used(self) -> set[int]:
+        """The ids of the proposals that have a result or a reject."""
+        return {row["proposal"] for row in self.journal.of("result", "reject") if "proposal" in row}
+
     def unused_proposal(self, proposer: str, running: list[Proposal]) -> Proposal | None:
         """The first proposal of this proposer, or merge, with neither a result nor a reject, that does not run either.
 
         The last row of each counts.
         """
-        used = {row["proposal"] for row in self.journal.of("result", "reject") if "proposal" in row}
-        used |= {proposal.id for proposal in running}
+        used = self.used | {proposal.id for proposal in running}
         rows = {row["id"]: row for row in self.journal.of("proposal")}
         own = (row for id, row in sorted(rows.items()) if id not in used)
         return next((proposal_of(row) for row in own if row["proposer"] == proposer or row["operator"] == MERGE), None)
@@ -284,7 +288,7 @@ class Night(Place):
             self.repository.move(self.branch, keeps[-1].commit, before)
         if self.results:
             self.tidy()
-        used = {row["proposal"] for row in self.journal.of("result", "reject") if "proposal" in row}
+        used = self.used
         open_ones = {sha256(row["source"])[:16] for row in self.journal.of("proposal") if row["id"] not in used}
         for left in (*self.folder.glob("cache-*"), *self.folder.glob("arrived-*")):
             if left.name.partition("-")[2] not in open_ones:

@@ -1,7 +1,8 @@
 """The next proposal: who is asked, until one passes the screen, beside the runs; replays, and a person's own train.py.
 
 A proposer has a `name`, between_runs(number) (whether it is asked for that experiment between runs, not while one trains), `exhausted` (why
-it proposes nothing more) and propose(source, history, feedback) -> Proposal | None, which raises Rejected for what is no proposal.
+it proposes nothing more) and propose(source, history, feedback) -> Proposal | None, which raises Rejected for what is no proposal. It may
+have `max_rejects`, how many of its proposals in a row may be refused, in the place of MAX_REJECTS.
 """
 
 import math
@@ -114,8 +115,9 @@ class Proposals:
         Raises Rejected if it does not merge, or is no longer new.
         """
         night, best = self.night, self.night.incumbent
-        trained = night.known_run(sha256(proposal.source), SEED) and fingerprint(proposal.source) not in night.tried
-        stale = proposal.parent != best.number and not trained
+        stale = proposal.parent != best.number
+        if stale and night.known_run(sha256(proposal.source), SEED):
+            stale = fingerprint(proposal.source) in night.tried  # a keep that is to be merged, not one that was cut off
         if stale:
             base = night.source(night.results[proposal.parent])
             source = night.repository.merge(base, night.source(best), proposal.source)

@@ -19,7 +19,7 @@ from lab.place import Place
 from lab.records import Rivals, Run, log_tail
 from lab.run import measure_at
 from lab.sandbox import Sandbox, choose_sandbox
-from lab.start import difference, survey
+from lab.start import difference, survey, with_hashes
 from lab.text import rows_of_the_night
 
 HERE = Path(__file__).resolve().parent.parent  # Ray's copy of the checkout
@@ -68,6 +68,9 @@ class Worker:
             note = f"worker {self.number}"
             self.held.enter_context(locked(device_lock(self.host["device_id"]), f"the device {name}", note))
         return self.host
+
+    def hashed(self) -> dict:
+        return with_hashes(self.host)
 
     def open(self, settings: Settings, harness: dict[str, bytes], *sandbox) -> tuple[Sandbox | None, str]:
         """Its place in this night; the sandbox that its trial child proved, and what there is to say about it."""
