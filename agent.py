@@ -189,11 +189,11 @@ class Limits:
             )
         return f"{self.hours:g} hours are used up" if done >= 0 and self.out_of_time(night) else ""
 
-    def larger(self, night: Night) -> str:
-        """The flag that has the night go on, if it ended by one of these limits; else empty."""
+    def larger(self, night: Night) -> str | None:
+        """The flag that has the night go on, if it ended by one of these limits; else None."""
         if self.experiments is not None and len(night.results) > self.experiments:
             return f"--experiments {2 * self.experiments}"
-        return f"--hours {2 * self.hours:g}" if self.out_of_time(night) else ""
+        return f"--hours {2 * self.hours:g}" if self.out_of_time(night) else None
 
     def about_left(self, night: Night) -> int | None:
         """How many experiments may still begin, about; None without a limit."""
@@ -285,8 +285,8 @@ def make_proposer(night: Night, args, secrets: dict, replayed):
     return Tune(night.tag, night.settings.profile.sizes)
 
 
-def at_work(night: Night, args, proposer, fleet) -> tuple[str, str]:
-    """What the command asks for, with the device locked; returns why it ended, and the flag with which it would go on."""
+def at_work(night: Night, args, proposer, fleet) -> tuple[str, str | None]:
+    """What the command asks for, with the device locked; returns why it ended, and the flag with which a night goes on."""
     shown = night.keeps[-1:] if args.describe else night.results if proposer else []
     with View(night, proposer, shown, args.workers if fleet else 0) as view:
         night.say = view.say
@@ -298,7 +298,7 @@ def at_work(night: Night, args, proposer, fleet) -> tuple[str, str]:
                 else ablate(night, measured, view.say)
             )
             cache.clear(night.folder)
-            return why, ""
+            return why, None
         earlier_s = seconds_of_earlier_starts(night.journal.rows)
         experiments, hours = (None, None) if args.describe else (args.experiments, args.hours)
         limits = Limits(experiments, hours, time.perf_counter() - earlier_s, args.workers if fleet else 1)
@@ -377,7 +377,7 @@ def start_and_work(args, secrets: dict) -> None:
                 fleet.close()
             end_processes(str(folder))  # a researcher that is still thinking
     if proposer:
-        print_summary(night, why, proposer, "" if args.demo or args.describe else more)
+        print_summary(night, why, proposer, None if args.demo or args.describe else more)
     else:
         print(f"\n{why}.")
 

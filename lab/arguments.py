@@ -91,7 +91,9 @@ def parse_arguments(description_text: str) -> argparse.Namespace:
         "--dry", action="store_true", default=None, help="with --try: only screen and build it, in seconds"
     )
     more.add_argument("--kept", action="store_true", default=None, help="with --replay: only those that were kept")
-    more.add_argument("--seeds", type=positive(int), metavar="K", help=f"how many seeds --check takes ({CHECK_SEEDS})")
+    more.add_argument(
+        "--seeds", type=positive(int), metavar="K", help=f"how many seeds --check takes, 2 at least ({CHECK_SEEDS})"
+    )
     limits = parser.add_argument_group("when it ends", "without any of these: at Ctrl-C")
     limits.add_argument("--experiments", type=positive(int), metavar="N", help="after N, the baseline not counted")
     limits.add_argument("--hours", type=positive(float), metavar="H", help="before a run that would end after H hours")

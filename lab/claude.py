@@ -119,7 +119,8 @@ class Claude(Researcher):
             except LostIdea as lost:
                 self.in_a_row[model] += 1
                 reasons.append(f"{model}: {lost}")
-                self.remind(self.in_a_row[model], f"{self.in_a_row[model]} ideas lost in a row by {reasons[-1]}")
+                if len(self.models) > 1:
+                    self.remind(self.in_a_row[model], f"{self.in_a_row[model]} ideas lost in a row by {reasons[-1]}")
             else:
                 self.in_a_row[model] = 0
                 return reply

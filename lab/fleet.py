@@ -57,8 +57,6 @@ class Fleet:
             import ray
         except ImportError:
             raise Problem('--workers needs Ray; run: pip install -e ".[ray]"') from None
-        where = f"in the cluster {address}" if address else "here"
-        print(f"starting {count} workers {where}; each prepares data that its machine lacks")
         here = {} if address else {"num_cpus": len(cores()), "include_dashboard": False}
         with tempfile.TemporaryDirectory() as code:  # what workers get of the checkout, in which a key may lie
             shutil.copytree(HERE / "lab", f"{code}/lab", ignore=shutil.ignore_patterns("__pycache__"))
@@ -79,6 +77,8 @@ class Fleet:
             ray.shutdown()
             found = counted(int(has.get(what, 0)), noun)
             raise Problem(f"--workers {count} needs {counted(count, noun)} and finds {found}; take fewer workers")
+        where = f"in the cluster {address}" if address else "here"
+        print(f"starting {count} workers {where}; each prepares data that its machine lacks")
         share = 0 if self.profile == "gpu" else int(has["CPU"] // count)
         options = {"num_gpus": 1, "num_cpus": 0} if self.profile == "gpu" else {"num_cpus": share}
         kind = ray.remote(Worker).options(max_concurrency=2, **options)

@@ -2,13 +2,14 @@
 
 import ast
 import math
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 
 from lab.records import Result
 from lab.screen import fingerprint
 
-FIXED = {"micro_rows", "BLOW_UP"}  # the size of a forward pass and a guard: neither moves val_bpb
+FIXED = re.compile(r"#\s*fixed\b")  # such a comment on its line takes a number out of the search
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Move:
 @lru_cache(4096)
 def numbers_of(source: str, sizes: str) -> dict[str, Number]:
     """The numbers that serve CONFIGS[sizes], by name: plain NAME = number, tuples of them, the keywords of that entry, and the
-    defaults of class Config for those that it leaves out. A zero switches something off and is none.
+    defaults of class Config for those that it leaves out. A zero switches something off and is none, nor is one with a comment
+    `# fixed`.
     """
     plain, defaults, own = {}, {}, None
     for node in ast.parse(source).body:
@@ -55,7 +57,7 @@ def numbers_of(source: str, sizes: str) -> dict[str, Number]:
     serving = {} if own is None else defaults | own  # without an entry nobody knows which defaults count
     for name, node in (plain | serving).items():
         value = value_of(node)
-        if value and name not in FIXED and node.lineno == node.end_lineno:
+        if value and node.lineno == node.end_lineno and not FIXED.search(lines[node.lineno - 1]):
             line = lines[node.lineno - 1].encode()  # columns count bytes
             begin, end = (len(line[:column].decode()) for column in (node.col_offset, node.end_col_offset))
             text = lines[node.lineno - 1][begin:end]

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+import re
 import stat
 import threading
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from lab.records import MERGE, Proposal, Result, Rivals, Run, clean, log_tail, o
 RESULT_BYTES = 64_000  # a result.json over this is neither read nor kept
 STUCK_AFTER = 15  # experiments without a keep before a new direction is asked for
 MAX_MENDED = 2  # attempts to mend one crashed idea
+OWN_BYTES, OWN_LINES = 64_000, 6  # of a run's log, to find the lines that are train.py's own
+USUAL = re.compile(r"profile \w+, |step +\d+ |<<autoresearch|attention: ")  # lines of every run
 CRASHING_AFTER = 10  # crashes in a row before another direction is asked for
 
 
@@ -37,7 +40,7 @@ class History:
     rejects: int  # proposals for it that were refused
     results: list[Result]
     sources: dict[int, str]  # train.py of each
-    logs: dict[int, str]  # the end of the log of those that crashed
+    logs: dict[int, str]  # of the last ones: the end of the log of a crash, else what train.py printed of its own
     settings: Settings
     running: tuple[Proposal, ...] = ()  # what trains meanwhile
     noise: str = ""  # how far the baseline's two seeds lie apart
@@ -180,7 +183,6 @@ class Night(Place):
     def history(self, running: list[Proposal] = ()) -> History:
         """What the next proposal needs to know; `running` are the experiments that train meanwhile."""
         results, number = self.results, len(self.results) + len(running)
-        crashed = [result for result in results[-5:] if result.verdict.word == "crash"]
         notes, last, left = self.folder / "notes.md", results[-STUCK_AFTER:], self.about_left()
         crashing = only_crashes(results, CRASHING_AFTER)
         return History(
@@ -188,7 +190,7 @@ class Night(Place):
             rejects=sum(row["number"] == number for row in self.journal.of("reject")),
             results=list(results),
             sources={result.number: self.source(result) for result in results},
-            logs={r.number: "\n".join(log_tail(self.run_folder(r.number) / "run.log")[-20:]) for r in crashed},
+            logs={result.number: self.log_of(result) for result in results[-5:]},
             settings=self.settings,
             running=tuple(running),
             noise=self.noise_text,
@@ -198,6 +200,15 @@ class Night(Place):
             stuck=len(last) == STUCK_AFTER and not any(result.verdict.word == "keep" for result in last),
             crashing=crashing,
         )
+
+    def log_of(self, result: Result) -> str:
+        """The end of a crash's log; of another run what only it printed."""
+        log = self.run_folder(result.number) / "run.log"
+        if result.verdict.word == "crash":
+            return "\n".join(log_tail(log)[-20:])
+        lines = log_tail(log, OWN_BYTES)
+        end = max((i for i, line in enumerate(lines) if line == "---"), default=None)  # the summary of a run follows
+        return "\n".join([line for line in lines[:end] if not USUAL.match(line)][-OWN_LINES:])
 
     # --- recording
 

@@ -101,8 +101,9 @@ class Researcher:
     def propose(self, source: str, history: History, feedback: list[str]) -> Proposal | None:
         """None if the next call might cost too much. Raises Rejected for a reply that is no proposal, Problem if going on is of no use."""
         operator = self.operator(history.number)
-        lost = self.lost == history.number or len(feedback) > MAX_BOUNCES
-        if (operator == "tune" or lost) and len(feedback) <= MAX_BOUNCES + MAX_DRAWS:
+        if operator != "tune" and len(feedback) > MAX_BOUNCES and self.lost != history.number:
+            self.lose(history.number, feedback[-1])
+        if (operator == "tune" or self.lost == history.number) and len(feedback) <= MAX_BOUNCES + MAX_DRAWS:
             self.turns = []
             try:
                 return self.tune.propose(source, history, feedback)
@@ -118,8 +119,8 @@ class Researcher:
         profile = self.night.settings.profile.name
         try:
             text = self.ask(system_text(self.here, self.night.folder / "harness", profile, source), history.number)
-        except LostIdea:
-            self.turns, self.lost, self.status = [], history.number, ""
+        except LostIdea as reason:
+            self.lose(history.number, str(reason))
             raise
         if text is None:
             return None
@@ -129,6 +130,12 @@ class Researcher:
             write_atomically(self.night.folder / "notes.md", notes + "\n")
         mends = history.to_mend.number if history.to_mend else None
         return Proposal(proposal.description, proposal.hypothesis, proposal.source, operator, mends)
+
+    def lose(self, number: int, reason: str) -> None:
+        """Gives the turn of experiment `number` to the numeric search, aloud."""
+        self.turns, self.lost, self.status = [], number, ""
+        short = one_line(reason.partition("\n")[0]).rstrip(".")
+        self.night.say(f"{'':6}an idea of {self.name} is lost: {short}; the numeric search takes this turn")
 
     def open_call(self, number: int, model: str, usd: float | None = None) -> dict:
         """Journals an attempt before it is made, at the most that it may cost."""

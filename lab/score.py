@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -322,6 +323,7 @@ def main() -> None:
         if args.serve:
             from multiprocessing.connection import Connection
 
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who asks, and who then ends us
             connection = Connection(os.dup(0))
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             serve(connection)
@@ -345,6 +347,8 @@ def main() -> None:
                 score_by_hand(settings, folder, args.below, not args.no_test)
     except (Problem, ValueError) as problem:
         sys.exit(f"error: {problem}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the run's folder is as before")
 
 
 if __name__ == "__main__":

@@ -39,10 +39,13 @@ class Lane:
             expected = self.view.expected_s(phase)
             about = f" (about {expected:.0f} s)" if expected else ""
             who = "" if self.worker is None else f"worker {self.worker}: "
-            self.view.say(f"{'':6}{who}{phase}{about}: {self.title}")
+            title = f": {self.title}" if phase == "starting" else ""
+            self.view.say(f"{'':6}{who}{phase}{about}{title}")
 
     def end(self) -> None:
         self.active = False
+        if self.view.live:
+            self.view.live.refresh()  # else what is printed next draws its last frame once more
 
     @property
     def text(self) -> str:
@@ -142,13 +145,13 @@ class View:
                 who = f"{len(self.night.results):4d}" if lane.worker is None else f"{'w':>3}{lane.worker}"
                 lines.append([who, lane.text, f"{time.perf_counter() - lane.since:.0f} s", lane.title])
         if lines and isinstance(self.proposer, Researcher):
-            money = f", ${self.proposer.spent_usd:.2f}" if self.proposer.spent_usd else ""
-            lines[-1].insert(2, f"{self.proposer.status or 'next proposal ready'}{money}")
+            money = f"${self.proposer.spent_usd:.2f}" if self.proposer.spent_usd else ""
+            lines[-1][3:3] = filter(None, (self.proposer.status, money))
         return Text("\n".join("  ".join(line)[: self.console.width - 1] for line in lines), style="cyan")
 
 
-def print_summary(night: Night, why: str, proposer, more: str) -> None:
-    """Best, gain, verdicts, where things are, and the next commands. more: the limit that the night reached, doubled."""
+def print_summary(night: Night, why: str, proposer, more: str | None) -> None:
+    """Best, gain, verdicts, where things are, and the next commands. more: the flags with which it goes on; None if it does not."""
     results, best, tag, rows = night.results, night.incumbent, night.tag, night.journal.rows
     print(f"\n{why}.")
     if not best:
@@ -161,6 +164,9 @@ def print_summary(night: Night, why: str, proposer, more: str) -> None:
         print(night.noise_text)
     counts = verdict_counts(results[1:])
     print(f"{counted(len(results) - 1, 'experiment')}: " + ", ".join(f"{n} {word}" for word, n in counts.items()))
+    refused = sum(row["proposer"] == proposer.name for row in night.journal.of("reject"))
+    if refused:
+        print(f"{counted(refused, 'proposal')} could not be run; the journal says why")
     runs = night_runs(rows)
     training, idle = (
         sum(r.metrics.get("training_seconds") or 0.0 for r in runs),
@@ -199,7 +205,8 @@ def print_summary(night: Night, why: str, proposer, more: str) -> None:
             print(f"put back   git checkout autoresearch/{tag} -- train.py")
     elif best.number:
         print(f"take home  git checkout autoresearch/{tag} -- train.py")
-    if more:
-        print(f"go on      python agent.py --tag {tag} {more}")
+    if more is not None:
+        again = "--command '...'" if proposer.name == "command" else ""  # which the journal does not hold
+        print("go on      " + " ".join(filter(None, ("python agent.py --tag", tag, again, more))))
     if best.number:
         print(f"is it so?  python agent.py --check {tag}")

@@ -26,6 +26,8 @@ if worker and hasattr(
 for name in list(os.environ):
     if name.startswith(("AUTORESEARCH_", "ANTHROPIC_", "HF_")):
         del os.environ[name]
+sys.dont_write_bytecode = False  # else each of some 400 starts of the program would compile it anew
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 import constants  # noqa: E402 (after the path)
@@ -134,8 +136,9 @@ class Checkout:
 def make_checkout(folder: Path, cache: Path, stub: bool) -> Checkout:
     folder.mkdir()
     for name in ("constants.py", "prepare.py", "train.py", "agent.py", "program.md", ".gitignore"):
-        shutil.copy(ROOT / name, folder)
-    shutil.copytree(ROOT / "lab", folder / "lab", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy2(ROOT / name, folder)
+    for name in ("lab", "__pycache__"):  # with the times of the files, by which what is compiled is known
+        shutil.copytree(ROOT / name, folder / name)
     if stub:
         shutil.copy(ROOT / "tests" / "stub_score.py", folder / "lab" / "score.py")
         shutil.copy(ROOT / "tests" / "stub_prepare.py", folder / "prepare.py")

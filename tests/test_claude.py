@@ -213,11 +213,13 @@ def test_an_unknown_model_is_found_before_the_baseline_unless_another_server_ans
             claude.preflight()
 
 
-@pytest.mark.parametrize("place", ["http://127.0.0.1:9", "nonsense"])
-def test_a_server_that_does_not_answer_is_named_before_the_baseline(checkout, place):
-    output = checkout.agent(*NIGHT, expect=1, ANTHROPIC_BASE_URL=place)
+def test_a_server_that_does_not_answer_is_named_before_the_baseline(checkout, monkeypatch):
+    output = checkout.agent(*NIGHT, expect=1, ANTHROPIC_BASE_URL="http://127.0.0.1:9")
     assert "cannot be reached" in output and "ANTHROPIC_BASE_URL" in output and "Traceback" not in output
     assert not (checkout.folder / "runs" / "t").exists()
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", "nonsense")
+    with pytest.raises(Problem, match="cannot be reached"):
+        Claude(open_here(checkout), ROOT, {"api_key": "k"}, MODEL, None)
 
 
 @pytest.mark.parametrize(
@@ -248,11 +250,12 @@ def test_a_model_that_refuses_for_ever_does_not_end_a_night(checkout, night, cap
     reason, server, here = night([("refusal", "")], 6)
     assert reason == "all 6 experiments are done" and len(server.requests) == 6
     assert {result.operator for result in here.results[1:]} == {"tune"}
-    (line,) = [line for line in capsys.readouterr().out.split("\n") if "lost" in line]
-    assert line == "3 ideas lost in a row by claude-opus-5-5: no whole reply: refusal"
+    lines = [line for line in capsys.readouterr().out.split("\n") if "lost" in line]
+    why = "no whole reply: refusal; the numeric search takes this turn"
+    assert lines == [f"      an idea of claude is lost: claude-opus-5-5: {why}"] * 6
 
 
-def test_the_next_model_takes_an_idea_that_the_first_one_loses(checkout, night):
+def test_the_next_model_takes_an_idea_that_the_first_one_loses(checkout, night, capsys):
     """After three in a row it is asked first; the pace of the night stays what it was."""
     ideas = numbered()
     script = [lambda body: ("refusal", "") if body["model"] == "claude-a" else ideas(body)]
@@ -260,6 +263,8 @@ def test_the_next_model_takes_an_idea_that_the_first_one_loses(checkout, night):
     assert [result.description for result in here.results[1:]] == [f"idea {n}" for n in range(6)]
     assert [body["model"][-1] for body in server.requests] == list("ababab" + "bbb")
     assert not rows_of(checkout, "reject")
+    lines = [line for line in capsys.readouterr().out.split("\n") if "lost" in line]
+    assert lines == ["3 ideas lost in a row by claude-a: no whole reply: refusal"]
 
 
 @pytest.mark.parametrize("answer", [("cut", add("idea", 1)), ("error event", ""), ("status", (529, [], "overloaded"))])
@@ -460,9 +465,11 @@ def test_interrupted_while_thinking_the_call_stands_at_its_worst_case(checkout):
 
 
 @pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "socks4://127.0.0.1:9", "foo://x"])
-def test_a_proxy_of_an_unknown_kind_is_one_clear_line(checkout, proxy):
+def test_a_proxy_of_an_unknown_kind_is_one_clear_line(checkout, proxy, monkeypatch):
     if proxy.startswith("socks5") and find_spec("socksio"):
         pytest.skip("socksio is installed: a SOCKS proxy is none of an unknown kind")
-    output = checkout.agent(*NIGHT, expect=1, ALL_PROXY=proxy, ANTHROPIC_API_KEY="k")
-    assert "the proxy that the environment names cannot be used" in output and "pip install 'httpx2[socks]'" in output
-    assert "Traceback" not in output and not (checkout.folder / "runs" / "t").exists()
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with pytest.raises(
+        Problem, match=r"the proxy that the environment names cannot be used [^\0]*pip install 'httpx2\[socks\]'"
+    ):
+        Claude(open_here(checkout), ROOT, {"api_key": "k"}, MODEL, None)

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -14,6 +15,7 @@ import lab.command
 import lab.researcher
 from constants import Problem
 from lab.command import Command
+from lab.view import View, print_summary
 
 NIGHT = ("--tag", "t", "--profile", "cpu", "--no-confirm")
 
@@ -106,19 +108,24 @@ def test_one_that_never_replied_is_no_outage(program, monkeypatch):
     )
 
 
-def test_one_that_fails_for_ever_loses_its_turns_to_the_numeric_search(program, monkeypatch):
+def test_one_that_fails_for_ever_loses_its_turns_to_the_numeric_search(program, monkeypatch, capsys):
     monkeypatch.setattr(lab.researcher, "PATIENCE_S", 0.01)
     reason, here = program(f"if n:\n    sys.exit(3)\nprint({add('idea', 1)!r})", 2)
     assert reason == "all 2 experiments are done"
     assert [result.operator for result in here.results[1:]] == ["improve", "tune"]
+    assert capsys.readouterr().out.count("an idea of command is lost: exit status 3") == 1
 
 
-def test_output_without_end_is_cut_and_ended(checkout, program):
-    """The numeric search takes the turn of a researcher that has nothing to say."""
+def test_output_without_end_is_cut_and_ended(checkout, program, capsys):
+    """The numeric search takes the turn of a researcher that has nothing to say, and the terminal says so."""
     start = time.monotonic()
     reason, here = program("while True:\n    print('blah ' * 1000)")
     assert reason == "the one experiment is done" and here.results[1].operator == "tune"
     assert time.monotonic() - start < 30 and len(rows_of(checkout, "reject")) == 4
+    line = "an idea of command is lost: the reply has no SEARCH/REPLACE block; the numeric search takes this turn"
+    assert capsys.readouterr().out.count(line) == 1
+    print_summary(here, reason, SimpleNamespace(name="command"), None)
+    assert "4 proposals could not be run; the journal says why\n" in capsys.readouterr().out
 
 
 def test_what_it_leaves_behind_is_ended(program, tmp_path):
@@ -155,7 +162,8 @@ def test_by_the_command_line_only_its_first_word_is_stored(checkout, tmp_path):
     assert "canary" not in journal and rows_of(checkout, "night")[0]["arguments"]["command"] == sys.executable
     output = checkout.agent("--tag", "t", "--experiments", "2", expect=1)
     assert "say it again, --command" in output
-    checkout.agent("--tag", "t", "--command", command, "--experiments", "3")
+    output = checkout.agent("--tag", "t", "--command", command, "--experiments", "3")
+    assert "go on      python agent.py --tag t --command '...' --experiments 6\n" in output
     assert len(check_agreement(checkout)) == 4
 
 
@@ -174,6 +182,16 @@ def test_it_ends_with_the_agent(checkout, tmp_path, how):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert "Traceback" not in output
+
+
+def test_the_live_view_says_what_it_does_before_the_description(checkout):
+    night = open_here(checkout)
+    command = Command(night, checkout.folder, "python3 x", {})
+    view = View(night, command, [])
+    view.lanes[0].begin("wider", None)
+    assert view.render().plain == "   0  starting  0 s  wider"
+    command.status = "thinking"
+    assert view.render().plain == "   0  starting  0 s  thinking  wider"
 
 
 def test_a_model_that_takes_the_card_or_the_cores_is_asked_between_runs(checkout, tmp_path, monkeypatch):

@@ -290,6 +290,17 @@ def test_the_live_view_has_a_line_for_each_worker_at_work(checkout):
     assert "\n" not in view.render().plain
 
 
+def test_an_ended_run_is_not_drawn_again(checkout, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with View(open_here(checkout), None, []) as view:
+        view.lanes[0].begin("wider", None)
+        view.live.refresh()
+        view.lanes[0].end()
+        view.say("done")
+    before, after = capsys.readouterr().out.split("done")
+    assert "wider" in before and "wider" not in after
+
+
 def test_files_of_a_run_travel_and_links_do_not(tmp_path):
     (tmp_path / "run" / "out").mkdir(parents=True)
     (tmp_path / "run" / "out" / "model.pt").write_bytes(b"weights")

@@ -300,20 +300,19 @@ def test_what_changed_since_the_night_began_refuses_to_resume(checkout):
     checkout.agent("--tag", "t", "--experiments", "2")
 
 
-@pytest.mark.parametrize(
-    "name", ["runs/t/harness/night.json", "runs/t/harness/score.py", "cache/cpu-sotu/val.bin", "runs as a file"]
-)
-def test_what_is_gone_or_not_to_be_written_is_one_clear_line(checkout, name):
-    if name == "runs as a file":
-        (checkout.folder / "runs").write_text("")
-        output = checkout.agent(*NIGHT, expect=1)
-        assert "have to be folders that you may write to" in output and "Traceback" not in output
-        return
+def test_what_is_gone_or_not_to_be_written_is_one_clear_line(checkout):
+    (checkout.folder / "runs").write_text("")
+    output = checkout.agent(*NIGHT, expect=1)
+    assert "have to be folders that you may write to" in output and "Traceback" not in output
+    (checkout.folder / "runs").unlink()
     checkout.agent(*NIGHT, "--experiments", "1")
-    path = checkout.folder / name if name.startswith("runs") else checkout.folder.parent / name
-    path.unlink()
-    output = checkout.agent("--tag", "t", "--experiments", "2", expect=1)
-    assert f"{path.name} is gone; restore it" in output and "Traceback" not in output
+    harness, data = checkout.folder / "runs" / "t" / "harness", checkout.cache / "cpu-sotu"
+    for path in (harness / "night.json", harness / "score.py", data / "val.bin"):
+        path.rename(path.with_suffix(".away"))
+        output = checkout.agent("--tag", "t", "--experiments", "2", expect=1)
+        assert f"{path.name} is gone; restore it" in output and "Traceback" not in output
+        path.with_suffix(".away").rename(path)
+    checkout.agent("--tag", "t", "--experiments", "2")
 
 
 def test_the_clock_of_the_machine_may_jump():

@@ -65,6 +65,7 @@ def test_interrupted_in_each_state(checkout, state, number):
     output, _ = process.communicate(timeout=20)
     assert process.returncode == 0 and time.monotonic() - start < 5 and "Traceback" not in output
     assert len(rows_of(checkout, "result")) == (1 if state == "recording" else 0)
+    assert ("go on      python agent.py --tag t\n" in output) == (state == "recording")  # it has a baseline
     assert "the same command goes on" in output and not list(checkout.folder.rglob("*.lock"))
     (checkout.folder / "prepare.py").write_text(stub)
     (checkout.folder / "lab" / "score.py").write_text(scorer)
@@ -86,25 +87,25 @@ def test_a_second_interrupt_stops_at_once(checkout):
 # --- crashes
 
 
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        ("raise RuntimeError('CUDA out of memory. Tried to allocate 20 GiB')", "out of memory"),
-        ("import os; os.kill(os.getpid(), 11)", "SIGSEGV"),
-        ("raise SystemExit(0)", "without a call of run.finish"),
-        ("raise KeyError('x')", "KeyError"),
-        ("raise SystemExit('loss nan at step 3: the run diverged')", "loss nan"),
-    ],
-)
-def test_a_crash_is_recorded_with_its_class_and_never_kept(checkout, line, reason):
+CRASHES = {
+    "raise RuntimeError('CUDA out of memory. Tried to allocate 20 GiB')": "out of memory",
+    "import os; os.kill(os.getpid(), 11)": "SIGSEGV",
+    "raise SystemExit(0)": "without a call of run.finish",
+    "raise KeyError('x')": "KeyError",
+    "raise SystemExit('loss nan at step 3: the run diverged')": "loss nan",
+}
+
+
+def test_a_crash_is_recorded_with_its_class_and_never_kept(checkout):
     checkout.drop_screen()
-    checkout.agent(*NIGHT, "--experiments", "1")
-    source = STUB.replace("    steps = 0\n", f"    steps = 0\n    {line}\n").replace("lr=0.4", "lr=0.1")
-    (checkout.folder / "train.py").write_text(source)
-    output = checkout.agent("--tag", "t", "--try", "crashes")
-    row = check_agreement(checkout)[-1]
-    assert row["verdict"] == "crash" and reason in row["reason"] and row["val_bpb"] is None
-    assert "crash" in output
+    for line, reason in CRASHES.items():
+        source = STUB.replace("    steps = 0\n", f"    steps = 0\n    {line}\n").replace("lr=0.4", "lr=0.1")
+        (checkout.folder / "train.py").write_text(source)
+        output = checkout.agent("--tag", "t", "--profile", "cpu", "--no-confirm", "--try", "crashes")
+        row = check_agreement(checkout)[-1]
+        assert row["verdict"] == "crash" and reason in row["reason"] and row["val_bpb"] is None
+        assert "crash" in output
+    assert len(check_agreement(checkout)) == 1 + len(CRASHES)
 
 
 def test_what_the_compiler_wraps_is_named(tmp_path):

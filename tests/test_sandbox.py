@@ -72,16 +72,14 @@ def short_overrun(checkout) -> None:
 
 
 def attempt(checkout, code: str, *flags, **environment):
-    """Runs `code` as the second experiment of a night, in train.py's main; returns (journal row, what it put in `found`)."""
-    if not (checkout.folder / "runs" / "t" / "journal.jsonl").exists():
-        checkout.agent(*NIGHT, "--experiments", "1", *flags, **environment)
+    """Runs `code` as an experiment, in train.py's main; returns (journal row, what it put in `found`)."""
     lines = (
         "import json, os, socket, subprocess, sys, time\nfound = []\n" + code + "\nprint('FOUND', json.dumps(found))"
     )
     block = "".join(f"    {line}\n" for line in lines.splitlines())
     hostile = STUB.replace("lr=0.4", "lr=0.1").replace("    steps = 0\n", f"{block}    steps = 0\n")
     (checkout.folder / "train.py").write_text(hostile)
-    checkout.agent("--tag", "t", "--try", "hostile", *flags, **environment)
+    checkout.agent("--tag", "t", "--profile", "cpu", "--no-confirm", "--try", "hostile", *flags, **environment)
     row = rows_of(checkout, "result")[-1]
     log = (checkout.folder / "runs" / "t" / f"{row['number']:04d}" / "run.log").read_text()
     said = [line for line in log.splitlines() if line.startswith("FOUND ")]
@@ -267,7 +265,7 @@ assert os.read(reading, 4) == b"stub"
     row, found = attempt(scattered, code)
     after = (scattered.cache / "cpu-sotu" / "train.bin").read_bytes()
     assert found == [] and row["verdict"] == "keep" and before in (None, after)
-    assert scattered.agent("--tag", "t", "--experiments", "3")  # nothing that the night checks has changed
+    assert scattered.agent(*NIGHT, "--experiments", "3")  # nothing that the night checks has changed
 
 
 FORGED = """
@@ -289,12 +287,11 @@ def test_attack_a_mark_that_is_early_or_forged_starts_the_clock_of_the_agent(che
     """It brings the text sooner, and the end with it."""
     checkout.drop_screen()
     short_overrun(checkout)
-    checkout.agent(*NIGHT, "--experiments", "1", "--budget", "1")
     early = "".join(f"    {line}\n" for line in (FORGED + after).splitlines())
     line = "    clock = run.start_clock(model)\n"
     source = STUB.replace("lr=0.4", "lr=0.1").replace(line, early + line)
     (checkout.folder / "train.py").write_text(source)
-    checkout.agent("--tag", "t", "--try", "forged")
+    checkout.agent("--tag", "t", "--profile", "cpu", "--no-confirm", "--budget", "1", "--try", "forged")
     row = rows_of(checkout, "result")[-1]
     assert row["verdict"] == verdict and said in row["reason"], row["reason"]
 
@@ -350,6 +347,7 @@ def test_attack_what_was_learnt_does_not_travel_in_the_compile_cache(checkout):
         train.read_text().replace("    return dict(", "    open('/cache/kernel', 'w').close()\n    return dict(")
     )
     compiled = {"STUB_COMPILER": "1"}
+    checkout.agent(*NIGHT, "--experiments", "1", "--budget", "60", **compiled)
     code = "open('/cache/learnt', 'w').close()"  # after the clock started
     row, _ = attempt(checkout, code, "--budget", "60", **compiled)
     assert row["verdict"] == "keep"
@@ -618,12 +616,11 @@ def left_over(mark: str) -> list[int]:
 @pytest.mark.parametrize("fate", ["ends", "hangs"])
 def test_what_daemonises_or_hangs_is_dead_before_the_next_run(scattered, tier, fate):
     """Three double forks, their own sessions; a child that hangs and ignores SIGTERM is killed at the limit."""
-    flags = enter(scattered, tier)
+    flags = (*enter(scattered, tier), "--budget", "1")
     short_overrun(scattered)
     code = DAEMON + (
         "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)" if fate == "hangs" else ""
     )
-    scattered.agent(*NIGHT, "--experiments", "1", "--budget", "1", *flags)
     start = time.monotonic()
     row, _ = attempt(scattered, code, *flags)
     assert row["sandbox"] == tier and time.monotonic() - start < 30
@@ -675,23 +672,23 @@ def test_without_bubblewrap_the_night_stops_and_names_both_ways_on(scattered):
     assert "warning: no sandbox: train.py will run as you" in output and "keep" in output
 
 
-@pytest.mark.parametrize(
-    ("said", "told"),
-    [
-        ("bwrap: setting up uid map: Permission denied", "AppArmor"),
-        ("bwrap: No permissions to create new namespace", "user namespaces are refused"),
-        ("bwrap: Creating new namespace failed: Operation not permitted", "rent a virtual machine"),
-        ("RuntimeError: CUDA error: no device", "AUTORESEARCH_SHOW"),
-    ],
-)
-def test_the_refusal_tells_its_cases_apart(scattered, said, told):
+REFUSALS = {
+    "bwrap: setting up uid map: Permission denied": "AppArmor",
+    "bwrap: No permissions to create new namespace": "user namespaces are refused",
+    "bwrap: Creating new namespace failed: Operation not permitted": "rent a virtual machine",
+    "RuntimeError: CUDA error: no device": "AUTORESEARCH_SHOW",
+}
+
+
+def test_the_refusal_tells_its_cases_apart(scattered):
     tools = scattered.cache.parent / "bin"
     tools.mkdir()
-    (tools / "bwrap").write_text(f"#!/bin/sh\necho '{said}'\nexit 1\n")
-    (tools / "bwrap").chmod(0o755)
     scattered.agent(*NIGHT, "--experiments", "1")
-    output = scattered.agent("--tag", "t", "--try", "x", expect=1, PATH=f"{tools}:{os.environ['PATH']}")
-    assert told in output and said in output and "--no-sandbox" in output
+    for message, advice in REFUSALS.items():
+        (tools / "bwrap").write_text(f"#!/bin/sh\necho '{message}'\nexit 1\n")
+        (tools / "bwrap").chmod(0o755)
+        output = scattered.agent("--tag", "t", "--try", "x", expect=1, PATH=f"{tools}:{os.environ['PATH']}")
+        assert advice in output and message in output and "--no-sandbox" in output
 
 
 def test_a_sandbox_that_hides_nothing_is_not_taken_for_one(scattered):

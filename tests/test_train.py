@@ -611,21 +611,16 @@ def test_a_loss_that_is_no_number_ends_the_run_at_once(real_checkout):
     assert status == 1 and "loss nan at step 1" in output
 
 
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        (
-            {"AUTORESEARCH_CACHE": "/nowhere"},
-            "no prepared data in /nowhere for profile cpu, dataset sotu; run: python prepare.py --profile cpu",
-        ),
-        ({"AUTORESEARCH_TIME_BUDGET": "soon"}, "takes seconds"),
-        ({"AUTORESEARCH_PROFILE": "gpu", "CUDA_VISIBLE_DEVICES": ""}, "error: profile gpu: torch"),
-    ],
-)
-def test_what_is_missing_is_one_clear_line(real_checkout, environment, message):
-    process = real_checkout.start(script="train.py", **environment)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1 and message in output and "Traceback" not in output
+def test_what_is_missing_is_one_clear_line(real_checkout, monkeypatch):
+    status, output = by_hand(real_checkout, 3, AUTORESEARCH_PROFILE="gpu", CUDA_VISIBLE_DEVICES="")
+    assert status == 1 and "error: profile gpu: torch" in output and "Traceback" not in output
+    monkeypatch.setenv("AUTORESEARCH_CACHE", "/nowhere")
+    message = "no prepared data in /nowhere for profile cpu, dataset sotu; run: python prepare.py --profile cpu"
+    with pytest.raises(constants.Problem, match=message):
+        prepare.settings_by_hand("cpu", "sotu")
+    monkeypatch.setenv("AUTORESEARCH_TIME_BUDGET", "soon")
+    with pytest.raises(constants.Problem, match="takes seconds"):
+        prepare.settings_by_hand("cpu", "sotu")
 
 
 @pytest.mark.gpu
