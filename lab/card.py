@@ -31,6 +31,7 @@ def ask_card(query: str) -> list[list[float | str | None]]:
         return []
     except subprocess.TimeoutExpired:
         process.kill()  # and not waited for: one that hangs in the driver does not go
+        process.stdout.close()
         return []
     lines = [line.split(", ") for line in output.splitlines() if line.strip()]
     return [list(map(field_of, line)) for line in lines] if process.returncode == 0 else []
