@@ -9,7 +9,7 @@ from functools import lru_cache
 from lab.records import Result
 from lab.screen import fingerprint
 
-FIXED = re.compile(r"#\s*fixed\b")  # such a comment on its line takes a number out of the search
+FIXED = re.compile(r"#\s*fixed\b", re.IGNORECASE)  # such a comment on its line takes a number out of the search
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,8 @@ class Proposals:
                 self.made = propose(self.night, self.proposer, history, feedback)
             except BaseException as error:
                 self.error = error
+                if isinstance(error, Problem) and running:
+                    self.night.say(f"{'':6}nothing more is proposed: {error}; what runs now is finished first")
 
         self.made, self.feedback = None, []
         self.thread = threading.Thread(target=body, daemon=True)

@@ -68,6 +68,10 @@ def replaced(source: str, search: str, replacement: str, number: int) -> str:
     return text.replace(f"\n{search}", f"\n{replacement}", 1)[1:]
 
 
+def first_line(text: str) -> str:
+    return one_line(text.partition("\n")[0]).rstrip(".:;")
+
+
 # ---------------------------------------------------------------------------
 # Who is asked, and what for
 
@@ -110,6 +114,7 @@ class Researcher:
             except Problem:  # it has no numbers any more
                 operator = "improve"
         if feedback and self.turns and (self.source, self.number) == (source, history.number):
+            self.night.say(f"{'':6}a reply of {self.name} cannot be run, it is asked again: {first_line(feedback[-1])}")
             objection = f"That cannot be run: {feedback[-1]}\n\nThe whole reply again, mended."
             self.turns.append({"role": "user", "content": objection})
         else:
@@ -134,8 +139,9 @@ class Researcher:
     def lose(self, number: int, reason: str) -> None:
         """Gives the turn of experiment `number` to the numeric search, aloud."""
         self.turns, self.lost, self.status = [], number, ""
-        short = one_line(reason.partition("\n")[0]).rstrip(".")
-        self.night.say(f"{'':6}an idea of {self.name} is lost: {short}; the numeric search takes this turn")
+        self.night.say(
+            f"{'':6}an idea of {self.name} is lost: {first_line(reason)}; the numeric search takes this turn"
+        )
 
     def open_call(self, number: int, model: str, usd: float | None = None) -> dict:
         """Journals an attempt before it is made, at the most that it may cost."""

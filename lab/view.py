@@ -89,10 +89,13 @@ class View:
         if self.live:
             self.live.stop()
 
-    def say(self, line: str, style: str = "") -> None:
+    def say(self, line: str, style: str = "", wrap: bool = False) -> None:
+        """One line, cut at the terminal's width, or as many as it takes."""
         from rich.text import Text
 
-        self.console.print(Text(line, style=style), no_wrap=True, overflow="ellipsis", crop=True)
+        self.console.print(
+            Text(line, style=style), no_wrap=not wrap, overflow="fold" if wrap else "ellipsis", crop=True
+        )
 
     def expected_s(self, phase: str) -> float | None:
         """How long a phase will take, by the last run that counted; None for the first."""
@@ -124,9 +127,11 @@ class View:
                 if word == "keep" and self.night.noise
                 else ""
             )
-            self.say(f"{'':6}{one_line(result.verdict.reason)}{apart}", STYLES[word])
+            self.say(f"{'':6}{one_line(result.verdict.reason)}{apart}", STYLES[word], wrap=True)
         if other and self.proposer and self.proposer.name == "try":
-            self.say(f"{'':6}{beside_text(result.run, other, self.night.settings.budget_s)}")
+            self.say(f"{'':6}{beside_text(result.run, other, self.night.settings.budget_s)}", wrap=True)
+            for line in self.night.log_of(result).splitlines():
+                self.say(f"{'':6}it printed: {line}", wrap=True)
         if result.number == 0 and word == "keep":
             metrics = result.run.metrics
             self.say(f"{'':6}{speed_text(self.night.settings, metrics)}")
@@ -147,7 +152,8 @@ class View:
         if lines and isinstance(self.proposer, Researcher):
             money = f"${self.proposer.spent_usd:.2f}" if self.proposer.spent_usd else ""
             lines[-1][3:3] = filter(None, (self.proposer.status, money))
-        return Text("\n".join("  ".join(line)[: self.console.width - 1] for line in lines), style="cyan")
+        width = self.console.width - 3  # room for ^C, which would push the line where nobody erases it
+        return Text("\n".join("  ".join(line)[:width] for line in lines), style="cyan")
 
 
 def print_summary(night: Night, why: str, proposer, more: str | None) -> None:
@@ -206,7 +212,9 @@ def print_summary(night: Night, why: str, proposer, more: str | None) -> None:
     elif best.number:
         print(f"take home  git checkout autoresearch/{tag} -- train.py")
     if more is not None:
-        again = "--command '...'" if proposer.name == "command" else ""  # which the journal does not hold
-        print("go on      " + " ".join(filter(None, ("python agent.py --tag", tag, again, more))))
+        again = f"python agent.py --tag {tag}"
+        if proposer.name == "command":  # which the journal does not hold: there may be a key in it
+            again = "the same command, with" if more else "the same command"
+        print(f"go on      {again} {more}".rstrip())
     if best.number:
         print(f"is it so?  python agent.py --check {tag}")

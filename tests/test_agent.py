@@ -322,11 +322,13 @@ def test_a_rehearsal_says_in_seconds_whether_it_would_run_and_records_nothing(ch
 
 
 def test_a_try_says_why_and_how_its_run_went_beside_the_incumbents(checkout):
-    (checkout.folder / "train.py").write_text(STUB.replace("lr=0.4", "lr=0.2"))
+    talks = STUB.replace("lr=0.4", "lr=0.2").replace("    steps = 0\n", "    steps = 0\n    print('counted 7')\n")
+    (checkout.folder / "train.py").write_text(talks)
     output = checkout.agent("--profile", "cpu", "--no-confirm", "--try", "lower rate", "--because", "it overshoots")
     assert rows_of(checkout, "result", "try")[1]["hypothesis"] == "it overshoots"
     assert "it overshoots" in checkout.git("log", "-1", "--format=%B", "refs/autoresearch/try/0001")
     assert "Its run beside the incumbent's: tokens +0 %; loss after 25% of the time" in output
+    assert output.count("it printed: ") == 1 and "it printed: counted 7\n" in output
 
 
 def test_tries_replays_and_demos_are_nights_of_their_own(checkout):

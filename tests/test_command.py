@@ -63,10 +63,12 @@ def test_its_reply_is_run_and_it_is_asked_for_the_next_meanwhile(checkout, progr
     assert {row["model"] for row in rows_of(checkout, "call")} == {"python" + sys.executable.rpartition("python")[2]}
 
 
-def test_a_reply_that_cannot_be_run_is_sent_back_with_the_objection(checkout, program, tmp_path):
+def test_a_reply_that_cannot_be_run_is_sent_back_with_the_objection(checkout, program, tmp_path, capsys):
     good, bad = add("idea", 1), reply("bad", ("nothing like it", "x"))
     _, here = program(f"print({good!r} if n else {bad!r})")
     assert here.results[1].description == "idea 1"
+    line = "a reply of command cannot be run, it is asked again: block 1: its SEARCH lines match 0 times"
+    assert capsys.readouterr().out.count(line) == 1
     prompt = (tmp_path / "prompt1").read_text()
     assert prompt.index("nothing like it") < prompt.index("That cannot be run: block 1: its SEARCH lines match 0 times")
 
@@ -100,12 +102,14 @@ def test_a_failure_is_waited_out_aloud(checkout, program, monkeypatch, capsys, t
     assert capsys.readouterr().out.count(f"waiting for command: {said}") == 1
 
 
-def test_one_that_never_replied_is_no_outage(program, monkeypatch):
+def test_one_that_never_replied_is_no_outage(program, monkeypatch, capsys):
+    """Nor is it kept quiet until what runs has ended."""
     monkeypatch.setattr(lab.researcher, "PATIENCE_S", 0.05)
     problem, here = program("sys.exit('no such model: --key sk-canary')")
     assert (
         isinstance(problem, Problem) and "failed 3 times and never replied" in str(problem) and len(here.results) == 1
     )
+    assert f"nothing more is proposed: {problem}; what runs now is finished first" in capsys.readouterr().out
 
 
 def test_one_that_fails_for_ever_loses_its_turns_to_the_numeric_search(program, monkeypatch, capsys):
@@ -163,7 +167,7 @@ def test_by_the_command_line_only_its_first_word_is_stored(checkout, tmp_path):
     output = checkout.agent("--tag", "t", "--experiments", "2", expect=1)
     assert "say it again, --command" in output
     output = checkout.agent("--tag", "t", "--command", command, "--experiments", "3")
-    assert "go on      python agent.py --tag t --command '...' --experiments 6\n" in output
+    assert "go on      the same command, with --experiments 6\n" in output
     assert len(check_agreement(checkout)) == 4
 
 

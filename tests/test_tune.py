@@ -39,7 +39,7 @@ def test_the_numbers_are_those_that_serve_the_profile():
 def test_numbers_are_replaced_where_they_stand():
     source = (
         'A, B = (1, 0.5), 1e-10  # é\nCONFIGS = {"cpu": dict(π=3, lr=0.4, size=2**16), "gpu": dict(lr=9)}\nX = "7"\n'
-        "ROWS = 10**6  # fixed: room\n"
+        "ROWS = 10**6  # Fixed: room\n"
     )
     assert values_of(source) == {"A[0]": 1, "A[1]": 0.5, "B": 1e-10, "π": 3, "lr": 0.4, "size": 65536}
     new = with_values(source, "cpu", {"A[1]": "0.25", "B": "2e-10", "lr": "0.3", "size": "2**17"})
