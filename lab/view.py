@@ -90,7 +90,7 @@ class View:
             self.live.stop()
 
     def say(self, line: str, style: str = "", wrap: bool = False) -> None:
-        """One line, cut at the terminal's width, or as many as it takes."""
+        """Prints a line, cut at the terminal's width unless it may wrap."""
         from rich.text import Text
 
         self.console.print(

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from functools import partial
 from importlib.util import find_spec
@@ -50,7 +51,8 @@ class Several(Alone):
 
     def wait(self):
         self.calls += 1
-        if self.free and self.calls < 20:  # another may still begin
+        being_made = any("(body)" in thread.name for thread in threading.enumerate())  # of Proposals.begin()
+        if self.free and (being_made or self.calls < 20):  # another may still begin
             time.sleep(0.005)
             return
         self.calls = 0
