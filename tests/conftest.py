@@ -137,11 +137,9 @@ def make_checkout(folder: Path, cache: Path, stub: bool) -> Checkout:
     folder.mkdir()
     for name in ("constants.py", "prepare.py", "train.py", "agent.py", "program.md", ".gitignore"):
         shutil.copy2(ROOT / name, folder)
-    for place in (
-        ROOT / "lab",
-        *ROOT.glob("__pycache__"),
-    ):  # with the times of the files, by which what is compiled is known
-        shutil.copytree(place, folder / place.name, ignore=shutil.ignore_patterns("*.pyc.*"))  # being written
+    # The times of the files are kept, by which Python knows what it has compiled; *.pyc.* are being written.
+    for place in (ROOT / "lab", *ROOT.glob("__pycache__")):
+        shutil.copytree(place, folder / place.name, ignore=shutil.ignore_patterns("*.pyc.*"))
     if stub:
         shutil.copy(ROOT / "tests" / "stub_score.py", folder / "lab" / "score.py")
         shutil.copy(ROOT / "tests" / "stub_prepare.py", folder / "prepare.py")
