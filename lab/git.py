@@ -79,7 +79,7 @@ class Repository:
                 blob = self.git("hash-object", "-w", "--no-filters", "--stdin", data=text.encode())
                 self.git("update-index", "--add", "--cacheinfo", f"100644,{blob},{self.prefix}{name}", **index)
             tree = self.git("write-tree", **index)
-        return self.git("commit-tree", tree, "-p", parent, "-m", message, **OURS)
+        return self.git("commit-tree", tree, "-p", parent, "-F", "-", data=message.encode(errors="replace"), **OURS)
 
     def move(self, ref: str, new: str, old: str | None) -> None:
         """Moves a ref by compare-and-swap; old None means that it must not exist yet. Raises Problem."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from constants import SEED, Problem
 from lab.journal import read_journal
 from lab.night import History, Night, sha256
-from lab.records import MERGE, OutOfTime, Proposal, Rejected, one_line
+from lab.records import DESCRIPTION_CHARS, MERGE, OutOfTime, Proposal, Rejected, one_line
 from lab.screen import fingerprint, screen
 
 MAX_REJECTS = 20  # proposals for one experiment that are refused before the night stops
@@ -211,7 +211,8 @@ class Try:
     name, exhausted = "try", "tried"
 
     def __init__(self, description: str, hypothesis: str, source: str):
-        self.description, self.hypothesis, self.source = one_line(description), one_line(hypothesis), source
+        self.description = one_line(description)[:DESCRIPTION_CHARS]
+        self.hypothesis, self.source = one_line(hypothesis)[:2_000], source
 
     def between_runs(self, number: int) -> bool:
         return True

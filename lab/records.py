@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 MERGE = "merge"  # the operator of an experiment that adds an earlier gain to the incumbent
+DESCRIPTION_CHARS = 200  # of a proposal's description: it is the title of a commit
 RUN_AGAIN = "then run the same command: it goes on where it stopped"
 
 

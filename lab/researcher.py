@@ -10,7 +10,7 @@ from pathlib import Path
 from constants import Problem, write_atomically
 from lab.night import History, Night, read_checkout
 from lab.prompt import DIVIDER, HISTORY_LINES, REPLACE, REPLY_FORM, SEARCH, request_text, schedule_of, system_text
-from lab.records import Proposal, Rejected, clean, one_line
+from lab.records import DESCRIPTION_CHARS, Proposal, Rejected, clean, one_line
 
 MAX_BOUNCES = 3  # objections to one idea; then the numeric search takes its turn
 REPLY_CHARS = 40_000  # of a reply that is sent back with an objection
@@ -34,6 +34,7 @@ def parse_reply(text: str, source: str) -> tuple[Proposal, str | None]:
 
     Raises Rejected, saying what is wrong with it.
     """
+    text = text.replace("\r\n", "\n").replace("\r", "\n")  # a lone one would move all later line numbers
     drafts = [match.start() for match in re.finditer(r"^DESCRIPTION:", text, re.MULTILINE)]
     text = text[drafts[-1] :] if drafts else text
     blocks = list(BLOCK.finditer(text))
@@ -52,7 +53,7 @@ def parse_reply(text: str, source: str) -> tuple[Proposal, str | None]:
     notes = "".join(re.findall(r"\S+\s*", notes[1].replace("```", ""))[:400]).strip()[:4_000] if notes else None
     for number, block in enumerate(blocks, 1):
         source = replaced(source, block[1], block[2], number)
-    return Proposal(clean(title[1].strip())[:200], why, source), notes
+    return Proposal(clean(title[1].strip())[:DESCRIPTION_CHARS], why, source), notes
 
 
 def replaced(source: str, search: str, replacement: str, number: int) -> str:
@@ -132,7 +133,7 @@ class Researcher:
         self.turns.append({"role": "assistant", "content": text[-REPLY_CHARS:] or "(empty)"})
         proposal, notes = parse_reply(text, source)
         if notes is not None:
-            write_atomically(self.night.folder / "notes.md", notes + "\n")
+            write_atomically(self.night.folder / "notes.md", clean(notes) + "\n")
         mends = history.to_mend.number if history.to_mend else None
         return Proposal(proposal.description, proposal.hypothesis, proposal.source, operator, mends)
 

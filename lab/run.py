@@ -36,10 +36,10 @@ SHOWN = (  # of result.json
 ).split()
 
 
-def read_result(path: Path) -> dict:
-    """The known numbers of a result.json, which an experiment may have written: for display, no verdict rests on them alone.
+def read_result(path: Path, memory_gb: float | None, budget_s: float) -> dict:
+    """Return the known numbers of a result.json, which an experiment may have written: no verdict rests on them alone.
 
-    Raises OSError or ValueError if there is no such file.
+    A number that this machine cannot reach is None. memory_gb: of the card, in 1e9 bytes; None for a CPU. Raises OSError or ValueError if there is no such file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with open(descriptor, "rb") as file:
@@ -55,10 +55,13 @@ def read_result(path: Path) -> dict:
     if not isinstance(result, dict):
         raise ValueError("not a JSON object")
 
-    def is_number(value) -> bool:
-        return type(value) in (int, float) and -1e15 < value < 1e15
+    card_mb = (memory_gb or 0.0) * 1e9 / 2**20
+    most = {"peak_vram_mb": card_mb, "mfu_percent": 100.0, "total_tokens_M": 1_000 * budget_s}  # 1e9 tokens a second
 
-    shown = {name: result[name] if is_number(result.get(name)) else None for name in SHOWN}
+    def is_number(value, limit: float = 1e9) -> bool:
+        return type(value) in (int, float) and 0 <= value <= limit
+
+    shown = {name: result[name] if is_number(result.get(name), most.get(name, 1e9)) else None for name in SHOWN}
     rows, backend, losses = result.get("micro_rows"), result.get("backend"), result.get("losses")
     shown["micro_rows"] = rows if type(rows) is int and 0 < rows < 2**20 else None
     shown["backend"] = backend if backend in ("FA2", "FA3", "FA4", "sdpa") else None
@@ -147,7 +150,7 @@ def measure_once(place: Place, view, folder: Path, source: str, seed: int, title
     crash, metrics = ended.why or crash_reason(ended.status, folder / "run.log"), {}
     if not crash:
         try:
-            metrics = read_result(folder / "out" / "result.json")
+            metrics = read_result(folder / "out" / "result.json", settings.profile.memory_gb, settings.budget_s)
         except FileNotFoundError:
             crash = "train.py ended without a call of run.finish; see run.log"
         except (OSError, ValueError) as error:

@@ -2,6 +2,8 @@
 
 import ast
 import hashlib
+import io
+import tokenize
 
 from lab.records import Rejected
 
@@ -13,14 +15,16 @@ IMPORTS = frozenset(
 REFUSED = {  # name or attribute: why
     name: reason
     for reason, names in {
-        "reaches outside the experiment": "os sys _os _sys subprocess socket ctypes cpp_extension pathlib Path shutil multiprocessing inspect",
+        "reaches outside the experiment": "os sys _os _sys subprocess socket ctypes ctypeslib cpp_extension pathlib Path shutil multiprocessing "
+        "inspect testing _testing collect_env f2py distutils bottleneck _pytesttester hipify benchmark tensorboard viz",
         "the environment decides nothing here; `run` has what a run may know": "environ getenv putenv",
-        "reaches into the harness": "builtins __builtins__ __dict__ __globals__ __closure__ __code__ __subclasses__ __loader__ __spec__ _C _rows "
-        "open_rows settings_by_hand",
+        "reaches into the harness": "builtins __builtins__ __dict__ __globals__ __closure__ __code__ __subclasses__ __bases__ __base__ __mro__ mro "
+        "__self__ __func__ __loader__ __spec__ _C _rows open_rows settings_by_hand",
         "walks the frames of its caller": "_getframe f_back f_locals f_globals tb_frame gi_frame cr_frame",
         "finds objects of the harness": "get_objects get_referrers get_referents",
         "hides what runs; for evaluation mode use module.train(False)": "eval exec compile_command __import__ import_module",
-        "hides which name is meant; write the attribute out": "getattr setattr delattr __setattr__ __delattr__ globals locals vars",
+        "hides which name is meant; write the attribute out": "getattr setattr delattr __getattribute__ __getattr__ __setattr__ "
+        "__delattr__ getattr_static attrgetter methodcaller globals locals vars",
         "reads files; run.train_rows has the data": "open memmap open_memmap fromfile from_file loadtxt genfromtxt DataSource load hub package "
         "PyTorchFileReader",
         "writes files; run.finish saves the weights": "save savez savez_compressed savetxt tofile dump write_text write_bytes write_atomically "
@@ -46,16 +50,22 @@ def screen(source: str, tried: dict[str, str]) -> None:
 
     tried maps the fingerprint of each program of the night to what became of it.
     """
-    if len(source.encode()) > SOURCE_BYTES:
-        raise Rejected(f"train.py has {len(source.encode()):,} bytes; {SOURCE_BYTES:,} are allowed")
     try:
+        raw = source.encode()
+        if len(raw) > SOURCE_BYTES:
+            raise Rejected(f"train.py has {len(raw):,} bytes; {SOURCE_BYTES:,} are allowed")
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(raw).readline)  # as the interpreter reads the file
+        if not encoding.startswith("utf-8"):
+            raise Rejected(
+                f"train.py declares the coding {encoding}, which can hide code in a comment; only UTF-8 is allowed"
+            )
         tree = ast.parse(source, "train.py")
         compile(tree, "train.py", "exec")
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        check_rules(tree)
+        check_contract(tree)
+        outcome = tried.get(fingerprint(source))
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last three also from deep nesting
         raise Rejected(f"train.py does not compile: {error}") from None
-    check_rules(tree)
-    check_contract(tree)
-    outcome = tried.get(fingerprint(source))
     if outcome:
         raise Rejected(f"the same program was tried already: {outcome}")
 

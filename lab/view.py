@@ -51,9 +51,9 @@ class Lane:
     def text(self) -> str:
         """Elapsed bar, loss, tokens a second."""
         line = next((line for line in reversed(self.lines()) if "tok/s" in line), "")
-        match = re.search(r"step +(\d+) +([\d.]+)% +loss ([\d.naif]+) +([\d,]+) tok/s", line)
+        match = re.search(r"step +(\d{1,9}) +(\d{1,3}\.\d)% +loss ([\d.naif]{1,9}) +([\d,]{1,15}) tok/s", line)
         if match and self.phase == "training":
-            done = float(match[2]) / 100
+            done = min(1.0, float(match[2]) / 100)  # the run says so: it may say anything
             return f"{'━' * round(20 * done):─<20} {done:4.0%}  loss {match[3]}  {match[4]} tok/s"
         return self.phase
 

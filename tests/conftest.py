@@ -118,8 +118,8 @@ class Checkout:
     def drop_screen(self) -> None:
         """Lets experiments past the screen: what they try then must fail elsewhere."""
         text = (self.folder / "lab" / "screen.py").read_text()
-        assert text.count("    check_rules(tree)\n") == 1
-        (self.folder / "lab" / "screen.py").write_text(text.replace("    check_rules(tree)\n", ""))
+        assert text.count("check_rules(tree)\n") == 1
+        (self.folder / "lab" / "screen.py").write_text(text.replace("check_rules(tree)\n", "pass\n"))
 
     def agent(self, *args, expect=0, **environment) -> str:
         process = self.start(*args, **environment)

@@ -86,6 +86,9 @@ def test_a_reply_is_parsed():
     assert proposal.description == "wider" and proposal.hypothesis == "because of wider"
     assert proposal.source == "c\ndd\ne\n" and notes == "remember this\nand that"
     empty = f"DESCRIPTION: x\n{SEARCH}\nd\n{DIVIDER}\n{REPLACE}\n"
+    assert parse_reply(text.replace("\n", "\r\n"), source)[0].source == proposal.source
+    lone = parse_reply(reply("x", ("a", "b\rb2")), "a\nc\n")[0].source
+    assert lone == "b\nb2\nc\n"  # which the interpreter takes for a line's end
     assert parse_reply(empty, source)[0].source == "a\n\nb\ne\n" and parse_reply(empty, source)[1] is None
     assert len(parse_reply(reply("x", ("a", "b"), notes="w " * 900), source)[1].split()) == 400
 

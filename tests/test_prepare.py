@@ -452,15 +452,27 @@ def test_progress_is_a_line_every_few_seconds_or_one_that_is_written_over(data, 
 def test_start_clock_refuses_a_model_that_is_already_trained(data, tmp_path):
     run = make_run(data, tmp_path)
     rows = prepare.open_rows(data / "train.bin", CPU)[:200]
-    counts = torch.bincount(torch.from_numpy(rows.astype(np.int64)).reshape(-1), minlength=CPU.vocab_size)
+    counts = torch.full((CPU.vocab_size, CPU.vocab_size), 0.01)
+    for row in torch.from_numpy(rows.astype(np.int64)):
+        counts.index_put_((row[:-1], row[1:]), torch.tensor(1.0), accumulate=True)
 
-    class Unigram(torch.nn.Module):
+    class Bigram(torch.nn.Module):
         def forward(self, idx):
-            return (counts + 0.01).log().expand(*idx.shape, -1)
+            return counts[idx].log()
 
     with pytest.raises(prepare.Problem, match="trained before the clock"):
-        run.start_clock(Unigram())
+        run.start_clock(Bigram())
     assert run.start_clock(Uniform()).budget_s == 1.0
+
+
+def test_an_untrained_model_that_copies_from_a_rows_own_past_may_start(data, tmp_path):
+    class Past(torch.nn.Module):
+        def forward(self, idx):
+            seen = torch.nn.functional.one_hot(idx, CPU.vocab_size).float().cumsum(1)
+            share = seen / torch.arange(1, idx.size(1) + 1)[:, None]
+            return (0.7 / CPU.vocab_size + 0.3 * share).log()
+
+    assert make_run(data, tmp_path).start_clock(Past())
 
 
 # --- evaluation

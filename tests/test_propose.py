@@ -52,6 +52,7 @@ def test_a_night_without_keeps_has_nothing_to_replay(checkout):
 
 
 def test_try_proposes_the_checkout_as_it_is():
+    assert len(Try("a " * 50_000, "b " * 50_000, STUB).description) == 200  # it becomes the title of a commit
     assert Try("a  b", "", STUB + "x = 1\n").propose(STUB, Asked(1), []).source == STUB + "x = 1\n"
     with pytest.raises(Problem, match="unchanged"):
         Try("a", "", STUB).propose(STUB, Asked(1), [])

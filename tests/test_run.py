@@ -274,7 +274,7 @@ def test_a_night_waits_for_its_card_and_does_not_end_for_it(checkout, tmp_path, 
     )
     (checkout.folder / "lab" / "card.py").write_text(rules)
     (checkout.folder / "train.py").write_text(STUB.replace("lr=0.4,", "lr=0.4, peak_mb=8000,"))
-    output = checkout.agent(*NIGHT, "--experiments", "2")
+    output = checkout.agent(*NIGHT, "--experiments", "2", STUB_MEMORY_GB="24")
     assert output.count("waiting: 9,023 MB of the card are free, a run needs 9,024") == 1
     assert len(rows_of(checkout, "result")) == 3
     (tmp_path / "bin" / "free").write_text("9023\n")
@@ -317,7 +317,7 @@ RESULT = {
 
 def test_an_honest_result_is_read(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(RESULT))
-    assert run.read_result(tmp_path / "result.json") == RESULT
+    assert run.read_result(tmp_path / "result.json", 80.0, 300.0) == RESULT
 
 
 @pytest.mark.parametrize(
@@ -325,11 +325,12 @@ def test_an_honest_result_is_read(tmp_path):
     [
         ("val_bpb", 0.1), ("training_seconds", "300"), ("num_steps", True), ("epoch", float("nan")), ("total_seconds", float("inf")),
         ("num_params_M", 10**400), ("backend", "a\x1b[31mb"), ("micro_rows", 0), ("micro_rows", 1.5), ("peak_vram_mb", [1]),
+        ("total_tokens_M", -1.0), ("total_tokens_M", 1e6), ("peak_vram_mb", 1e12), ("mfu_percent", 101.0), ("training_seconds", -0.1),
     ],
 )  # fmt: skip
 def test_of_a_result_only_known_names_with_finite_numbers_are_kept(tmp_path, name, value):
     (tmp_path / "result.json").write_text(json.dumps(RESULT | {name: value}))
-    found = run.read_result(tmp_path / "result.json")
+    found = run.read_result(tmp_path / "result.json", 80.0, 300.0)
     assert set(found) == set(RESULT) and found.get(name) is None
     assert {key: found[key] for key in RESULT if key != name} == {key: RESULT[key] for key in RESULT if key != name}
 
@@ -337,14 +338,14 @@ def test_of_a_result_only_known_names_with_finite_numbers_are_kept(tmp_path, nam
 def test_of_a_loss_curve_only_triples_of_numbers_are_kept(tmp_path):
     losses = [[1.0, 5, 2.0], [1.0, float("nan"), 2.0], [1.0], "x", [1, 2, 3, 4]]
     (tmp_path / "result.json").write_text(json.dumps(RESULT | {"losses": losses}))
-    assert run.read_result(tmp_path / "result.json")["losses"] == [[1.0, 5, 2.0]]
+    assert run.read_result(tmp_path / "result.json", 80.0, 300.0)["losses"] == [[1.0, 5, 2.0]]
 
 
 @pytest.mark.parametrize("text", ["", "null", "[]", "[" * 100_000, "x" * 70_000])
 def test_a_result_that_is_none_is_refused(tmp_path, text):
     (tmp_path / "result.json").write_text(text)
     with pytest.raises(ValueError):
-        run.read_result(tmp_path / "result.json")
+        run.read_result(tmp_path / "result.json", 80.0, 300.0)
 
 
 def test_a_result_that_is_a_link_a_pipe_or_a_folder_is_refused_and_goes(tmp_path):
@@ -354,7 +355,7 @@ def test_a_result_that_is_a_link_a_pipe_or_a_folder_is_refused_and_goes(tmp_path
     (tmp_path / "folder").mkdir()
     for name in ("link", "pipe", "folder"):
         with pytest.raises((OSError, ValueError)):
-            run.read_result(tmp_path / name)
+            run.read_result(tmp_path / name, 80.0, 300.0)
 
 
 # --- what the agent copies from a child's folder

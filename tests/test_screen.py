@@ -43,6 +43,16 @@ def test_the_real_train_py_passes_the_screen():
         (f"x = '{'a' * 1001}'", "literal"),
         (f"x = {10**1001}", "literal"),
         ("x = (", "does not compile"),
+        ("object.__getattribute__(torch, 'o' + 's')", "__getattribute__"),
+        ("import operator; operator.attrgetter('os')", "import of operator|attrgetter"),
+        ("import numpy; numpy.testing.rundocs", "testing"),
+        ("import torch.utils.collect_env", "collect_env"),
+        ("torch.utils.benchmark.Timer", "benchmark"),
+        ("x = '\ud800'", "does not compile"),
+        (
+            "def f(x):\n    if x == 0: pass\n" + "".join(f"    elif x == {i}: pass\n" for i in range(1, 1_000)),
+            "does not compile",
+        ),
         ("from .prepare import x", "import of prepare is refused|relative"),
         ("#" * 64_000, "bytes"),
     ],
@@ -50,6 +60,15 @@ def test_the_real_train_py_passes_the_screen():
 def test_the_screen_refuses(line, message):
     with pytest.raises(Rejected, match=message):
         screen(f"{REAL}{line}\n", {})
+
+
+@pytest.mark.parametrize("cookie", ["raw_unicode_escape", "utf-7", "latin-1", "no-such-coding"])
+def test_a_coding_that_hides_code_in_a_comment_is_refused(cookie):
+    """The interpreter takes the escaped newline for one; ast.parse of a str does not look at the cookie."""
+    for head in (f"# -*- coding: {cookie} -*-\n", f"\n# vim: set fileencoding={cookie} :\n"):
+        with pytest.raises(Rejected, match="coding"):
+            screen(f"{head}# \\u000aimport os\n{REAL}", {})
+    screen(f"# -*- coding: utf-8 -*-\n{REAL}", {})
 
 
 @pytest.mark.parametrize(
