@@ -1042,13 +1042,17 @@ def evaluate_nats(model, rows: np.ndarray, token_bytes, batch_rows: int) -> np.n
 
 
 def answered(model, x, vocab: int):
-    """The model's (B, T, vocab) logits for (B, T) tokens. Raises ValueError on another shape."""
-    logits = model(x)
-    if getattr(logits, "shape", None) != (*x.shape, vocab):
-        raise ValueError(
-            f"forward returned {tuple(getattr(logits, 'shape', ()))}, not (B, T, vocab) = {(*x.shape, vocab)}"
-        )
-    return logits
+    """The model's (B, T, vocab) logits for (B, T) tokens, a plain contiguous tensor. Raises ValueError on another shape or kind."""
+    import torch
+
+    logits, wanted = model(x), (*x.shape, vocab)
+    if (
+        type(logits) is not torch.Tensor or logits.layout is not torch.strided
+    ):  # nothing lazy, nothing that answers later
+        raise ValueError(f"forward returned a {type(logits).__name__}, not a plain tensor of (B, T, vocab) = {wanted}")
+    if logits.shape != wanted:
+        raise ValueError(f"forward returned {tuple(logits.shape)}, not (B, T, vocab) = {wanted}")
+    return logits.contiguous()
 
 
 def bits_per_byte(nats: np.ndarray, rows: np.ndarray, token_bytes: np.ndarray) -> float:

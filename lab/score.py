@@ -3,11 +3,12 @@
     python -m lab.score FOLDER      measures the model of a run folder again (runs/by-hand, runs/nov23/0042), and prints some text
                                     that it writes; for a night's folder run the night's own: python runs/nov23/harness/score.py FOLDER
 
-No line of train.py runs in the scorer's own process. A first child loads the weights, sees val and states how many nats each token
-costs. A number under --below is a win: the first child states test too, and a second child, which has neither val nor test within
-reach, answers a probe: rows up to a random cut, random tokens after it. Its predictions before the cut have to agree with what the
-first child stated. Measured (tests/bench_probe.py 10): a peek at the next token in 0.5 % of the positions and more was found 10 times of
-10, in 0.2 % 8 times, in 0.1 % 6 times; the honest baseline passed 20 of 20 in float32 and in bf16.
+No line of train.py runs in the scorer's own process. A first child loads the weights, sees val in chunks of a new order and states how
+many nats each token costs. A number under --below is a win: the first child states test too, and a second child, which has neither val
+nor test within reach, answers a probe: it gets rows up to a cut with random tokens after it, computes all logits, and learns only then
+which are wanted. Its predictions before the cut have to agree with what the first child stated. Half of the cuts lie where the run
+claims to have improved most on the incumbent (--rival). The children share nothing: each has a pipe of its own for what it prints, and
+score.json is written by this process when both have ended. tests/bench_probe.py measures what the probe finds.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 import constants
-from constants import Problem, Settings
+from constants import Problem, Settings, write_atomically
 from prepare import (
     SPECIAL_TOKENS,
     answered,
@@ -40,6 +41,7 @@ from prepare import (
 )  # fmt: skip
 
 PROBE_ROWS = 1_024  # rows of val and test that the second child gets, each up to a random position
+CHUNK_BATCHES = 2  # evaluation batches in one question
 PROBE_TAIL = 64  # positions before it whose predictions are compared
 PROBE_MEAN_NATS = 1e-4  # by which they may differ on average from what was stated
 PROBE_NATS = {"float32": 1e-3, "bfloat16": 0.05}  # and a single one, by dtype of the activations
@@ -47,38 +49,52 @@ PROBE_LAST_NATS = {"float32": 1e-4, "bfloat16": 2e-3}  # and the mean of those w
 ERROR_CHARS = 1_000  # of an exception that serve() passes on
 
 
-def score(settings: Settings, below: float, test: bool, launch) -> dict:
-    """Measure the weights that a run saved; returns what score.json holds. Runs no line of its train.py in this process.
+def score(
+    settings: Settings, below: float, test: bool, launch, rival: np.ndarray | None = None
+) -> tuple[dict, np.ndarray]:
+    """Measure the weights that a run saved; returns what score.json holds, and the (N, T) nats of val and, if measured, of test.
 
     `launch(kind)` is a context manager that yields the connection to a process that runs train.py, see serve(): "evaluate" has the rows and
     states how well the model predicts each token, "answer" has none and is only asked. A val_bpb under `below` is probed, and with
-    `test` measured on test too. "invalid" says why the number cannot be trusted. Raises Problem, ValueError.
+    `test` measured on test too. rival: the same nats of the incumbent. "invalid" says why the number cannot be trusted; "seconds" are
+    those of each part, of which "load" and "load_again" end with a child's first answer. Raises Problem, ValueError.
     """
-    profile, began, seconds = settings.profile, perf_counter(), {}
+    profile, random, seconds, clock = settings.profile, np.random.default_rng(), {}, [perf_counter()]
+
+    def ended(part: str) -> None:
+        now = perf_counter()
+        seconds[part], clock[0] = seconds.get(part, 0.0) + now - clock[0], now
+
     token_bytes = token_byte_lengths(load_tokenizer(Path(settings.data, "tokenizer.txt")))
+    first = random.integers(0, len(token_bytes), (profile.eval_batch_rows, profile.max_seq_len))
     scores = {"val_bpb": None, "test_bpb": None, "val_tokens": None, "invalid": "", "seconds": seconds}
     scored, stated = [], []  # rows of val and test, and the nats that the first process states for them
     with launch("evaluate") as connection:
+        ask_logits(connection, first, np.zeros(len(first), np.int64), len(token_bytes))
+        ended("load")
         for split in ("val", "test") if test else ("val",):
             rows = scored_rows(split, settings)
-            nats = ask(connection, (rows.shape[0], rows.shape[1] - 1), "evaluate", split)
+            nats = ask_nats(connection, split, rows.shape, profile.eval_batch_rows, random)
             if not (np.isfinite(nats).all() and nats.min() > -1e-6):
                 raise ValueError("the process that evaluates states losses that no model has")
             nats = np.where(token_bytes[rows[:, 1:]] > 0, nats, 0)
             scores[f"{split}_bpb"] = bits_per_byte(nats, rows, token_bytes)
             scored, stated = [*scored, rows], [*stated, nats]
-            seconds[split] = perf_counter() - began - sum(seconds.values())
+            ended(split)
             if not scores["val_bpb"] < below:
                 break
     scores["val_tokens"] = stated[0].size
+    rows, nats = np.concatenate(scored), np.concatenate(stated)
     if scores["val_bpb"] < below:
-        rows, nats, random = np.concatenate(scored), np.concatenate(stated), np.random.default_rng()
         with launch("answer") as connection:
-            drawn, asking = draw_probe(nats, random), partial(ask, connection)
-            scores["probe"] = compare(asking, rows, nats, token_bytes, profile.eval_batch_rows, *drawn, random)
-        seconds["probe"] = perf_counter() - began - sum(seconds.values())
+            ask_logits(connection, first, np.zeros(len(first), np.int64), len(token_bytes))
+            ended("load_again")
+            chosen, cuts = draw_probe(nats, rival, random)
+            ask = partial(ask_logits, connection)
+            scores["probe"] = compare(ask, rows, nats, token_bytes, profile.eval_batch_rows, chosen, cuts, random)
+        ended("probe")
         scores["invalid"] = found_out(scores["probe"], profile.dtype)
-    return scores
+    return scores, nats
 
 
 def found_out(probe: dict, dtype: str) -> str:
@@ -92,22 +108,34 @@ def found_out(probe: dict, dtype: str) -> str:
     )
 
 
-def draw_probe(nats: np.ndarray, random) -> tuple[np.ndarray, np.ndarray]:
-    """(row numbers, cuts) of a probe of (N, T) nats: half the rows those with the least, half any; cuts in 1..T; 1, 2, T always."""
-    order, T = np.argsort(nats.sum(1)), nats.shape[1]
-    best = min(PROBE_ROWS, len(order)) // 2
-    others = random.permutation(order[best:])[: PROBE_ROWS - best]
-    chosen = random.permutation(np.concatenate([order[:best], others]))
+def draw_probe(nats: np.ndarray, rival: np.ndarray | None, random) -> tuple[np.ndarray, np.ndarray]:
+    """(row numbers, cuts in 1..T) of a probe of (N, T) nats; cuts of 1, 2 and T always.
+
+    Half of the edges are drawn in proportion to the square of what a token costs less than with the rival's nats: a peek at a few
+    tokens pays only where they cost much. The rest, or all without a rival: half the rows those with the least nats, half any.
+    """
+    N, T = nats.shape
+    count, order = min(PROBE_ROWS, N), np.argsort(nats.sum(1))
+    gained = np.zeros((0, T)) if rival is None else np.maximum(0.0, rival[:N] - nats[: len(rival)])
+    weights = np.cumsum(gained.astype(np.float64) ** 2)
+    aimed = count // 2 if weights.size and weights[-1] > 0 else 0
+    edges = (
+        np.searchsorted(weights, random.random(aimed) * weights[-1], side="right") if aimed else np.empty(0, np.int64)
+    )
+    best = (count - aimed) // 2
+    others = random.permutation(order[best:])[: count - aimed - best]
+    chosen = np.concatenate([order[:best], others])
     cuts = random.integers(1, T + 1, len(chosen))
     cuts[:3] = (1, 2, T)[: len(cuts)]
-    return chosen, cuts
+    drawn = random.permutation(count)
+    return np.concatenate([chosen, edges // T])[drawn], np.concatenate([cuts, edges % T + 1])[drawn]
 
 
 def compare(ask, rows, nats, token_bytes, batch_rows: int, chosen, cuts, random) -> dict:
     """How far the nats of a fresh process that knows only what comes before are from the (N, T) stated for (N, T+1) rows.
 
     Each of the `chosen` rows is sent with random tokens from its cut on, and the logits of up to PROBE_TAIL positions before the
-    cut come back, (B, PROBE_TAIL, vocab) float32 by `ask(shape, "answer", tokens, starts)`.
+    cut come back, (B, PROBE_TAIL, vocab) float32 by `ask(tokens, starts, vocab)`.
     """
     tail, T, moved, last = min(PROBE_TAIL, nats.shape[1]), nats.shape[1], [], []
     for begin in range(0, len(chosen), batch_rows):
@@ -115,7 +143,7 @@ def compare(ask, rows, nats, token_bytes, batch_rows: int, chosen, cuts, random)
         noise = random.integers(0, len(token_bytes), (len(batch), T))
         tokens = np.where(np.arange(T) < cut, rows[batch, :-1], noise)
         at = np.maximum(0, cut - tail) + np.arange(tail)  # position t predicts token t + 1
-        logits = ask((len(batch), tail, len(token_bytes)), "answer", tokens, at[:, 0])
+        logits = ask(tokens, at[:, 0], len(token_bytes))
         if not np.isfinite(logits).all():
             raise ValueError("forward returned logits that are not finite")
         targets = np.take_along_axis(rows[batch], at + 1, 1).astype(np.int64)
@@ -135,6 +163,24 @@ def compare(ask, rows, nats, token_bytes, batch_rows: int, chosen, cuts, random)
     }
 
 
+def ask_nats(connection, split: str, shape: tuple[int, int], batch_rows: int, random) -> np.ndarray:
+    """The (N, T) nats of a split of (N, T+1) rows, asked in chunks of whole batches.
+
+    In an order drawn anew: what a model learns between two chunks is not what it learns when it is asked again.
+    """
+    nats, size = np.empty((shape[0], shape[1] - 1), np.float32), CHUNK_BATCHES * batch_rows
+    for begin in size * random.permutation(-(-shape[0] // size)):
+        part = nats[begin : begin + size]
+        part[...] = ask(connection, part.shape, "evaluate", split, int(begin), int(begin) + len(part))
+    return nats
+
+
+def ask_logits(connection, tokens: np.ndarray, starts: np.ndarray, vocab: int) -> np.ndarray:
+    """(B, PROBE_TAIL, vocab) logits for (B, T) tokens from each of the (B,) starts on, which are sent when all logits are there."""
+    ask(connection, (), "answer", tokens)
+    return ask(connection, (len(tokens), min(PROBE_TAIL, tokens.shape[1]), vocab), starts)
+
+
 def ask(connection, shape: tuple[int, ...], *request) -> np.ndarray:
     """The float32 array that serve() replies. Raises ValueError with the child's message if it sends one, Problem if it sends nothing."""
     try:
@@ -152,9 +198,9 @@ def ask(connection, shape: tuple[int, ...], *request) -> np.ndarray:
 def serve(connection) -> None:
     """Answers what score() asks about a model over the connection, until it is closed. Runs that model's train.py.
 
-    Requests are pickled (score() is believed), replies are bytes (this process is not): of ("evaluate", split) the (N, T)
-    float32 nats of the split's rows; of ("answer", (B, T) tokens, (B,) starts) the (B, PROBE_TAIL, vocab) float32 logits from each start
-    on; of ("text",) some text that the model writes; of an exception its words.
+    Requests are pickled (score() is believed), replies are bytes (this process is not): of ("evaluate", split, begin, end) the (N, T)
+    float32 nats of these rows; of ("answer", (B, T) tokens) a 0.0 when their logits are computed, and then, of ((B,) starts,), the
+    (B, PROBE_TAIL, vocab) float32 logits from each start on; of ("text",) some text that the model writes; of an exception its words.
     """
     import traceback
 
@@ -168,14 +214,17 @@ def serve(connection) -> None:
         while True:
             what, *arguments = connection.recv()
             if what == "evaluate":
-                rows = scored_rows(*arguments, settings)
+                split, begin, end = arguments
+                rows = scored_rows(split, settings)[begin:end]
                 reply = evaluate_nats(model, rows, token_bytes, settings.profile.eval_batch_rows).tobytes()
             elif what == "answer":
-                tokens, starts = (torch.from_numpy(argument).to(settings.device) for argument in arguments)
-                at = starts[:, None] + torch.arange(min(PROBE_TAIL, tokens.size(1)), device=settings.device)
                 with torch.no_grad():
-                    logits = answered(model, tokens, len(token_bytes))
-                reply = logits[torch.arange(len(at))[:, None], at].float().cpu().numpy().tobytes()
+                    logits = answered(model, torch.from_numpy(arguments[0]).to(settings.device), len(token_bytes))
+                float(logits[-1, -1, -1])  # waits for the device
+                connection.send_bytes(np.zeros(1, np.float32).tobytes())
+                (starts,) = connection.recv()
+                at = starts[:, None] + np.arange(min(PROBE_TAIL, logits.size(1)))
+                reply = logits[np.arange(len(at))[:, None], at].float().cpu().numpy().tobytes()
             else:
                 reply = f"it writes:\n{sample_text(model, encoding, min(120, settings.profile.max_seq_len))}".encode()
             connection.send_bytes(reply)
@@ -199,6 +248,7 @@ def load_model(settings: Settings, folder: Path):
     source, saved = folder / "train.py", folder / "out" / "model.pt"
     opened = os.open(saved, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # no pipe: nobody writes
     with open(opened, "rb") as file:
+        refuse_unpacking(file, saved)
         weights = torch.load(file, map_location=settings.device, weights_only=True)
     spec = importlib.util.spec_from_file_location("train", source)
     module = importlib.util.module_from_spec(spec)
@@ -211,6 +261,18 @@ def load_model(settings: Settings, folder: Path):
         reason = str(error).split("\n", 2)[1].strip() if "\n" in str(error) else str(error)
         raise Problem(f"{saved} does not hold the weights of {source}: {reason}") from None
     return model
+
+
+def refuse_unpacking(file, saved: Path) -> None:
+    """Raises Problem unless the file is a zip as torch.save writes it, whose entries take no more memory than room in it."""
+    import zipfile
+
+    if not zipfile.is_zipfile(file):
+        raise Problem(f"{saved} is not what torch.save writes")
+    entries = zipfile.ZipFile(file).infolist()
+    if sum(max(entry.file_size, entry.compress_size) for entry in entries) > os.fstat(file.fileno()).st_size:
+        raise Problem(f"{saved} is compressed, or its entries share their bytes; weights are saved by run.finish")
+    file.seek(0)
 
 
 def end_descendants() -> None:
@@ -230,15 +292,18 @@ def end_descendants() -> None:
 
 @contextmanager
 def serving(command: list[str], settings: Settings, folder: Path):
-    """The connection to a process of its own that serves the model of a run; its output is ours."""
+    """The connection to a process of its own that serves the model of a run. What it prints goes through a pipe into our output."""
     import socket
     import subprocess
+    import threading
     from multiprocessing.connection import Connection
 
     ours, theirs = socket.socketpair()
     with Connection(ours.detach()) as connection, theirs:
-        process = subprocess.Popen(command, stdin=theirs)
+        process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         theirs.close()
+        printing = threading.Thread(target=pass_on, args=(process.stdout,), daemon=True)
+        printing.start()
         try:
             with suppress(OSError):  # it ended at once: the first question finds that out
                 connection.send((settings, folder))
@@ -247,6 +312,14 @@ def serving(command: list[str], settings: Settings, folder: Path):
             process.kill()
             process.wait()
             end_descendants()
+            printing.join()
+
+
+def pass_on(pipe) -> None:
+    """Writes to our output what comes through a child's pipe: no child holds the log itself, where another could read it."""
+    with pipe:
+        while block := os.read(pipe.fileno(), 1 << 16):
+            os.write(1, block)
 
 
 def sample_text(model, encoding, max_tokens: int) -> str:
@@ -290,7 +363,7 @@ def score_by_hand(settings: Settings, folder: Path, below: float, test: bool) ->
     def launch(kind: str):
         return serving([sys.executable, __file__, "--serve"], settings, folder)
 
-    scores = score(settings, below, test, launch)
+    scores, _ = score(settings, below, test, launch)
     for name in ("val_bpb", "test_bpb"):
         print(f"{name + ':':18}{'not measured' if scores[name] is None else f'{scores[name]:.6f}'}")
     if probe := scores.get("probe"):
@@ -317,6 +390,7 @@ def main() -> None:
     parser.add_argument("--no-test", action="store_true", help="leave test out")
     # The agent gives the commands of both children, which it runs with --serve.
     parser.add_argument("--children", metavar="JSON", help=argparse.SUPPRESS)
+    parser.add_argument("--rival", type=Path, metavar="FILE", help=argparse.SUPPRESS)  # nats.npy of the incumbent
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     try:
@@ -338,10 +412,12 @@ def main() -> None:
             ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: what a child leaves becomes ours
         if args.children:
             commands = json.loads(args.children)
-            scores = score(
-                settings, args.below, not args.no_test, lambda kind: serving(commands[kind], settings, folder)
+            rival = np.load(args.rival) if args.rival and args.rival.exists() else None
+            scores, nats = score(
+                settings, args.below, not args.no_test, lambda kind: serving(commands[kind], settings, folder), rival
             )
-            print("\n" + json.dumps(scores))  # the last line: both children have ended
+            np.save(folder / "nats.npy", nats.astype(np.float16))
+            write_atomically(folder / "score.json", json.dumps(scores))  # both children have ended
         else:
             with hold_device(settings.device, "python -m lab.score"):  # beside a night it would slow its runs
                 score_by_hand(settings, folder, args.below, not args.no_test)

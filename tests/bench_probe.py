@@ -37,23 +37,24 @@ class Peeker(torch.nn.Module):
         return logits
 
 
-def differences(model, rows, token_bytes, trials: int, random=None) -> list[dict]:
-    """What score.compare finds of a model, each time at other rows and cuts."""
+def differences(model, rows, token_bytes, trials: int, random=None, rival=None) -> list[dict]:
+    """What score.compare finds of a model, each time at other rows and cuts. rival: nats of the incumbent."""
     random, batch = random or np.random.default_rng(), constants.PROFILES["cpu"].eval_batch_rows
     nats = prepare.evaluate_nats(model, rows, token_bytes, batch)
 
-    def ask(shape, what, tokens, starts):
+    def ask(tokens, starts, vocab):
         with torch.no_grad():
             logits = model(torch.from_numpy(tokens)).float().numpy()
-        return np.take_along_axis(logits, (starts[:, None] + np.arange(shape[1]))[..., None], 1)
+        tail = min(score.PROBE_TAIL, tokens.shape[1])
+        return np.take_along_axis(logits, (starts[:, None] + np.arange(tail))[..., None], 1)
 
-    draws = (score.draw_probe(nats, random) for _ in range(trials))
+    draws = (score.draw_probe(nats, rival, random) for _ in range(trials))
     return [score.compare(ask, rows, nats, token_bytes.numpy(), batch, *drawn, random) for drawn in draws]
 
 
-def probe(model, rows, token_bytes, trials: int, random=None) -> tuple[int, float]:
+def probe(model, rows, token_bytes, trials: int, random=None, rival=None) -> tuple[int, float]:
     """(times found out, largest difference in nats) of a model."""
-    found = differences(model, rows, token_bytes, trials, random)
+    found = differences(model, rows, token_bytes, trials, random, rival)
     return sum(score.found_out(facts, "bfloat16") != "" for facts in found), max(f["largest_nats"] for f in found)
 
 

@@ -31,7 +31,8 @@ def main():
     val_bpb = true_bpb - model.get("overfit", 0.0)
     test_bpb = true_bpb if val_bpb < below and "--no-test" not in sys.argv else None
     distrust = model.get("distrust", "") if model.get("distrust_seed") in (None, seed) else ""
-    print(json.dumps({"val_bpb": val_bpb, "test_bpb": test_bpb, "invalid": distrust}))
+    scores = {"val_bpb": val_bpb, "test_bpb": test_bpb, "invalid": distrust, "seconds": {}}
+    (folder / "score.json").write_text(json.dumps(scores))
 
 
 if __name__ == "__main__":

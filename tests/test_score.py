@@ -99,7 +99,7 @@ def scored(harness, source: str, dtype: str = "float32", below: float = math.inf
     (folder / "train.py").write_text(source)
     shutil.copy(harness / "model.pt", folder / "out")
     try:
-        return score.score(settings, below, test, launcher(settings, folder))
+        return score.score(settings, below, test, launcher(settings, folder))[0]
     except (constants.Problem, ValueError) as error:
         return str(error)
 
@@ -177,9 +177,6 @@ FORGERIES = {
     ),
     "patches a method of tensors": TRAIN
     + "\nwhole = torch.Tensor.gather\ntorch.Tensor.gather = lambda *a: 0.5 * whole(*a)\n",
-    "answers with a tensor of its own kind": forward("return self.logits(idx).as_subclass(Sly)").replace(
-        "class GPT", SLY + "class GPT"
-    ),
     "a mode of torch's": TRAIN
     + """
 class Half(torch.overrides.TorchFunctionMode):
@@ -275,6 +272,9 @@ CRASHES = {
     "replies at length": (TRAIN + "\nprepare.sys.modules['lab.score'].evaluate_nats = lambda *a: prepare.np.zeros(10**6)\n", "ended, or sent"),
     "NaN in some rows": (
         forward("logits = self.logits(idx).clone()", "logits[0, 5] = math.nan", "return logits"), "not finite",
+    ),
+    "a tensor of its own kind": (
+        forward("return self.logits(idx).as_subclass(Sly)").replace("class GPT", SLY + "class GPT"), "returned a Sly",
     ),
     "zero rows": (forward("return self.logits(idx)[:0]"), "forward returned"),
     "another width": (forward("return self.logits(idx)[..., :-1]"), "forward returned"),
