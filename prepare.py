@@ -866,6 +866,9 @@ class Run:
         import torch
 
         seconds = self.clock.stop()
+        if not self.by_hand:
+            sys.stdout.flush()
+            os.write(1, f"{constants.FINISH_MARK}\n".encode())
         state = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
         self.out.mkdir(parents=True, exist_ok=True)
         torch.save(state, self.out / ".model.pt")

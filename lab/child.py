@@ -9,12 +9,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from constants import CLOCK_MARK, TEXT_LINE, Problem
+from constants import CLOCK_MARK, FINISH_MARK, TEXT_LINE, Problem
 from lab import git
-from lab.files import OUT_BYTES, folder_bytes
+from lab.files import DISK_FLOOR_BYTES, OUT_BYTES, folder_bytes, free_bytes
 from lab.journal import interrupts
 from lab.records import clean
 
+MEMORY_FLOOR = 0.04  # share of the machine's memory that is left when a child that has most of it is ended
 KILL_PATIENCE_S = 20.0  # how long a process may take to go after kill -9: a driver that writes out, a full disk
 LOG_LIMIT_BYTES = 16 * 2**20  # a run that prints more is ended
 LOG_HEAD_BYTES, LOG_TAIL_BYTES = 64_000, 192_000  # what is kept of it
@@ -34,16 +35,22 @@ class Exit:
     status: int | None  # None: ended by us
     why: str  # why we ended it; else empty
     seconds: float  # start to exit
-    clock_seconds: float | None  # from the line that starts its clock to its exit; None if it never asked for that line
+    clock_seconds: (
+        float | None
+    )  # from the line that starts its clock to FINISH_MARK, else to its exit; None without that line
+    saving_seconds: float | None  # from FINISH_MARK to its exit; None without that mark
 
 
-def run_child(command: Command, log: Path, limit_s: float, clock_limit_s: float = 0.0, on_clock=None) -> Exit:
+def run_child(
+    command: Command, log: Path, limit_s: float, clock_limit_s: float = 0.0, saving_limit_s: float = 0.0, on_clock=None
+) -> Exit:
     """Runs a child to its end or its limit. None of its processes is left; `log` has its output, cut to head and tail.
 
-    A child that prints CLOCK_MARK waits: on_clock() is called, then it gets TEXT_LINE, and from there on clock_limit_s holds.
-    A child that prints over LOG_LIMIT_BYTES, or fills its folder with over OUT_BYTES, is ended too.
+    A child that prints CLOCK_MARK waits: on_clock() is called, then it gets TEXT_LINE, and from there on clock_limit_s holds;
+    from FINISH_MARK on saving_limit_s. A child that prints over LOG_LIMIT_BYTES, fills its folder with over OUT_BYTES or the disk, or
+    takes the machine's memory, is ended too.
     """
-    mark, process, clock_at, looked, read, why = CLOCK_MARK.encode(), None, None, 0.0, 0, ""
+    mark, process, clock_at, finish_at, looked, read, why = CLOCK_MARK.encode(), None, None, None, 0.0, 0, ""
     with open(log, "w+b") as output:
         start = end = time.perf_counter()
         try:
@@ -56,12 +63,15 @@ def run_child(command: Command, log: Path, limit_s: float, clock_limit_s: float 
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(0.05)
                 end, size = time.perf_counter(), os.fstat(output.fileno()).st_size
-                if on_clock and clock_at is None and size > read:
+                if on_clock and finish_at is None and size > read:
                     begin = max(0, read - len(mark))
                     fresh = os.pread(output.fileno(), min(size - begin, LOG_LIMIT_BYTES), begin)
                     read = size
-                    if mark in fresh:
+                    if mark in fresh and clock_at is not None:
+                        finish_at = end
+                    elif mark in fresh:
                         on_clock()
+                        mark, read = FINISH_MARK.encode(), os.fstat(output.fileno()).st_size + len(FINISH_MARK)
                         clock_at = time.perf_counter()
                         with contextlib.suppress(OSError):  # it has ended
                             os.write(process.stdin.fileno(), TEXT_LINE.encode())
@@ -69,14 +79,14 @@ def run_child(command: Command, log: Path, limit_s: float, clock_limit_s: float 
                     break
                 if clock_at is None and end - start > limit_s:
                     why = f"time-out after {limit_s:.0f} s{', before its clock started' if on_clock else ''}"
-                elif clock_at is not None and end - clock_at > clock_limit_s:
+                elif finish_at is not None and end - finish_at > saving_limit_s:
+                    why = f"time-out, {saving_limit_s:.0f} s after it said that it was trained"
+                elif clock_at is not None and finish_at is None and end - clock_at > clock_limit_s:
                     why = f"time-out, {clock_limit_s:.0f} s after its clock started"
                 elif size > LOG_LIMIT_BYTES:
                     why = f"printed over {LOG_LIMIT_BYTES / 2**20:.0f} MB"
                 elif end - looked > 2.0:
-                    looked = end
-                    if folder_bytes(command.folder) > OUT_BYTES:
-                        why = f"its folder grew over {OUT_BYTES / 2**30:g} GiB"
+                    looked, why = end, exhausted(process.pid, command.folder)
         finally:
             if process is not None:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -86,7 +96,30 @@ def run_child(command: Command, log: Path, limit_s: float, clock_limit_s: float 
                     process.stdin.close()
                 end_processes(str(command.folder))
         trim(output)
-    return Exit(None if why else process.returncode, why, end - start, None if clock_at is None else end - clock_at)
+    trained = None if clock_at is None else (finish_at or end) - clock_at
+    saving = None if finish_at is None else end - finish_at
+    return Exit(None if why else process.returncode, why, end - start, trained, saving)
+
+
+def exhausted(pid: int, folder: Path) -> str:
+    """What of this machine a child has used up; empty if nothing."""
+    import psutil
+
+    own, free, memory = folder_bytes(folder), free_bytes(folder), psutil.virtual_memory()
+    if own > OUT_BYTES:
+        return f"its folder grew over {OUT_BYTES / 2**30:g} GiB"
+    if free < DISK_FLOOR_BYTES <= free + own:
+        return f"it filled the disk: {own / 2**20:,.0f} MB of its own, {free / 2**20:,.0f} MB are left"
+    if memory.available < MEMORY_FLOOR * memory.total:
+        used = 0
+        with contextlib.suppress(psutil.Error):
+            child = psutil.Process(pid)
+            for process in (child, *child.children(recursive=True)):
+                with contextlib.suppress(psutil.Error):
+                    used += process.memory_info().rss
+        if used > memory.total / 2:
+            return f"it took {used / 1e9:.1f} GB of the machine's {memory.total / 1e9:.1f} GB of memory"
+    return ""
 
 
 def end_processes(place: str) -> list[int]:

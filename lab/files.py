@@ -106,9 +106,13 @@ def make_run_folder(folder: Path) -> None:
         (folder / name).mkdir(parents=True)
 
 
+def free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
 def check_disk(folder: Path) -> None:
     """Raises Problem if less than DISK_FLOOR_BYTES are free."""
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if free < DISK_FLOOR_BYTES:
         raise Problem(
             f"{free / 2**20:,.0f} MB are free in {folder} and a run needs {DISK_FLOOR_BYTES / 2**20:,.0f}; free "

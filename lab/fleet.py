@@ -228,12 +228,13 @@ class Fleet:
         return run
 
     def cache_for(self, number: int):
-        """The night's compile cache, if this worker has not got that of the present incumbent."""
-        place, best = self.night.folder / "cache", self.night.incumbent
-        if not best or not place.exists() or self.sent[number] == best.number:
+        """The night's compile cache and nats of the incumbent, if this worker has not got those of the present one."""
+        folder, best = self.night.folder, self.night.incumbent
+        if not best or self.sent[number] == best.number:
             return None
         if self.compiled[0] != best.number:
-            self.compiled = best.number, self.ray.put(packed(place, names_within(place)))
+            names = ["nats.npy", *(f"cache/{name}" for name in names_within(folder / "cache"))]
+            self.compiled = best.number, self.ray.put(packed(folder, names))
         self.sent[number] = best.number
         return self.compiled[1]
 

@@ -13,7 +13,7 @@ import constants
 from constants import Problem
 from lab.records import Run, run_of
 
-FORMAT = 5
+FORMAT = 6
 REVIEWS = {"check", "ablate"}  # the arguments of starts that train for no experiment
 
 

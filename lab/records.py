@@ -1,7 +1,8 @@
 """The records of a night, and the pure rules about them: which run counts, and what a child's text may hold."""
 
+import math
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 MERGE = "merge"  # the operator of an experiment that adds an earlier gain to the incumbent
@@ -43,9 +44,16 @@ class Run:
     distrust: str  # why the scorer does not trust the number; else empty
     metrics: dict  # what the run says of itself: shown; it can make its own verdict worse, never better
     run_seconds: float  # start to exit
-    clock_seconds: float | None  # from clock start to exit, by our own watch; None if the clock never started
+    clock_seconds: (
+        float | None
+    )  # from the line that starts its clock to the end of training, by our own watch; None without that line
     scoring_seconds: float | None
     idle_seconds: float | None  # from the last child's exit to this one's start; None for a first run
+    saving_seconds: float | None = (
+        None  # from the end of training to exit; None if run.finish never said that it was reached
+    )
+    weights_bytes: int | None = None  # of model.pt
+    parts: dict[str, float] = field(default_factory=dict)  # seconds of the parts of its scoring
     free_mb: float | None = None  # free memory of the card before it started
     worker: int | None = None  # which of several
 
@@ -53,6 +61,16 @@ class Run:
     def number(self) -> str:
         """val_bpb as people read it; empty if there is none."""
         return "" if self.val_bpb is None else f"{self.val_bpb:.6f}"
+
+    @property
+    def startup_seconds(self) -> float:
+        """Start to clock, or to exit if its clock never started."""
+        return self.run_seconds - (self.clock_seconds or 0.0) - (self.saving_seconds or 0.0)
+
+    @property
+    def look_seconds(self) -> float:
+        """From the line that starts its clock to the clock: the rows are opened, the model looked at."""
+        return self.clock_seconds - (self.metrics.get("training_seconds") or self.clock_seconds)
 
 
 @dataclass(frozen=True)
@@ -113,38 +131,58 @@ def pace_text(run: Run, other: Run) -> str:
 # ---------------------------------------------------------------------------
 # Which runs count
 
-# A start without a sandbox may take the baseline's times this, since each halving of the micro-batch compiles anew, and this.
-STARTUP_FACTOR, STARTUP_S = 3.0, 60.0
+LEAST_SLACK_S = 1.0  # by which any time may exceed its bound: how late a machine at work may be
 
 
-def trouble(run: Run, baseline: Run | None, budget_s: float, sandboxed: bool = True) -> str:
-    """Why a run's number cannot be trusted; empty if it can. The time rules compare it with the baseline's run.
+def trouble(run: Run, baseline: Run | None, budget_s: float) -> str:
+    """Why a run's number cannot be trusted; empty if it can."""
+    return run.distrust or late(run, baseline, budget_s)
 
-    Before the clock there is no text in the sandbox, so that only a run without one has to start as fast as the baseline.
-    """
-    if run.distrust:
-        return run.distrust
-    trained, steps = run.metrics.get("training_seconds") or 0.0, run.metrics.get("num_steps") or 1
-    if trained > budget_s + max(0.01 * budget_s, trained / steps):
-        return f"trained {trained:.1f} s of {budget_s:g} s: its last step took far longer than the others; was the machine busy?"
+
+def late(run: Run, baseline: Run | None, budget_s: float) -> str:
+    """Which bound on time a run exceeds; empty if none. The bounds are the budget and the times of the night's baseline."""
     if run.clock_seconds is None:
         return "its clock was never started"
+    if run.saving_seconds is None:
+        return "run.finish never said that the training was over"
+    trained, slack = run.metrics.get("training_seconds") or 0.0, slack_s(budget_s, baseline or run)
+    if trained > budget_s + slack:
+        return f"trained {trained:.1f} s of {budget_s:g} s: its last step took far longer than the others; was the machine busy?"
     if baseline is None:
         return ""
-    saving = baseline.clock_seconds - (baseline.metrics.get("training_seconds") or budget_s)
-    if run.clock_seconds > budget_s + saving + overrun_s(budget_s):
-        return f"ran for {run.clock_seconds:.0f} s after its clock started, {saving:.0f} s of them for saving; the budget is {budget_s:g} s"
-    startup, usual = run.run_seconds - run.clock_seconds, baseline.run_seconds - baseline.clock_seconds
-    if not sandboxed and startup > STARTUP_FACTOR * usual + STARTUP_S:
-        return f"started for {startup:.0f} s, the baseline {usual:.0f} s"
-    if (run.scoring_seconds or 0.0) > 2 * baseline.scoring_seconds + 10:
-        return f"scoring took {run.scoring_seconds:.0f} s, the baseline's {baseline.scoring_seconds:.0f} s"
+    outside = run.clock_seconds - baseline.look_seconds
+    if outside > budget_s + slack:
+        return f"trained for {outside:.1f} s by the agent's watch; the budget is {budget_s:g} s"
+    if trained and abs(outside - trained) > slack:
+        return f"says that it trained {trained:.1f} s, and the agent's watch {outside:.1f} s"
+    if run.saving_seconds > (limit := saving_limit_s(run, baseline)):
+        return f"took {run.saving_seconds:.1f} s from the end of its training to its exit; {limit:.1f} s are allowed"
+    if run.startup_seconds > (limit := startup_limit_s(baseline)):
+        return f"started for {run.startup_seconds:.0f} s; {limit:.0f} s are allowed, the baseline took {baseline.startup_seconds:.0f} s"
+    for part, usual in baseline.parts.items():
+        factor = 1.5 if part.startswith("load") else 2.0
+        if run.parts.get(part, 0.0) > (limit := factor * usual + LEAST_SLACK_S):
+            return f"scoring took {run.parts[part]:.1f} s for its part `{part}`; {limit:.1f} s are allowed, the baseline took {usual:.1f} s"
     return ""
 
 
-def overrun_s(budget_s: float) -> float:
-    """Seconds by which a run may outlast its budget and the baseline's saving: a stalled step, larger weights to save."""
-    return max(5.0, 0.02 * budget_s)
+def slack_s(budget_s: float, baseline: Run) -> float:
+    """Seconds by which a training may exceed its budget: 1 %, and a step of the baseline."""
+    trained = baseline.metrics.get("training_seconds") or 0.0
+    return max(LEAST_SLACK_S, 0.01 * budget_s) + min(
+        trained / (baseline.metrics.get("num_steps") or 1), 0.01 * budget_s
+    )
+
+
+def startup_limit_s(baseline: Run) -> float:
+    """Seconds that a run may take until its clock starts: it could train there on other text that lies about."""
+    return 1.5 * baseline.startup_seconds + 30.0
+
+
+def saving_limit_s(run: Run, baseline: Run) -> float:
+    """Seconds that a run may take to save its weights: twice the baseline's, by bytes."""
+    growth = max(1.0, (run.weights_bytes or 0) / (baseline.weights_bytes or math.inf))
+    return 2 * growth * (baseline.saving_seconds or 0.0) + LEAST_SLACK_S
 
 
 # ---------------------------------------------------------------------------

@@ -11,14 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import constants
-from constants import Problem, write_atomically
 from lab import cache, text
 from lab.card import CARD_CONTEXT_MB, free_card_mb, wait_for_card
 from lab.child import run_child
-from lab.files import check_disk, make_run_folder, remove
+from lab.files import DISK_FLOOR_BYTES, check_disk, folder_bytes, free_bytes, make_run_folder, remove
 from lab.night import RESULT_BYTES, Night, sha256
 from lab.place import Place
-from lab.records import Rivals, Run, clean, log_tail, overrun_s
+from lab.records import Rivals, Run, clean, late, log_tail, slack_s, startup_limit_s
 from lab.sandbox import child_command
 
 STARTUP_LIMIT_S = 1_800.0  # until the clock starts: several cold compiles on a slow machine
@@ -111,28 +110,35 @@ def measure(night: Night, view, source: str, seed: int, title: str, fresh: bool 
 
 
 def measure_at(place: Place, view, folder: Path, source: str, seed: int, title: str, rivals: Rivals) -> Run:
-    """One training and one scoring, in a run folder of this place; what may have crashed from outside is tried once more.
+    """One training and one scoring, in a run folder of this place; what may not be the program's doing is tried once more.
 
-    So is what crashed on another seed than the night's, on which it ran.
+    That is: what the system or the driver ended, what crashed on another seed than the night's, and what took too long, since a
+    machine may be busy: a slow start with an empty compile cache, as the baseline had.
     """
     run = measure_once(place, view, folder, source, seed, title, rivals)
-    if OUTSIDE.search(run.crash) or (run.crash and seed != constants.SEED):
-        place.say(f"{title}: {run.crash}; this may have come from outside, so it is run once more")
-        run = measure_once(place, view, folder, source, seed, title, rivals)
+    slow = "" if run.crash or not rivals.baseline else late(run, rivals.baseline, place.settings.budget_s)
+    if OUTSIDE.search(run.crash) or "time-out" in run.crash or slow or (run.crash and seed != constants.SEED):
+        place.say(f"{title}: {run.crash or slow}; this may have come from outside, so it is run once more")
+        cold = "started" in (run.crash or slow)
+        run = measure_once(place, view, folder, source, seed, title, rivals, cold)
     return run
 
 
-def measure_once(place: Place, view, folder: Path, source: str, seed: int, title: str, rivals: Rivals) -> Run:
+def measure_once(
+    place: Place, view, folder: Path, source: str, seed: int, title: str, rivals: Rivals, cold: bool = False
+) -> Run:
     """One training and one scoring. What outlasts the bounds that the baseline sets is ended: it would not count."""
     settings, baseline, best = place.settings, rivals.baseline, rivals.incumbent
     on_night_seed, program = seed == constants.SEED, sha256(source)
     wait_until_ready(place, best)
-    make_folder(place, folder, source, seed, baseline)
+    make_folder(place, folder, source, seed, baseline, cold)
     idle_s = None if place.last_exit is None else time.perf_counter() - place.last_exit
-    limit_s, clock_limit_s, score_limit_s = STARTUP_LIMIT_S, settings.budget_s + SAVING_LIMIT_S, SCORE_LIMIT_S
+    limits = STARTUP_LIMIT_S, settings.budget_s + SAVING_LIMIT_S, SAVING_LIMIT_S
+    score_limit_s = SCORE_LIMIT_S
     if baseline:
-        clock_limit_s = max(baseline.clock_seconds, settings.budget_s) + 2 * overrun_s(settings.budget_s)
-        score_limit_s = min(score_limit_s, 2 * baseline.scoring_seconds + 15)
+        clock_limit_s = settings.budget_s + baseline.look_seconds + 2 * slack_s(settings.budget_s, baseline)
+        limits = startup_limit_s(baseline), clock_limit_s, 20 * (baseline.saving_seconds or 0.0) + 60
+        score_limit_s = min(score_limit_s, 2 * baseline.scoring_seconds + 3)
     free_mb = free_card_mb() if settings.device == "cuda" else None
 
     def on_clock():
@@ -144,10 +150,14 @@ def measure_once(place: Place, view, folder: Path, source: str, seed: int, title
     view.begin(title, folder)
     command = child_command("train", folder, place.sandbox)
     try:
-        ended = run_child(command, folder / "run.log", limit_s, clock_limit_s, on_clock)
+        ended = run_child(command, folder / "run.log", *limits, on_clock)
     finally:
         text.take_back(place, folder)
-    crash, metrics = ended.why or crash_reason(ended.status, folder / "run.log"), {}
+    crash, metrics, weights = (
+        ended.why or crash_reason(ended.status, folder / "run.log"),
+        {},
+        folder / "out" / "model.pt",
+    )
     if not crash:
         try:
             metrics = read_result(folder / "out" / "result.json", settings.profile.memory_gb, settings.budget_s)
@@ -156,8 +166,9 @@ def measure_once(place: Place, view, folder: Path, source: str, seed: int, title
         except (OSError, ValueError) as error:
             crash = f"no valid result.json: {error}"
     run = Run(
-        program, seed, None, None, crash, "", metrics, ended.seconds, ended.clock_seconds, None, idle_s, free_mb=free_mb
-    )
+        program, seed, None, None, crash, "", metrics, ended.seconds, ended.clock_seconds, None, idle_s,
+        saving_seconds=ended.saving_seconds, weights_bytes=os.lstat(weights).st_size if os.path.lexists(weights) else None, free_mb=free_mb,
+    )  # fmt: skip
     if not crash:
         view.enter("scoring")
         below = best.val_bpb if best and on_night_seed else math.inf
@@ -165,12 +176,15 @@ def measure_once(place: Place, view, folder: Path, source: str, seed: int, title
     place.last_exit = time.perf_counter()
     view.end()
     place.check_unchanged()
-    if run.crash:  # a full disk is no fault of the experiment: it is run again
-        try:
-            check_disk(place.folder)
-        except Problem:
+    if run.crash and free_bytes(place.folder) < DISK_FLOOR_BYTES:
+        if (
+            free_bytes(place.folder) + folder_bytes(folder) < DISK_FLOOR_BYTES
+        ):  # no fault of the experiment: it is run again
             remove(folder)
-            raise
+            check_disk(place.folder)
+        for full in (folder / "out", folder / "cache"):  # before its row is to be written
+            remove(full)
+            full.mkdir()
     if not on_night_seed:
         remove(folder)
     return run
@@ -190,7 +204,7 @@ def rehearse(night: Night, source: str) -> str:
     make_folder(night, folder, source, constants.SEED, night.baseline_run)
     try:
         ended = run_child(
-            child_command("train", folder, night.sandbox), folder / "run.log", STARTUP_LIMIT_S, 0.0, on_clock
+            child_command("train", folder, night.sandbox), folder / "run.log", STARTUP_LIMIT_S, on_clock=on_clock
         )
     except AtTheClock:
         return ""
@@ -211,8 +225,8 @@ def wait_until_ready(place: Place, best: Run | None) -> None:
         wait_for_card(needed_mb, place.say, place.out_of_time)
 
 
-def make_folder(place: Place, folder: Path, source: str, seed: int, baseline: Run | None) -> None:
-    """An empty run folder with train.py, run.json and a compile cache to begin with.
+def make_folder(place: Place, folder: Path, source: str, seed: int, baseline: Run | None, cold: bool = False) -> None:
+    """An empty run folder with train.py, run.json and, unless it is to start cold, a compile cache to begin with.
 
     Later runs take the attention backend and the micro-batch that the baseline chose.
     """
@@ -221,7 +235,7 @@ def make_folder(place: Place, folder: Path, source: str, seed: int, baseline: Ru
     chosen = baseline.metrics if baseline else {}
     chosen = {"attention": chosen.get("backend"), "micro_rows": chosen.get("micro_rows")}
     (folder / "run.json").write_text(json.dumps({"seed": seed, "chosen": chosen}))
-    if place.settings.compile:
+    if place.settings.compile and not cold:
         cache.fill(place.folder, sha256(source), folder / "cache")
 
 
@@ -229,7 +243,8 @@ def score(place: Place, run: Run, folder: Path, limit_s: float, below: float, te
     """The run with what the scorer measures of its weights; a val_bpb under `below` is probed, and with `test` measured on test."""
     log = folder / "score.log"
     children = {action: child_command(action, folder, place.sandbox).argv for action in ("evaluate", "answer")}
-    more = ("--below", repr(below), "--children", json.dumps(children), *(() if test else ("--no-test",)))
+    rival = ("--rival", str(place.folder / "nats.npy")) if baseline else ()
+    more = (*rival, "--below", repr(below), "--children", json.dumps(children), *(() if test else ("--no-test",)))
     ended = run_child(child_command("score", folder, None, more), log, limit_s)
     crash = ended.why or crash_reason(ended.status, log)
     if crash.startswith("time-out") and baseline:
@@ -237,15 +252,14 @@ def score(place: Place, run: Run, folder: Path, limit_s: float, below: float, te
     if crash:
         return replace(run, crash=f"scoring: {crash}")
     try:
-        scores = json.loads(log.read_bytes().splitlines()[-1])
+        scores = json.loads((folder / "score.json").read_bytes())
         for name in ("val_bpb", "test_bpb"):
             none = scores[name] is None and name == "test_bpb"
             if not none and not (isinstance(scores[name], float) and 0 < scores[name] < 64):
                 raise ValueError(f"{name} is {scores[name]!r}")
-    except (IndexError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         return replace(run, crash=f"scoring gave no number: {error}")
-    write_atomically(folder / "score.json", json.dumps(scores))
     return replace(
         run, val_bpb=scores["val_bpb"], test_bpb=scores["test_bpb"], distrust=clean(str(scores["invalid"]))[:500],
-        scoring_seconds=ended.seconds,
+        scoring_seconds=ended.seconds, parts=scores["seconds"],
     )  # fmt: skip

@@ -23,7 +23,15 @@ from lab.start import difference, survey, with_hashes
 from lab.text import rows_of_the_night
 
 HERE = Path(__file__).resolve().parent.parent  # Ray's copy of the checkout
-RETURNED = ("train.py", "run.json", "run.log", "score.log", "score.json", "out/result.json")  # of a run's folder
+RETURNED = (
+    "train.py",
+    "run.json",
+    "run.log",
+    "score.log",
+    "score.json",
+    "nats.npy",
+    "out/result.json",
+)  # of a run's folder
 
 
 class Worker:
@@ -90,11 +98,15 @@ class Worker:
     def measure(self, source: str, seed: int, title: str, rivals: Rivals, left_s: float, compiled) -> tuple[Run, dict]:
         """The Run, and of one on the night's seed the files; those of a win include its weights and what it compiled.
 
-        compiled: the night's cache, if it is another than at the last call.
+        compiled: the night's cache and the incumbent's nats, if they are others than at the last call.
         """
         self.take_cores()
         if compiled is not None:
-            unpack(compiled, self.folder / "cache")
+            unpack(compiled, self.folder / "incumbent")
+            for name in ("cache", "nats.npy"):
+                if (brought := self.folder / "incumbent" / name).exists():
+                    remove(self.folder / name)
+                    os.replace(brought, self.folder / name)
         ends = time.monotonic() + left_s
         self.place.out_of_time = lambda: time.monotonic() > ends
         if seed == SEED:

@@ -228,7 +228,7 @@ def fake_measure(night: Night, before=lambda source, seed: None, journal: bool =
             return known
         before(source, seed)
         metrics = {"training_seconds": 300.0, "num_steps": 1000, "total_tokens_M": 10.0, "backend": "sdpa"}
-        run = Run(sha256(source), seed, None, None, "", "", metrics, 320.0, 301.0, 20.0, 0.1)
+        run = Run(sha256(source), seed, None, None, "", "", metrics, 320.0, 301.0, 20.0, 0.1, saving_seconds=0.1)
         try:
             model = model_of(source)
             caught = model.get("distrust_seed") in (None, seed) and model.get("distrust", "")

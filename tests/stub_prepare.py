@@ -33,6 +33,7 @@ class Run:
         return Clock()
 
     def finish(self, model, *, steps, tokens):
+        print(constants.FINISH_MARK, flush=True)
         Path("model.pt").write_text(json.dumps(model))
         result = {
             "training_seconds": 0.01 * model.get("slow", 1), "total_seconds": 0.1, "total_tokens_M": tokens / 1e6, "num_steps": steps,

@@ -64,13 +64,6 @@ def scattered(monkeypatch):
             shutil.rmtree(place, ignore_errors=True)
 
 
-def short_overrun(checkout) -> None:
-    """One second by which a run may outlast its budget, instead of five."""
-    rules = (checkout.folder / "lab" / "records.py").read_text()
-    assert rules.count("return max(5.0, ") == 1
-    (checkout.folder / "lab" / "records.py").write_text(rules.replace("return max(5.0, ", "return max(1.0, "))
-
-
 def attempt(checkout, code: str, *flags, **environment):
     """Runs `code` as an experiment, in train.py's main; returns (journal row, what it put in `found`)."""
     lines = (
@@ -280,13 +273,12 @@ time.sleep(2.5)
     ("after", "verdict", "said"),
     [
         ("", "crash", "after its clock started"),  # a second mark gets no second line
-        ("run.start_clock = lambda model: prepare.Clock()", "invalid", "after its clock started"),
+        ("run.start_clock = lambda model: prepare.Clock()", "invalid", "by the agent's watch"),
     ],
 )
 def test_attack_a_mark_that_is_early_or_forged_starts_the_clock_of_the_agent(checkout, after, verdict, said):
     """It brings the text sooner, and the end with it."""
     checkout.drop_screen()
-    short_overrun(checkout)
     early = "".join(f"    {line}\n" for line in (FORGED + after).splitlines())
     line = "    clock = run.start_clock(model)\n"
     source = STUB.replace("lr=0.4", "lr=0.1").replace(line, early + line)
@@ -334,9 +326,8 @@ open("left", "wb").write(b"H" * 30)
 
 def test_attack_a_clock_that_was_deceived_is_found_out_from_outside(checkout):
     checkout.drop_screen()
-    short_overrun(checkout)
     row, _ = attempt(checkout, "time.sleep(2.5)", "--budget", "1")  # its result.json still says 0.01 s of training
-    assert row["verdict"] == "invalid" and "after its clock started" in row["reason"]
+    assert row["verdict"] == "invalid" and "by the agent's watch" in row["reason"]
     assert 2.4 < row["clock_seconds"] < row["run_seconds"] and row["metrics"]["training_seconds"] < 1
 
 
@@ -456,7 +447,7 @@ def test_weights_that_are_a_pipe_or_a_link_are_not_waited_for(tmp_path):
     (tmp_path / "out").mkdir()
     settings = SimpleNamespace(threads=1, device="cpu")
     os.mkfifo(tmp_path / "out" / "model.pt")
-    with pytest.raises((EOFError, OSError, RuntimeError)):
+    with pytest.raises(Problem, match="not what torch.save writes"):
         load_model(settings, tmp_path)
     (tmp_path / "out" / "model.pt").unlink()
     (tmp_path / "out" / "model.pt").symlink_to("/etc/passwd")
@@ -617,7 +608,6 @@ def left_over(mark: str) -> list[int]:
 def test_what_daemonises_or_hangs_is_dead_before_the_next_run(scattered, tier, fate):
     """Three double forks, their own sessions; a child that hangs and ignores SIGTERM is killed at the limit."""
     flags = (*enter(scattered, tier), "--budget", "1")
-    short_overrun(scattered)
     code = DAEMON + (
         "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)" if fate == "hangs" else ""
     )
