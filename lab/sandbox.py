@@ -4,9 +4,11 @@ import glob
 import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import site
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -22,15 +24,22 @@ from lab.night import Night
 from lab.place import Place
 from lab.records import log_tail
 
-SCRATCH_BYTES = 2 * 2**30  # a child's /tmp, in memory
+SCRATCH_BYTES = 2 * 2**30  # a child's /tmp and /dev/shm each, in memory
 FILE_BYTES = 4 * 2**30  # the largest file that a child may write; the weights of the gpu profile take under 1 GB
 TRIAL_LIMIT_S = 120.0  # the trial child: importing torch from a cold disk
 # A child's compile cache in its eyes: Triton stores absolute paths, and each run has another folder.
 CACHE = Path("/cache")
 SYSTEM = (  # of the machine, as patterns
     "/usr /bin /sbin /lib /lib32 /lib64 /libx32 /sys /opt/rocm* /etc/ld.so.* /etc/alternatives /etc/passwd /etc/group /etc/nsswitch.conf "
-    "/etc/localtime"
+    "/etc/localtime /usr/share/zoneinfo /usr/share/libdrm"
 ).split()
+PROSE = (
+    "share",
+    "src",
+    "man",
+    "games",
+)  # of each prefix: text that a run could train on before its clock; no run needs it
+NAMESPACES = "ipc net uts user mnt".split()  # that a child has for itself
 TRIAL = Path(__file__).with_name("trial.py")
 EXPOSED = "train.py will run as you, with your network and your files"
 INHERITED = frozenset("PATH USER LANG LC_ALL LD_LIBRARY_PATH CC CXX PYTORCH_ALLOC_CONF".split())
@@ -58,10 +67,12 @@ class Sandbox:
     devices: tuple[str, ...]
     data: Path
     sized: bool  # whether this bubblewrap can limit a folder in memory
+    filter: Path | None  # the file of syscall_filter(); None where none is taken
 
     @property
     def tier(self) -> str:
-        return "bubblewrap, shared processes" if self.shared_processes else "bubblewrap"
+        missing = ", no filter of system calls" if self.filter is None else ""
+        return f"bubblewrap{', shared processes' if self.shared_processes else ''}{missing}"
 
     def proc(self) -> list[str]:
         """The child's /proc: its own processes, or with shared_processes all; everything else in it is read-only.
@@ -84,21 +95,27 @@ class Sandbox:
             path: ["--tmpfs", str(path)] if path.is_dir() else ["--ro-bind", os.devnull, str(path)]
             for path in self.hidden
         }
-        mounts[Path("/tmp")] = [*(["--size", str(SCRATCH_BYTES)] if self.sized else []), "--tmpfs", "/tmp"]
+        for scratch in ("/tmp", "/dev/shm"):
+            mounts[Path(scratch)] = [*(["--size", str(SCRATCH_BYTES)] if self.sized else []), "--tmpfs", scratch]
         if action in ("train", "trial"):
             mounts[folder / "out"] = ["--bind", str(folder / "out"), str(folder / "out")]
             mounts[CACHE] = ["--bind", str(folder / "cache"), str(CACHE)]
+        filtered = ["sh", "-c", 'exec "$@" 9<"$0"', str(self.filter)] if self.filter else []
         command = (
-            "bwrap --unshare-user --unshare-net --unshare-ipc --unshare-uts --unshare-cgroup-try "
-            "--die-with-parent --new-session --cap-drop ALL --dev /dev"
-        ).split() + self.proc()
+            filtered
+            + (
+                "bwrap --unshare-user --unshare-net --unshare-ipc --unshare-uts --unshare-cgroup-try "
+                "--die-with-parent --new-session --cap-drop ALL --dev /dev"
+            ).split()
+            + self.proc()
+        )
         for device in self.devices:
             command += ["--dev-bind-try", device, device]
         for path in sorted(mounts, key=lambda path: len(path.parts)):  # a folder before what lies in it
             command += mounts[path]
-        for path in (Path("/"), *filter(Path.is_dir, self.hidden)):
+        for path in (Path("/"), Path("/dev"), *filter(Path.is_dir, self.hidden)):
             command += ["--remount-ro", str(path)]
-        return [*command, "--chdir", str(folder / "out"), "--"]
+        return [*command, *(["--seccomp", "9"] if self.filter else []), "--chdir", str(folder / "out"), "--"]
 
 
 def make_sandbox(here: Path, runs: Path, settings: Settings, common_dir: Path) -> Sandbox:
@@ -107,6 +124,7 @@ def make_sandbox(here: Path, runs: Path, settings: Settings, common_dir: Path) -
         fix = "run: apt-get install bubblewrap" if sys.platform == "linux" else "it exists for Linux only"
         raise Problem(f"bubblewrap is not installed; {fix}")
     secret = [Path.home(), here, runs, cache_dir(), Path(settings.data), common_dir, *texts(settings)]
+    secret += [Path(prefix, name) for prefix in ("/usr", "/usr/local", sys.prefix, sys.base_prefix) for name in PROSE]
     secret = {path.resolve() for path in secret if path.exists()} - {Path("/")}
     libraries = [Path(name).absolute() for name in os.environ.get("LD_LIBRARY_PATH", "").split(":") if name]
     libraries = [path for path in libraries if not any(place.is_relative_to(path.resolve()) for place in secret)]
@@ -121,7 +139,51 @@ def make_sandbox(here: Path, runs: Path, settings: Settings, common_dir: Path) -
     nodes = (*sorted(glob.glob("/dev/nvidia*")), "/dev/dxg", "/dev/kfd", "/dev/dri")
     devices = () if settings.device == "cpu" else nodes
     sized = "--size" in subprocess.run(["bwrap", "--help"], capture_output=True, text=True).stdout
-    return Sandbox(False, tuple(needed), tuple(hidden), devices, Path(settings.data).resolve(), sized)
+    return Sandbox(False, tuple(needed), tuple(hidden), devices, Path(settings.data).resolve(), sized, None)
+
+
+# The calls that a child may not make, as (name, x86-64, aarch64): see syscall_filter().
+SYSCALLS = """
+keyctl 250 219, add_key 248 217, request_key 249 218, mincore 27 232, cachestat 451 451, fadvise64 221 223, readahead 187 213,
+preadv2 327 286, pwritev2 328 287, userfaultfd 323 282, perf_event_open 298 241, bpf 321 280, io_uring_setup 425 425,
+io_uring_enter 426 426, io_uring_register 427 427, process_vm_readv 310 270, process_vm_writev 311 271, process_madvise 440 440,
+ptrace 101 117, pidfd_getfd 438 438, kcmp 312 272, mount 165 40, umount2 166 39, pivot_root 155 41, chroot 161 51, open_tree 428 428,
+open_tree_attr 467 467, move_mount 429 429, fsopen 430 430, fsconfig 431 431, fsmount 432 432, fspick 433 433, mount_setattr 442 442,
+unshare 272 97, setns 308 268, name_to_handle_at 303 264, open_by_handle_at 304 265, fanotify_init 300 262, quotactl 179 60,
+quotactl_fd 443 443, swapon 167 224, swapoff 168 225, kexec_load 246 104, kexec_file_load 320 294, init_module 175 105,
+finit_module 313 273, delete_module 176 106, acct 163 89, syslog 103 116, lookup_dcookie 212 18
+"""
+ARCHITECTURES = {"x86_64": (1, 0xC000003E, 56), "aarch64": (2, 0xC00000B7, 220)}  # column, AUDIT_ARCH, number of clone
+CLONE3, NEW_NAMESPACES = 435, 0x7E020000  # the flags of clone() that make a namespace
+
+
+def refused_calls(machine: str) -> dict[str, int]:
+    """The numbers of the calls that syscall_filter() refuses, by name."""
+    column = ARCHITECTURES[machine][0]
+    return {words[0]: int(words[column]) for words in map(str.split, SYSCALLS.split(","))}
+
+
+def syscall_filter(machine: str) -> bytes | None:
+    """The classic BPF program for `bwrap --seccomp`; None for an architecture that it does not know.
+
+    It refuses (EPERM) what carries text from one child to the next although no file does, keyrings and the page cache; what reaches
+    other processes; new namespaces, in which memory would not be limited; the calls of other architectures. clone3, whose flags
+    a filter cannot see, answers ENOSYS, so that libraries take clone.
+    """
+    if machine not in ARCHITECTURES:
+        return None
+    _, arch, clone = ARCHITECTURES[machine]
+    load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06  # BPF_LD|W|ABS, JMP|JEQ, JGE, JSET, RET
+    checks = [(equal, number) for number in refused_calls(machine).values()]
+    length = 4 + len(checks) + 4  # before the three answers
+    refuse, unknown = length + 1, length + 2
+    program = [(load, 0, 0, 4), (equal, 0, refuse - 2, arch), (load, 0, 0, 0), (at_least, refuse - 4, 0, 0x40000000)]
+    program += [(code, refuse - len(program) - 1 - i, 0, number) for i, (code, number) in enumerate(checks)]
+    program += [(equal, unknown - len(program) - 1, 0, CLONE3)]
+    program += [(equal, 0, length - len(program) - 1, clone)]
+    program += [(load, 0, 0, 16), (any_bit, refuse - length, 0, NEW_NAMESPACES)]
+    program += [(answer, 0, 0, 0x7FFF0000), (answer, 0, 0, 0x50000 | 1), (answer, 0, 0, 0x50000 | 38)]
+    return b"".join(struct.pack("=HBBI", *step) for step in program)
 
 
 def folders_to_show() -> list[Path]:
@@ -172,6 +234,10 @@ def trial(place: Place, sandbox: Sandbox, forbidden: list[Path]) -> str:
     try:
         needed = compiler_and_header(settings.device) if settings.compile else None
         own = {"forbidden": [*map(str, forbidden)], "stranger": stranger.pid, "canary": canary}
+        own["calls"] = refused_calls(platform.machine()) if sandbox.filter else {}
+        alone = [*NAMESPACES, *([] if sandbox.shared_processes else ["pid"])]
+        own["namespaces"] = {name: os.readlink(f"/proc/self/ns/{name}") for name in alone}
+        own["writable"] = [str(folder / "out"), str(CACHE)]
         own |= {"device": settings.device, "compiler": needed, "tokenizer": f"{settings.data}/tokenizer.txt"}
         (folder / "trial.json").write_text(json.dumps(own))
         status = run_child(child_command("trial", folder, sandbox), folder / "run.log", TRIAL_LIMIT_S).status
@@ -208,11 +274,15 @@ def choose_sandbox(
         data = [Path(place.settings.data, name) for name in ("val.bin", "test.bin", place.settings.train_file)]
         forbidden = [*data, place.rows, *texts(place.settings), place.folder / "journal.jsonl", here / "agent.py"]
         forbidden += [common_dir, Path("/etc/hostname")]
-        for shared_processes in (False, True):
-            sandbox = replace(sandbox, shared_processes=shared_processes)
-            refused = trial(place, sandbox, forbidden)
-            if not refused:
-                return sandbox
+        program, calls = syscall_filter(platform.machine()), place.folder / "syscalls.bpf"
+        if program:
+            calls.write_bytes(program)
+        for filtered in (calls, None) if program else (None,):
+            for shared_processes in (False, True):
+                sandbox = replace(sandbox, shared_processes=shared_processes, filter=filtered)
+                refused = trial(place, sandbox, forbidden)
+                if not refused:
+                    return sandbox
     except Problem as problem:
         refused = str(problem)
     if harmless:

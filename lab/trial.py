@@ -3,6 +3,8 @@
 It imports nothing of lab, which the sandbox hides. Its last line is the JSON list of what it should not have reached.
 """
 
+import ctypes
+import errno
 import json
 import os
 import socket
@@ -29,6 +31,34 @@ def reached(own: dict) -> list[str]:
     return seen
 
 
+def shared(own: dict) -> list[str]:
+    """What this child shares with the next one: open files, namespaces, folders that both may write to, calls that leave traces."""
+    found = [f"file descriptor {name}" for name in os.listdir("/proc/self/fd") if int(name) > 2 and is_open(int(name))]
+    found += [
+        f"the {name} namespace"
+        for name, outside in own["namespaces"].items()
+        if os.readlink(f"/proc/self/ns/{name}") == outside
+    ]
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        place, options, kind = before.split()[4], before.split()[5].split(","), after.split()[0]
+        private = kind in ("tmpfs", "devpts", "proc") or place in own["writable"] or place.startswith("/dev/")
+        found += [f"{place}, to which it may write"] if "rw" in options and not private else []
+    call = ctypes.CDLL(None, use_errno=True).syscall
+    for name, number in own["calls"].items():  # with arguments that no call takes
+        ctypes.set_errno(0)
+        call(number, *[ctypes.c_long(-1)] * 6)
+        found += [f"the call {name}"] if ctypes.get_errno() not in (errno.EPERM, errno.ENOSYS) else []
+    return found
+
+
+def is_open(descriptor: int) -> bool:
+    with suppress(OSError):
+        os.fstat(descriptor)
+        return True
+    return False
+
+
 def name_a_thread() -> None:
     """As drivers do. Raises OSError if that is not possible here."""
     done = threading.Event()
@@ -42,9 +72,10 @@ def name_a_thread() -> None:
 
 
 if __name__ == "__main__":
+    own = json.loads(Path(sys.argv[1]).read_text())
+    left = shared(own) if os.path.isdir("/proc/self/fd") else []
     import prepare
 
-    own = json.loads(Path(sys.argv[1]).read_text())
     prepare.try_device(own["device"])
     name_a_thread()
     open(own["tokenizer"]).close()
@@ -52,4 +83,4 @@ if __name__ == "__main__":
         compiler, header = own["compiler"]
         subprocess.run([*compiler, "--version"], check=True, stdout=subprocess.DEVNULL)
         open(header).close()
-    print(json.dumps(reached(own)))
+    print(json.dumps([*reached(own), *left]))

@@ -447,7 +447,7 @@ def test_weights_that_are_a_pipe_or_a_link_are_not_waited_for(tmp_path):
     (tmp_path / "out").mkdir()
     settings = SimpleNamespace(threads=1, device="cpu")
     os.mkfifo(tmp_path / "out" / "model.pt")
-    with pytest.raises(Problem, match="not what torch.save writes"):
+    with pytest.raises(Problem, match=r"not what torch\.save writes"):
         load_model(settings, tmp_path)
     (tmp_path / "out" / "model.pt").unlink()
     (tmp_path / "out" / "model.pt").symlink_to("/etc/passwd")
