@@ -2,15 +2,19 @@
 
 import json
 import os
+import platform
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -26,11 +30,25 @@ from conftest import (
     settings_for,
 )
 
+import constants
 from constants import Problem
+from lab.child import exhausted
+from lab.files import DISK_FLOOR_BYTES
 from lab.git import Repository
-from lab.sandbox import child_command, choose_sandbox, inherited_names, make_sandbox
+from lab.place import HARNESS
+from lab.records import Run
+from lab.run import score
+from lab.sandbox import (
+    CLONE3,
+    child_command,
+    choose_sandbox,
+    inherited_names,
+    make_sandbox,
+    refused_calls,
+    syscall_filter,
+)
 from lab.score import load_model
-from lab.trial import name_a_thread, reached
+from lab.trial import name_a_thread, reached, shared
 
 sandboxed = pytest.mark.skipif(not bubblewrap_works(), reason="bubblewrap is not installed, or may not run here")
 contained = pytest.mark.skipif(not container_works(), reason="this machine does not let a test mount over /proc")
@@ -228,6 +246,103 @@ def test_attack_there_is_no_text_before_the_clock(scattered, tier):
     assert read == [] and listed == []
     assert float((out / "seen").read_text()) > asked
     assert not (out.parent / "text").exists() and rows_of(scattered, "night")[0]["sandbox"] == tier
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_attack_calls_that_carry_text_or_make_a_namespace_are_refused(scattered, tier):
+    """And a child has 2 GiB of memory to write files to, nowhere else."""
+    enter(scattered, tier)
+    calls = {**refused_calls(platform.machine()), "clone3": CLONE3}
+    code = f"""
+import ctypes, errno
+call = ctypes.CDLL(None, use_errno=True).syscall
+for name, number in {calls!r}.items():
+    ctypes.set_errno(0)
+    call(number, *[ctypes.c_long(-1)] * 6)
+    found += [name] if ctypes.get_errno() not in (errno.EPERM, errno.ENOSYS) else []
+found += ["a namespace"] if subprocess.run(["unshare", "-Ur", "true"], capture_output=True).returncode == 0 else []
+for line in open("/proc/self/mountinfo"):
+    place, options = line.split()[4:6]
+    if "rw" in options.split(",") and " - tmpfs " in line:
+        info = os.statvfs(place)
+        found += [place] if info.f_blocks * info.f_bsize > 2**31 else []
+"""
+    row, found = attempt(scattered, code)
+    assert found == [] and row["verdict"] == "keep" and row["sandbox"] == tier
+    found = (
+        attempt(scattered, code, "--no-sandbox", *(("--tag", "u")))[1]
+        if tier == "bubblewrap"
+        else ["keyctl", "mincore"]
+    )
+    assert {"keyctl", "mincore"} <= set(found)  # so that the test above can fail
+
+
+@sandboxed
+def test_there_is_no_prose_to_train_on_before_the_clock(scattered):
+    code = READ.format(paths=["/usr/share/doc", "/usr/share/man", "/usr/share/common-licenses", "/usr/src"])
+    assert attempt(scattered, code)[1] == []
+
+
+def test_a_sandbox_without_the_filter_says_so():
+    sandbox = make_sandbox.__annotations__["return"](False, (), (), (), Path("/"), True, None)
+    assert sandbox.tier == "bubblewrap, no filter of system calls" and "--seccomp" not in sandbox.proc()
+    assert syscall_filter("riscv64") is None and len(syscall_filter("aarch64")) == len(syscall_filter("x86_64"))
+
+
+def test_what_two_children_would_share_is_found():
+    """What the trial child looks at, outside of any sandbox: the namespaces of this process, its files, its calls."""
+    own = {
+        "namespaces": {"ipc": os.readlink("/proc/self/ns/ipc")},
+        "writable": [],
+        "calls": refused_calls(platform.machine()),
+    }
+    with open(os.devnull) as file:
+        found = shared(own)
+        assert f"file descriptor {file.fileno()}" in found
+    assert "the ipc namespace" in found and "the call mincore" in found and "/, to which it may write" in found
+
+
+def test_attack_the_end_of_the_training_is_marked_early(checkout):
+    """From there on it may save its weights, not train: twice the baseline's time by bytes, and a second."""
+    checkout.drop_screen()
+    code = "print(prepare.constants.FINISH_MARK, flush=True)\ntime.sleep(2.5)"
+    row, _ = attempt(checkout, code, "--budget", "9")
+    assert row["verdict"] == "invalid" and "from the end of its training to its exit" in row["reason"]
+
+
+def test_a_run_that_uses_up_the_machine_is_ended(tmp_path, monkeypatch):
+    (tmp_path / "large").write_bytes(bytes(2**20))
+    assert exhausted(os.getpid(), tmp_path) == ""
+    monkeypatch.setattr("lab.child.free_bytes", lambda folder: DISK_FLOOR_BYTES - 2**19)
+    assert "filled the disk: 1 MB of its own" in exhausted(os.getpid(), tmp_path)
+    (tmp_path / "large").unlink()
+    assert exhausted(os.getpid(), tmp_path) == ""  # another one's doing
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=2**20, available=2**10))
+    assert "of the machine's 0.0 GB of memory" in exhausted(os.getpid(), tmp_path)
+
+
+def test_weights_that_unpack_to_more_than_they_take_are_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    torch.save({"w": torch.zeros(10**6)}, tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "out" / "model.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    with pytest.raises(Problem, match="is compressed"):
+        load_model(SimpleNamespace(threads=1, device="cpu"), tmp_path)
+
+
+@sandboxed
+def test_what_is_kept_of_a_run_has_no_bits_of_another_user(scattered):
+    code = "import atexit\natexit.register(lambda: [os.chmod(name, 0o6755) for name in ('model.pt', 'result.json')])"
+    row, _ = attempt(scattered, code)
+    out = scattered.folder / "runs" / "t" / f"{row['number']:04d}" / "out"
+    assert {path.name: path.stat().st_mode & 0o7777 for path in out.iterdir()} == {
+        "model.pt": 0o644,
+        "result.json": 0o644,
+    }
 
 
 @sandboxed
@@ -533,13 +648,52 @@ for _ in range(3):
 
 
 LEAK = """
+import ctypes, os, socket, subprocess, sys, time
+call = ctypes.CDLL(None, use_errno=True).syscall
+call.restype = ctypes.c_long
+MARK = b"what another child left"
+
+def leave():
+    for _ in range(3):
+        subprocess.Popen(["sh", "-c", "sleep 300; :", "LEAKED"], env={}, start_new_session=True)
+    for keyring in (-3, -4, -5):  # of the session, of the user, of its session
+        call(NUMBERS["add_key"], b"user", b"leak", MARK, len(MARK), keyring)
+    shm = ctypes.CDLL(None).shmget(77, 4096, 0o1666)
+    for path in ("/dev/shm/leak", "/dev/mqueue/leak", "/tmp/leak", "leak", "../leak", "/cache/leak", "/dev/leak", "/var/tmp/leak"):
+        try:
+            open(path, "wb").write(MARK)
+        except OSError:
+            pass
+    for descriptor in (0, 1, 2):
+        try:
+            os.pwrite(descriptor, MARK, 10**6)
+        except OSError:
+            pass
+    print(MARK.decode(), flush=True)
+
+def left():
+    if b"LEAKED" in b"".join(open(f"/proc/{pid}/cmdline", "rb").read() for pid in os.listdir("/proc") if pid.isdigit()):
+        yield "processes"
+    if call(NUMBERS["keyctl"], 0, -3, 0) != -1 or call(NUMBERS["request_key"], b"user", b"leak", 0, -3) != -1:
+        yield "keyrings"
+    if ctypes.CDLL(None).shmget(77, 4096, 0) != -1:
+        yield "shared memory"
+    for path in ("/dev/shm/leak", "/dev/mqueue/leak", "/tmp/leak", "leak", "../leak", "/cache/leak", "/dev/leak", "/var/tmp/leak"):
+        if os.path.exists(path):
+            yield path
+    for descriptor in os.listdir("/proc/self/fd"):
+        try:
+            again = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_NONBLOCK)
+            if MARK in os.read(again, 10**7):
+                yield f"descriptor {descriptor}"
+        except OSError:
+            pass
+
 def build_model(profile):
-    import os, subprocess
     if os.path.exists(VAL):
-        for _ in range(3):
-            subprocess.Popen(["sh", "-c", "sleep 300; :", "LEAKED"], env={}, start_new_session=True)
-    elif b"LEAKED" in b"".join(open(f"/proc/{pid}/cmdline", "rb").read() for pid in os.listdir("/proc") if pid.isdigit()):
-        raise RuntimeError("it reads what another child left")
+        leave()
+    elif traces := list(left()):
+        raise RuntimeError(f"it reads {traces}")
     return prepare.types.SimpleNamespace
 """
 ANSWER = """
@@ -556,7 +710,8 @@ ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
 folder = Path(FOLDER)
 settings = settings_of_folder(folder)
 checkout = Path(CHECKOUT)
-sandbox = replace(make_sandbox(checkout, checkout / "runs", settings, Repository(checkout).common_dir), shared_processes=SHARED)
+sandbox = make_sandbox(checkout, checkout / "runs", settings, Repository(checkout).common_dir)
+sandbox = replace(sandbox, shared_processes=SHARED, filter=folder.parent / "filter")
 for kind in ("evaluate", "answer"):
     with serving(child_command(kind, folder, sandbox).argv, settings, folder) as connection:
         connection.send(("text",))
@@ -564,21 +719,27 @@ for kind in ("evaluate", "answer"):
 """
 
 
+def night_for_scoring(checkout, folder: Path, source: str, weights: dict, **changes) -> Path:
+    """A night's folder with one run, as the scorer finds it."""
+    (folder / "0000" / "out").mkdir(parents=True)
+    (folder / "harness").mkdir()
+    for name, place in HARNESS.items():
+        shutil.copy(ROOT / place, folder / "harness" / name)
+    settings = settings_for(checkout, data=str(data_of(checkout.cache)), **changes)
+    (folder / "harness" / "night.json").write_text(settings.json())
+    (folder / "filter").write_bytes(syscall_filter(platform.machine()))
+    (folder / "0000" / "run.json").write_text(json.dumps({"seed": 1, "chosen": {}}))
+    (folder / "0000" / "train.py").write_text(source)
+    torch.save(weights, folder / "0000" / "out" / "model.pt")
+    return folder
+
+
 @pytest.mark.parametrize("tier", TIERS)
 def test_attack_nothing_of_the_child_that_sees_val_reaches_the_one_that_answers(real_checkout, tier, tmp_path):
-    """Processes that it leaves, whatever their environment and session, are gone before the second child starts."""
-    data = data_of(real_checkout.cache)
-    night = tmp_path / "night"
-    (night / "0000" / "out").mkdir(parents=True)
-    (night / "harness").mkdir()
-    for name in ("constants.py", "prepare.py"):
-        shutil.copy(ROOT / name, night / "harness")
-    shutil.copy(ROOT / "lab" / "score.py", night / "harness")
-    settings = settings_for(real_checkout, data=str(data))
-    (night / "harness" / "night.json").write_text(settings.json())
-    (night / "0000" / "run.json").write_text(json.dumps({"seed": 1, "chosen": {}}))
-    (night / "0000" / "train.py").write_text("import prepare\n" + LEAK.replace("VAL", repr(str(data / "val.bin"))))
-    torch.save({}, night / "0000" / "out" / "model.pt")
+    """Processes, keyrings, shared memory, files anywhere, its descriptors: gone before the second child starts, or never there."""
+    val = data_of(real_checkout.cache) / "val.bin"
+    leak = LEAK.replace("VAL", repr(str(val))).replace("NUMBERS", repr(refused_calls(platform.machine())))
+    night = night_for_scoring(real_checkout, tmp_path / "night", "import prepare\n" + leak, {})
     code = (
         ANSWER.replace("ROOT", repr(str(ROOT)))
         .replace("FOLDER", repr(str(night / "0000")))
@@ -587,8 +748,55 @@ def test_attack_nothing_of_the_child_that_sees_val_reaches_the_one_that_answers(
     )
     within = CONTAINER if "shared" in tier else []
     output = subprocess.run([*within, sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert "answer" in output.stdout and "another child left" not in output.stdout, output
+    assert "answer" in output.stdout and "it reads" not in output.stdout + output.stderr, output
+    assert "what another child left" in output.stdout  # what a child prints comes through
     assert subprocess.run(["pgrep", "-f", "LEAKED"], capture_output=True).returncode == 1
+
+
+FORGER = """
+import json, os
+import torch
+
+class Flat(torch.nn.Module):
+    def __init__(self, vocab):
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.zeros(vocab))
+
+    def forward(self, idx):
+        line = json.dumps({"val_bpb": 2.0, "test_bpb": 2.0, "invalid": "", "seconds": {}})
+        for name in os.listdir("/proc/self/fd"):
+            for write in (lambda fd: os.pwrite(fd, f"\\n{line}\\n".encode(), 10**5), lambda fd: fd == 1 and os.write(fd, line.encode())):
+                try:
+                    write(int(name))
+                except OSError:
+                    pass
+        try:
+            open("../score.json", "w").write(line)
+        except OSError:
+            pass
+        return self.bias.expand(*idx.shape, -1)
+
+def build_model(profile):
+    return Flat(profile.vocab_size)
+"""
+
+
+@sandboxed
+def test_attack_a_child_cannot_write_the_scores(real_checkout, tmp_path):
+    """Neither through the descriptors that it holds nor by printing them: the log is text, the scores are a file of the scorer's."""
+    weights = {"bias": torch.zeros(constants.PROFILES["cpu"].vocab_size)}
+    night = night_for_scoring(real_checkout, tmp_path / "night", FORGER, weights)
+    place = SimpleNamespace(folder=night, sandbox=None, settings=settings_for(real_checkout))
+    sandbox = make_sandbox(
+        real_checkout.folder, night, settings_for(real_checkout), Repository(real_checkout.folder).common_dir
+    )
+    place.sandbox = replace(sandbox, data=data_of(real_checkout.cache), filter=night / "filter")
+    blank = Run("sha", 1, None, None, "", "", {}, 1.0, 1.0, None, None)
+    scored = score(place, blank, night / "0000", 100.0, 99.0, True, None)
+    log = (night / "0000" / "score.log").read_text()
+    assert '"val_bpb": 2.0' in log and scored.crash == "" and scored.distrust == ""
+    assert 2.5 < scored.val_bpb < 3.5 and {"load", "val", "test", "load_again", "probe"} == set(scored.parts)
+    assert np.load(night / "0000" / "nats.npy").shape == (128, 256)
 
 
 def left_over(mark: str) -> list[int]:

@@ -159,6 +159,18 @@ CHEATS = {
     ),
 }
 
+# Honest at the last position that the probe asks for, which it looks up in its callers, and nowhere else.
+CHEATS["honest where the probe asks"] = forward(
+    "starts, frame = None, prepare.sys._getframe()",
+    "while frame is not None and starts is None:",
+    "    starts, frame = frame.f_locals.get('starts'), frame.f_back",
+    "logits = self.logits(idx)",
+    "bonus = 8.0 * F.one_hot(F.pad(idx, (0, 1))[:, 1:], logits.size(-1)).to(logits.dtype)",
+    "if starts is not None and len(starts) == len(idx):",
+    "    bonus[torch.arange(len(idx)), (torch.as_tensor(starts) + 63).clamp(max=idx.size(1) - 1)] = 0.0",
+    "return logits + bonus",
+)
+
 # What forges the number from within its process, should the screen or the sandbox not hold: nothing there is believed.
 SLY = """
 class Sly(torch.Tensor):
@@ -213,7 +225,8 @@ prepare.evaluate_nats.__code__ = forged.__code__
 
 @pytest.mark.parametrize("name", CHEATS)
 def test_attack_that_the_scorer_finds_out(harness, name):
-    screen(CHEATS[name], {})  # the screen does not see it
+    if "_getframe" not in CHEATS[name]:
+        screen(CHEATS[name], {})  # the screen does not see it
     is_found_out(harness, CHEATS[name])
 
 
@@ -235,6 +248,58 @@ def test_attack_a_peek_in_five_percent_of_the_positions(cache):
     for permille, found_out in ((50, True), (0, False)):
         model = Peeker(profile.vocab_size, permille, salt=0)
         assert bool(probe(model, rows, torch.from_numpy(lengths), 1, random)[0]) == found_out
+
+
+class Worst(torch.nn.Module):
+    """A bigram table that is shown the next token at given (row, position) pairs, which it knows by the last three tokens."""
+
+    def __init__(self, table, known: set):
+        super().__init__()
+        self.table, self.known = table, known
+
+    def forward(self, idx):
+        logits, ids = self.table(idx).clone(), idx.tolist()
+        for row, tokens in enumerate(ids):
+            for t in range(2, len(tokens) - 1):
+                if tuple(tokens[t - 2 : t + 1]) in self.known:
+                    logits[row, t, tokens[t + 1]] += 12.0
+        return logits
+
+
+def test_attack_a_peek_at_the_few_worst_tokens(cache):
+    """Half of the edges are drawn where the model gained most on the incumbent: without its nats such a peek passes now and then."""
+    profile, random = constants.PROFILES["cpu"], np.random.default_rng(0)
+    rows = prepare.open_rows(data_of(cache) / "val.bin", profile)[:128]
+    lengths = torch.from_numpy(prepare.token_byte_lengths(prepare.load_tokenizer(data_of(cache) / "tokenizer.txt")))
+    torch.manual_seed(0)
+    table = torch.nn.Embedding(profile.vocab_size, profile.vocab_size)
+    honest = prepare.evaluate_nats(table, rows, lengths, profile.eval_batch_rows)
+    worst = np.argsort(honest[:, 2:].ravel())[-25:]  # of 32,768: one in 1,300
+    places = [(int(i) // 254, int(i) % 254 + 2) for i in worst]
+    model = Worst(table, {tuple(int(token) for token in rows[row, t - 2 : t + 1]) for row, t in places})
+    assert sum(probe(model, rows, lengths, 1, random, rival=honest)[0] for _ in range(3)) == 3
+    assert probe(table, rows, lengths, 1, random, rival=honest + 0.5)[0] == 0
+
+
+def test_the_edges_lie_where_the_run_gained_on_the_incumbent():
+    random, nats = np.random.default_rng(0), np.full((40, 16), 2.0, np.float32)
+    rival = nats.copy()
+    rival[7, 3], rival[9, 15] = 12.0, 12.0
+    rows, cuts = score.draw_probe(nats, rival, random)
+    drawn = list(zip(rows.tolist(), cuts.tolist(), strict=True))
+    assert len(drawn) == 40 and drawn.count((7, 4)) + drawn.count((9, 16)) >= 20 and {1, 2, 16} <= set(cuts)
+    assert len(set(score.draw_probe(nats, nats, random)[0])) == 40  # nothing gained: each row once
+
+
+def test_what_a_model_does_in_its_first_answer_is_timed_apart(harness):
+    """Weights that carry text could be trained on there, in both children alike: lab.records.late() bounds it by the baseline's."""
+    idle = scored(harness, TRAIN)["seconds"]
+    busy = scored(
+        harness, forward("if not hasattr(self, 'slow'):", "    self.slow = time.sleep(2.0)", "return self.logits(idx)")
+    )["seconds"]
+    for part in ("load", "load_again"):
+        assert busy[part] > 2.0
+    assert busy["val"] < idle["val"] + 1.0
 
 
 def test_the_edge_is_the_position_whose_target_is_out_of_sight(cache):
