@@ -159,7 +159,7 @@ def test_a_program_that_is_not_there_is_one_line_before_the_baseline(checkout, c
 
 def test_by_the_command_line_only_its_first_word_is_stored(checkout, tmp_path):
     """And so a night that goes on has to be given it again."""
-    command = written(tmp_path, f"print({add('idea', 7)!r}.replace('7', str(n)))") + " --token canary-key"
+    command = written(tmp_path, f"print({add('idea', 7)!r}.replace('7', str(n)))") + " --token canary-token"
     output = checkout.agent(*NIGHT, "--command", command, "--experiments", "1", ANTHROPIC_API_KEY="canary-two")
     assert "idea 0" in output and "the API has cost" not in output
     journal = (checkout.folder / "runs" / "t" / "journal.jsonl").read_text()

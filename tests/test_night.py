@@ -123,16 +123,18 @@ def test_a_disk_that_fills_up_stops_the_night_and_loses_nothing(small_disk, free
     ]  # the trees differ: lab/files.py does
 
 
-def test_a_run_that_filled_the_disk_is_no_crash(small_disk):
-    """It is not its fault, and it is run again."""
+def test_a_run_that_fills_the_disk_is_a_crash_and_the_night_goes_on(small_disk):
+    """Its own folder took the space: it is not run again and again. What it wrote is gone before its row is written."""
     small_disk.drop_screen()
     small_disk.agent(*NIGHT, "--experiments", "1")
     source = STUB.replace("    steps = 0\n", "    steps = 0\n    prepare.Path('big').write_bytes(bytes(2**23))\n")
     (small_disk.folder / "train.py").write_text(source.replace("lr=0.4", "lr=0.1"))
-    output = small_disk.agent("--tag", "t", "--try", "fills the disk", expect=1)
-    assert "are free in" in output and len(rows_of(small_disk, "result")) == 2
-    small_disk.agent("--tag", "t", "--proposer", "tune", "--experiments", "2")
-    assert len(check_agreement(small_disk)) == 3
+    small_disk.agent("--tag", "t", "--try", "fills the disk")
+    row = rows_of(small_disk, "result")[-1]
+    assert row["verdict"] == "crash" and "No space left" in row["reason"]
+    assert list((small_disk.folder / "runs" / "t" / "0002" / "out").iterdir()) == []
+    small_disk.agent("--tag", "t", "--proposer", "tune", "--experiments", "3")
+    assert len(check_agreement(small_disk)) == 4
 
 
 # --- kill and resume

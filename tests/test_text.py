@@ -142,7 +142,7 @@ INSTANTS = {  # file, the line before which the agent is killed
     "while the cache is set aside": ("lab/cache.py", "    remove(place)\n    os.replace(fresh, place)"),
     "linked, the line not written": ("lab/child.py", "                        clock_at = time.perf_counter()"),
     "training": ("lab/run.py", '        view.enter("training")'),
-    "scoring": ("lab/run.py", '    write_atomically(folder / "score.json"'),
+    "scoring": ("lab/run.py", '    if crash:\n        return replace(run, crash=f"scoring'),
     "the run written": ("lab/run.py", "    return run\n\n\ndef measure_at"),
     "the cache promoted, no result": ("lab/night.py", '            self.journal.append("result"'),
     "the result written, no refs": ("lab/night.py", '            if word == "keep":'),
