@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from bench_probe import Peeker, differences, probe
+from bench_probe import Peeker, differences, probe, worst_peeker
 from conftest import ROOT, data_of, small
 
 import constants
@@ -250,35 +250,15 @@ def test_attack_a_peek_in_five_percent_of_the_positions(cache):
         assert bool(probe(model, rows, torch.from_numpy(lengths), 1, random)[0]) == found_out
 
 
-class Worst(torch.nn.Module):
-    """A bigram table that is shown the next token at given (row, position) pairs, which it knows by the last three tokens."""
-
-    def __init__(self, table, known: set):
-        super().__init__()
-        self.table, self.known = table, known
-
-    def forward(self, idx):
-        logits, ids = self.table(idx).clone(), idx.tolist()
-        for row, tokens in enumerate(ids):
-            for t in range(2, len(tokens) - 1):
-                if tuple(tokens[t - 2 : t + 1]) in self.known:
-                    logits[row, t, tokens[t + 1]] += 12.0
-        return logits
-
-
 def test_attack_a_peek_at_the_few_worst_tokens(cache):
     """Half of the edges are drawn where the model gained most on the incumbent: without its nats such a peek passes now and then."""
     profile, random = constants.PROFILES["cpu"], np.random.default_rng(0)
     rows = prepare.open_rows(data_of(cache) / "val.bin", profile)[:128]
     lengths = torch.from_numpy(prepare.token_byte_lengths(prepare.load_tokenizer(data_of(cache) / "tokenizer.txt")))
     torch.manual_seed(0)
-    table = torch.nn.Embedding(profile.vocab_size, profile.vocab_size)
-    honest = prepare.evaluate_nats(table, rows, lengths, profile.eval_batch_rows)
-    worst = np.argsort(honest[:, 2:].ravel())[-25:]  # of 32,768: one in 1,300
-    places = [(int(i) // 254, int(i) % 254 + 2) for i in worst]
-    model = Worst(table, {tuple(int(token) for token in rows[row, t - 2 : t + 1]) for row, t in places})
+    model, honest = worst_peeker(rows, lengths, profile.vocab_size, 25)  # of 32,768 tokens
     assert sum(probe(model, rows, lengths, 1, random, rival=honest)[0] for _ in range(3)) == 3
-    assert probe(table, rows, lengths, 1, random, rival=honest + 0.5)[0] == 0
+    assert probe(model.table, rows, lengths, 1, random, rival=honest + 0.5)[0] == 0
 
 
 def test_the_edges_lie_where_the_run_gained_on_the_incumbent():
