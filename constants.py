@@ -188,10 +188,14 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit on the size of files
+
+
 def file_trouble(error: OSError, when_full: str) -> str:
     """What is wrong with a folder of the user's, with the command; when_full: what to do about a full disk. Raises any other error again."""
-    if error.errno == errno.ENOSPC:
-        return f"the disk of {error.filename or cache_dir()} is full; {when_full}"
+    if error.errno in FULL:
+        reason = "" if error.errno == errno.ENOSPC else f" ({error.strerror})"
+        return f"the disk of {error.filename or cache_dir()} is full{reason}; {when_full}"
     if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
         raise error
     places = "runs/ and AUTORESEARCH_CACHE have to be folders that you may write to"

@@ -11,7 +11,6 @@ import constants  # first: it says what is not installed
 
 # isort: split
 import argparse
-import errno
 import hashlib
 import importlib
 import json
@@ -157,7 +156,7 @@ def download_shard(url: str, path: Path, advance=lambda amount: None, tries: int
             mend = "mend ALL_PROXY, HTTPS_PROXY, HF_ENDPOINT or HF_TOKEN"
             raise Problem(f"{url} cannot be asked ({reason}); {mend}; for SOCKS run: {how}") from None
         except (requests.RequestException, OSError) as error:
-            if getattr(error, "errno", None) == errno.ENOSPC:
+            if getattr(error, "errno", None) in constants.FULL:
                 raise
             inner = re.search(
                 r"""Caused by \w+\((["']?)(?:<.*>: )?(.*)\1\)\)$""", str(error)
@@ -273,7 +272,7 @@ def own_texts(file: Path) -> list[str]:
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
-            if "text" in names and "string" not in str(kind := table.schema_arrow.field("text").type):
+            if "text" in names and not is_text(kind := table.schema_arrow.field("text").type):
                 raise Problem(f"{file} has {kind} in its column `text`, not strings; give it the text itself")
             if "text" not in names:
                 raise Problem(
@@ -282,6 +281,14 @@ def own_texts(file: Path) -> list[str]:
             return [str(text) for text in table.read(columns=["text"]).column("text").to_pylist() if text]
     except pyarrow.ArrowException as error:
         raise Problem(f"{file} cannot be read as parquet ({str(error).partition(chr(10))[0]}); replace it") from None
+
+
+def is_text(kind) -> bool:
+    """Whether a column of this pyarrow type holds strings: not lists or records of them."""
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_string(kind) or types.is_large_string(kind) or str(kind) == "string_view"
 
 
 def cut_at_paragraphs(text: str, target: int) -> list[str]:

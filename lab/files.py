@@ -1,14 +1,13 @@
 """Files that a child may have made: copied, counted and deleted whatever they are."""
 
 import contextlib
-import errno
 import os
 import shutil
 import stat
 import subprocess
 from pathlib import Path
 
-from constants import Problem
+from constants import FULL, Problem
 from lab.records import RUN_AGAIN
 
 DISK_FLOOR_BYTES = 2**30  # no run starts with less free space: its weights and compile cache have to fit
@@ -56,7 +55,7 @@ def copy_regular_files(source: Path, target: Path, most_bytes: int, most_files: 
 
 def unless_full(error: OSError) -> None:
     """Raises the error again if the disk is full: the rest is a child's doing, and no reason to stop."""
-    if error.errno == errno.ENOSPC:
+    if error.errno in FULL:
         raise error
 
 

@@ -23,8 +23,11 @@ class Repository:
     """The repository of the checkout in `folder`. Raises Problem if git cannot use it."""
 
     def __init__(self, folder: Path):
-        self.folder, self.sources = folder, {}
+        self.folder, self.sources, self.inherited = folder, {}, []
         try:
+            self.inherited = self.git(
+                "rev-parse", "--local-env-vars"
+            ).split()  # a hook or an IDE may name another repository
             self.prefix = self.git("rev-parse", "--show-prefix")
             self.common_dir = folder / self.git("rev-parse", "--git-common-dir")
         except FileNotFoundError:
@@ -43,10 +46,11 @@ class Repository:
     def git(self, *args: str, data: bytes | None = None, whole: bool = False, **environment: str) -> str:
         """What git prints, less the last newline unless `whole`. In a session of its own: Ctrl-C on the terminal is not for it."""
         command = ["git", "-c", "core.hooksPath=/dev/null", "-c", "gc.auto=0", *args]
+        own = {name: value for name, value in os.environ.items() if name not in self.inherited}
         with spawning:
             process = subprocess.Popen(
                 command, cwd=self.folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                env={**os.environ, "GIT_OPTIONAL_LOCKS": "0", **environment}, start_new_session=True,
+                env={**own, "GIT_OPTIONAL_LOCKS": "0", **environment}, start_new_session=True,
             )  # fmt: skip
             running.add(process.pid)
         try:

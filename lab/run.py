@@ -119,7 +119,7 @@ def measure_at(place: Place, view, folder: Path, source: str, seed: int, title: 
     slow = "" if run.crash or not rivals.baseline else late(run, rivals.baseline, place.settings.budget_s)
     if OUTSIDE.search(run.crash) or "time-out" in run.crash or slow or (run.crash and seed != constants.SEED):
         place.say(f"{title}: {run.crash or slow}; this may have come from outside, so it is run once more")
-        cold = "started" in (run.crash or slow)
+        cold = "before its clock" in run.crash or slow.startswith("started")
         run = measure_once(place, view, folder, source, seed, title, rivals, cold)
     return run
 

@@ -1,6 +1,7 @@
 """Git by plumbing: merges, refs, and a checkout that is left alone."""
 
 import random
+import subprocess
 
 import pytest
 from conftest import NIGHT, check_agreement, open_here, run_here
@@ -70,6 +71,25 @@ def test_a_night_leaves_the_checkout_alone(checkout):
     assert "width=100" in checkout.git("show", f"{results[0]['commit']}:train.py")
     assert checkout.git("log", "-1", "--format=%an <%ae>", "autoresearch/t") == "autoresearch <autoresearch@localhost>"
     checkout.git("checkout", "autoresearch/t", "--", "train.py")  # the command that the summary prints
+
+
+def test_an_inherited_git_dir_leads_nowhere(checkout, tmp_path, monkeypatch):
+    """As a hook or `git rebase -x` sets it: the night's refs and commits land in its own repository."""
+    night, other = open_here(checkout), tmp_path / "other"
+    subprocess.run(["git", "init", "-q", str(other)], check=True)
+    for name, value in (
+        ("GIT_DIR", other / ".git"),
+        ("GIT_WORK_TREE", other),
+        ("GIT_INDEX_FILE", other / ".git/index"),
+    ):
+        monkeypatch.setenv(name, str(value))
+    night.repository = Repository(checkout.folder)
+    run_here(night, 1)
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        monkeypatch.delenv(name)
+    assert checkout.git("for-each-ref", "refs/autoresearch/t") and len(check_agreement(checkout)) == 2
+    refs = subprocess.run(["git", "-C", str(other), "for-each-ref"], capture_output=True, text=True, check=True)
+    assert refs.stdout == ""
 
 
 def test_a_ref_that_another_moved_stops_the_night_and_is_left_to_the_user(checkout):

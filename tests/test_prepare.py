@@ -280,6 +280,10 @@ def test_what_cannot_be_ones_own_text_is_one_clear_line(tmp_path):
     assert "has no column `text`, but content" in own(tmp_path, tmp_path / "other.parquet", 1)
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
     assert "has int64 in its column `text`" in own(tmp_path, tmp_path / "numbers.parquet", 1)
+    for kind in (pyarrow.list_(pyarrow.string()), pyarrow.struct([("string", pyarrow.string())]), pyarrow.binary()):
+        assert not prepare.is_text(kind)
+    for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())):
+        assert prepare.is_text(kind)
     assert "cannot be read as parquet" in own(tmp_path, place("broken.parquet", b"PAR1 not"), 1)
     (tmp_path / "empty").mkdir()
     assert "has no .txt and no .parquet file" in own(tmp_path, tmp_path / "empty", 1)
@@ -321,6 +325,9 @@ def test_what_is_wrong_with_a_folder_is_said_and_other_errors_are_not_hidden():
         constants.file_trouble(OSError(errno.ENOSPC, "", "/runs/x"), "free space")
         == "the disk of /runs/x is full; free space"
     )
+    for number in (errno.EDQUOT, errno.EFBIG):
+        said = constants.file_trouble(OSError(number, os.strerror(number), "/runs/x"), "free space")
+        assert said == f"the disk of /runs/x is full ({os.strerror(number)}); free space"
     with pytest.raises(OSError, match="odd"):
         constants.file_trouble(OSError(errno.EIO, "odd"), "free space")
 
