@@ -227,7 +227,8 @@ class Night(Place):
 
     def log_of(self, result: Result) -> str:
         """The end of a crash's log; of another run what only it printed."""
-        log = self.run_folder(result.number) / "run.log"
+        failed = "score.log" if result.run.crash.startswith("scoring") else "run.log"
+        log = self.run_folder(result.number) / failed
         if result.verdict.word == "crash":
             return "\n".join(log_tail(log)[-20:])
         lines = log_tail(log, OWN_BYTES)
@@ -379,6 +380,6 @@ def sha256(text: str) -> str:
 def read_checkout(here: Path, name: str) -> str:
     """A file of the checkout. Raises Problem."""
     try:
-        return (here / name).read_text(encoding="utf-8")
+        return (here / name).read_text(encoding="utf-8-sig")  # Python takes a byte order mark too
     except (OSError, UnicodeDecodeError) as error:
         raise Problem(f"{name} cannot be read ({error}); run: git checkout -- {name}") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from constants import Problem
 from lab.hyperparameters import Move, moves_of, numbers_of
-from lab.night import History, change_of, read_checkout
+from lab.night import History, change_of
 from lab.records import Result, Run, clean, one_line, pace_text
 
 RUN_TIME, COMMAND = (
@@ -47,12 +47,12 @@ def schedule_of(program: str) -> list[str]:
     return words
 
 
-def system_text(here: Path, harness: Path, profile: str, source: str) -> list[str]:
-    """What is cached: the programme, the form of a reply and what a run gets from prepare.py; and train.py of the incumbent."""
+def system_text(program: str, harness: Path, profile: str, source: str) -> list[str]:
+    """What is cached, of the text of program.md: the programme, the form of a reply and what a run gets from prepare.py; and train.py of the incumbent."""
     fixed = (harness / "prepare.py").read_text()
     begin, end = fixed.find(RUN_TIME), fixed.find(COMMAND)
     run_time = f"# prepare.py (fixed; what a run gets)\n\n{fixed[max(0, begin) : end if end > 0 else None].strip()}"
-    programme = programme_for(read_checkout(here, "program.md"), profile)
+    programme = programme_for(program, profile)
     return [
         f"{programme}\n\n# The form of a reply\n\n{REPLY_FORM}\n\n{run_time}",
         f"# train.py of the incumbent\n\n{source}",

@@ -4,7 +4,6 @@ import math
 import random
 import re
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from constants import Problem, write_atomically
@@ -89,15 +88,23 @@ class Researcher:
 
         self.night, self.here, self.lines = night, here, HISTORY_LINES
         self.tune = Tune(night.tag, night.settings.profile.sizes)
-        self.schedule = schedule_of(read_checkout(here, "program.md"))
+        self.instructions, self.instructions_trouble = read_checkout(here, "program.md"), ""
+        self.schedule = schedule_of(self.instructions)
         self.turns: list[dict] = []  # of the idea in hand: request, reply, objection, reply ...
         self.source, self.number = "", 0  # that they are about
         self.status, self.lost, self.reminded, self.stopped = "", None, -math.inf, False
 
     def operator(self, number: int) -> str:
-        """Whose turn experiment `number` is. A line of program.md that became wrong during the night changes nothing."""
-        with suppress(Problem):
-            self.schedule = schedule_of(read_checkout(self.here, "program.md"))
+        """Whose turn experiment `number` is. What became wrong with program.md during the night changes nothing, and is said once."""
+        trouble = ""
+        try:
+            program = read_checkout(self.here, "program.md")
+            self.schedule, self.instructions = schedule_of(program), program
+        except Problem as problem:
+            trouble = str(problem)
+        if trouble and trouble != self.instructions_trouble:
+            self.night.say(f"{'':6}{first_line(trouble)}; its last good text is used")
+        self.instructions_trouble = trouble
         return self.schedule[(number - 1) % len(self.schedule)]
 
     def between_runs(self, number: int) -> bool:
@@ -124,7 +131,9 @@ class Researcher:
             self.source, self.number = source, history.number
         profile = self.night.settings.profile.name
         try:
-            text = self.ask(system_text(self.here, self.night.folder / "harness", profile, source), history.number)
+            text = self.ask(
+                system_text(self.instructions, self.night.folder / "harness", profile, source), history.number
+            )
         except LostIdea as reason:
             self.lose(history.number, str(reason))
             raise

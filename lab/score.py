@@ -258,8 +258,11 @@ def load_model(settings: Settings, folder: Path):
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        reason = str(error).split("\n", 2)[1].strip() if "\n" in str(error) else str(error)
-        raise Problem(f"{saved} does not hold the weights of {source}: {reason}") from None
+        reasons = str(error).split("\n")
+        reason = " ".join(
+            " ".join(line.split())[:300] for line in reasons[1:] or reasons
+        )  # which are missing, which are too many
+        raise Problem(f"{reason[:700]} (the saved weights do not fit the model that build_model returns)") from None
     return model
 
 

@@ -206,3 +206,23 @@ def test_a_model_that_takes_the_card_or_the_cores_is_asked_between_runs(checkout
     for name, expected in (("python3", [False, True]), ("ollama", [True, True])):
         command = Command(open_here(checkout, tag=name), checkout.folder, f"{name} run x", {})
         assert [command.between_runs(number) for number in (1, 2)] == expected
+
+
+def test_the_last_good_program_is_used_while_program_md_is_away(checkout, tmp_path, monkeypatch):
+    """An editor replaces it, a save leaves bytes that are no text, a line is wrong: each is said once, and the night goes on."""
+    place, lines = checkout.folder / "program.md", []
+    place.write_text("\ufeffSchedule: improve tune\n", encoding="utf-8")
+    night = open_here(checkout)
+    monkeypatch.setattr(night, "say", lines.append)
+    command = Command(night, checkout.folder, "python3 x", {})
+    for damage in (
+        place.unlink,
+        lambda: place.write_bytes(b"\xff\xfe\x00"),
+        lambda: place.write_text("Schedule: dance\n"),
+    ):
+        damage()
+        assert [command.operator(number) for number in (1, 2, 3)] == ["improve", "tune", "improve"]
+    assert len(lines) == 3 and all("its last good text is used" in line for line in lines)
+    assert command.instructions.startswith("Schedule: improve tune")
+    place.write_text("Schedule: explore\n")
+    assert command.operator(1) == "explore" and len(lines) == 3

@@ -73,7 +73,7 @@ def test_the_prompt_of_a_thousand_experiments_stays_small(long_night):
     results, settings = long_night
     real = (ROOT / "train.py").read_text()
     request = request_text(real, history_of(results, settings, notes="word " * 400), "improve")
-    fixed = sum(map(len, system_text(ROOT, ROOT, "gpu", real)))
+    fixed = sum(map(len, system_text((ROOT / "program.md").read_text(), ROOT, "gpu", real)))
     assert (len(request) + fixed) / 3 < 45_000
     small = request_text(real, history_of(results[:11], settings, notes="word " * 400), "improve")
     assert len(request) - len(small) < 45_000
@@ -81,7 +81,10 @@ def test_the_prompt_of_a_thousand_experiments_stays_small(long_night):
 
 def test_what_is_cached_is_the_same_until_a_keep_and_holds_what_a_run_needs(tmp_path):
     """The programme of the profile at hand, without the part for interactive agents; of prepare.py the half that train.py uses."""
-    first, second = system_text(ROOT, ROOT, "gpu", "x = 1\n"), system_text(ROOT, ROOT, "gpu", "x = 2\n")
+    first, second = (
+        system_text((ROOT / "program.md").read_text(), ROOT, "gpu", "x = 1\n"),
+        system_text((ROOT / "program.md").read_text(), ROOT, "gpu", "x = 2\n"),
+    )
     assert first[0] == second[0] and first[1] == "# train.py of the incumbent\n\nx = 1\n"
     assert (
         "class Clock" in first[0]
@@ -91,7 +94,7 @@ def test_what_is_cached_is_the_same_until_a_keep_and_holds_what_a_run_needs(tmp_
     )
     assert "def download" not in first[0] and "def main" not in first[0] and "interactive coding agent" not in first[0]
     assert "profile gpu" in first[0] and "Directions with evidence, profile cpu" not in first[0]
-    assert "Directions with evidence, profile cpu" in system_text(ROOT, ROOT, "cpu", "")[0]
+    assert "Directions with evidence, profile cpu" in system_text((ROOT / "program.md").read_text(), ROOT, "cpu", "")[0]
 
 
 def test_a_change_is_shown_as_a_diff_of_its_lines():

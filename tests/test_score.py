@@ -323,7 +323,7 @@ CRASHES = {
     ),
     "zero rows": (forward("return self.logits(idx)[:0]"), "forward returned"),
     "another width": (forward("return self.logits(idx)[..., :-1]"), "forward returned"),
-    "weights of another model": (TRAIN.replace("n_embd=128,", "n_embd=192,"), "does not hold the weights"),
+    "weights of another model": (TRAIN.replace("n_embd=128,", "n_embd=192,"), "do not fit the model"),
 }  # fmt: skip
 
 
@@ -332,6 +332,16 @@ def test_attack_that_ends_as_a_crash(harness, name):
     source, said = CRASHES[name]
     assert source != TRAIN
     assert said in scored(harness, source)
+
+
+def test_the_reason_names_the_weights_that_do_not_fit_before_anything_else(harness):
+    """As of a model that was wrapped, or a buffer that is registered late: the reason is cut, so the fact comes first."""
+    late = TRAIN.replace(
+        "def build_model(profile) -> GPT:",
+        "def build_model(profile):\n    return torch.nn.Sequential(whole_model(profile))\n\n\ndef whole_model(profile):",
+    )
+    said = scored(harness, late)
+    assert said.startswith("Missing key(s) in state_dict") and "Unexpected key(s)" in said and str(harness) not in said
 
 
 # --- refused by the screen
