@@ -131,6 +131,7 @@ def pace_text(run: Run, other: Run) -> str:
 # ---------------------------------------------------------------------------
 # Which runs count
 
+MOST_GROWTH = 8.0  # of the weights against the baseline's: more gives no more time to save them
 LEAST_SLACK_S = 1.0  # by which any time may exceed its bound: how late a machine at work may be
 
 
@@ -180,8 +181,8 @@ def startup_limit_s(baseline: Run) -> float:
 
 
 def saving_limit_s(run: Run, baseline: Run) -> float:
-    """Seconds that a run may take to save its weights: twice the baseline's, by bytes."""
-    growth = max(1.0, (run.weights_bytes or 0) / (baseline.weights_bytes or math.inf))
+    """Seconds that a run may take to save its weights: twice the baseline's, by bytes up to MOST_GROWTH times as many."""
+    growth = min(MOST_GROWTH, max(1.0, (run.weights_bytes or 0) / (baseline.weights_bytes or math.inf)))
     return 2 * growth * (baseline.saving_seconds or 0.0) + LEAST_SLACK_S
 
 

@@ -119,7 +119,7 @@ def measure_at(place: Place, view, folder: Path, source: str, seed: int, title: 
     slow = "" if run.crash or not rivals.baseline else late(run, rivals.baseline, place.settings.budget_s)
     if OUTSIDE.search(run.crash) or "time-out" in run.crash or slow or (run.crash and seed != constants.SEED):
         place.say(f"{title}: {run.crash or slow}; this may have come from outside, so it is run once more")
-        cold = "before its clock" in run.crash or slow.startswith("started")
+        cold = not rivals.baseline or "before its clock" in run.crash or slow.startswith("started")
         run = measure_once(place, view, folder, source, seed, title, rivals, cold)
     return run
 
@@ -167,7 +167,7 @@ def measure_once(
             crash = f"no valid result.json: {error}"
     run = Run(
         program, seed, None, None, crash, "", metrics, ended.seconds, ended.clock_seconds, None, idle_s,
-        saving_seconds=ended.saving_seconds, weights_bytes=os.lstat(weights).st_size if os.path.lexists(weights) else None, free_mb=free_mb,
+        saving_seconds=ended.saving_seconds, weights_bytes=bytes_on_disk(weights), free_mb=free_mb,
     )  # fmt: skip
     if not crash:
         view.enter("scoring")
@@ -184,10 +184,18 @@ def measure_once(
             check_disk(place.folder)
         for full in (folder / "out", folder / "cache"):  # before its row is to be written
             remove(full)
-            full.mkdir()
+            full.mkdir(parents=True)
     if not on_night_seed:
         remove(folder)
     return run
+
+
+def bytes_on_disk(path: Path) -> int | None:
+    """Bytes that a file takes, holes not counted: a run that leaves a large hole has saved nothing. None if it is not there."""
+    if not os.path.lexists(path):
+        return None
+    info = os.lstat(path)
+    return min(info.st_size, 512 * info.st_blocks)
 
 
 class AtTheClock(Exception):

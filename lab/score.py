@@ -270,7 +270,7 @@ def refuse_unpacking(file, saved: Path) -> None:
     """Raises Problem unless the file is a zip as torch.save writes it, whose entries take no more memory than room in it."""
     import zipfile
 
-    if not zipfile.is_zipfile(file):
+    if file.read(4) != b"PK\3\4" or not zipfile.is_zipfile(file):  # torch looks at the first bytes, zipfile at the last
         raise Problem(f"{saved} is not what torch.save writes")
     entries = zipfile.ZipFile(file).infolist()
     if sum(max(entry.file_size, entry.compress_size) for entry in entries) > os.fstat(file.fileno()).st_size:
@@ -419,7 +419,7 @@ def main() -> None:
             scores, nats = score(
                 settings, args.below, not args.no_test, lambda kind: serving(commands[kind], settings, folder), rival
             )
-            np.save(folder / "nats.npy", nats.astype(np.float16))
+            np.save(folder / "nats.npy", np.minimum(nats, 1_000.0).astype(np.float16))  # whose largest is 65,504
             write_atomically(folder / "score.json", json.dumps(scores))  # both children have ended
         else:
             with hold_device(settings.device, "python -m lab.score"):  # beside a night it would slow its runs

@@ -33,6 +33,7 @@ RUN = Run(
         ({"saving_seconds": None}, "never said that the training was over"),
         ({"saving_seconds": 3.5, "run_seconds": 322.5}, "from the end of its training to its exit; 3.0 s are allowed"),
         ({"saving_seconds": 3.5, "run_seconds": 322.5, "weights_bytes": 200}, ""),
+        ({"saving_seconds": 18.0, "run_seconds": 337.0, "weights_bytes": 10**12}, "exit; 17.0 s are allowed"),
         ({"run_seconds": 301.0 + 58}, ""),
         ({"run_seconds": 301.0 + 59}, "started for 59 s; 58 s are allowed, the baseline took 19 s"),
         ({"parts": {"load": 7.0, "val": 21.0}}, ""),

@@ -37,7 +37,7 @@ from lab.files import DISK_FLOOR_BYTES
 from lab.git import Repository
 from lab.place import HARNESS
 from lab.records import Run
-from lab.run import score
+from lab.run import bytes_on_disk, score
 from lab.sandbox import (
     CLONE3,
     child_command,
@@ -325,6 +325,17 @@ def test_weights_that_unpack_to_more_than_they_take_are_refused(tmp_path):
             packed.writestr(name, plain.read(name))
     with pytest.raises(Problem, match="is compressed"):
         load_model(SimpleNamespace(threads=1, device="cpu"), tmp_path)
+    with open(tmp_path / "out" / "model.pt", "wb") as file:  # which torch would take for its older format
+        file.write(b"\x80\x02" + (tmp_path / "plain.pt").read_bytes())
+    with pytest.raises(Problem, match=r"not what torch\.save writes"):
+        load_model(SimpleNamespace(threads=1, device="cpu"), tmp_path)
+
+
+def test_a_hole_in_the_weights_is_no_reason_to_save_them_longer(tmp_path):
+    with open(tmp_path / "model.pt", "wb") as file:
+        file.write(bytes(4096))
+        file.truncate(2**30)
+    assert bytes_on_disk(tmp_path / "model.pt") < 2**20 and bytes_on_disk(tmp_path / "none") is None
 
 
 @sandboxed
