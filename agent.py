@@ -123,8 +123,8 @@ def experiment(night: Night, proposal: Proposal):
 
 def noise(night: Night):
     """The baseline on the second seed, as experiment(): a scale for what comes; returns None."""
-    first = night.results[0].run if night.results else None
     second = yield night.baseline.source, CONFIRM_SEED, "the baseline on the second seed, to know the noise", False
+    first = night.results[0].run if night.results else None
     tokens = [run.metrics.get("total_tokens_M") for run in (first, second) if run]
     if len(tokens) == 2 and all(tokens) and abs(tokens[1] / tokens[0] - 1) > UNEVEN:
         night.say(

@@ -78,9 +78,8 @@ COMPILE_FROM_S = 60.0  # seconds: under this budget a cold torch.compile costs m
 CLOCK_MARK = (
     "<<autoresearch 5d1c: built, ready for the text>>"  # what a run prints before its clock; nobody prints it by chance
 )
-FINISH_MARK = (
-    "<<autoresearch 5d1c: trained>>"  # what run.finish prints before it saves: until here the agent takes the time
-)
+# What run.finish prints before it saves: until here the agent takes the time.
+FINISH_MARK = "<<autoresearch 5d1c: trained>>"
 TEXT_LINE = "the text is there\n"  # what the agent answers on stdin: from here it takes the time
 # x ln(vocab): a model below this when the clock starts has been trained before it. Counts of a row's own
 # past, which need no training, gave 0.86 on sotu; four seconds of training 0.70 (cpu profile). It is an alarm: the wall is the hidden text.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from constants import CLOCK_MARK, FINISH_MARK, TEXT_LINE, Problem
 from lab import git
-from lab.files import DISK_FLOOR_BYTES, OUT_BYTES, folder_bytes, free_bytes
+from lab.files import OUT_BYTES, filled_disk, folder_bytes
 from lab.journal import interrupts
 from lab.records import clean
 
@@ -35,9 +35,8 @@ class Exit:
     status: int | None  # None: ended by us
     why: str  # why we ended it; else empty
     seconds: float  # start to exit
-    clock_seconds: (
-        float | None
-    )  # from the line that starts its clock to FINISH_MARK, else to its exit; None without that line
+    # from the line that starts its clock to FINISH_MARK, else to its exit; None without that line
+    clock_seconds: float | None
     saving_seconds: float | None  # from FINISH_MARK to its exit; None without that mark
 
 
@@ -105,11 +104,11 @@ def exhausted(pid: int, folder: Path) -> str:
     """What of this machine a child has used up; empty if nothing."""
     import psutil
 
-    own, free, memory = folder_bytes(folder), free_bytes(folder), psutil.virtual_memory()
+    own, memory = folder_bytes(folder), psutil.virtual_memory()
     if own > OUT_BYTES:
         return f"its folder grew over {OUT_BYTES / 2**30:g} GiB"
-    if free < DISK_FLOOR_BYTES <= free + own:
-        return f"it filled the disk: {own / 2**20:,.0f} MB of its own, {free / 2**20:,.0f} MB are left"
+    if filled_disk(folder):
+        return f"it filled the disk: {own / 2**20:,.0f} MB of its own"
     if memory.available < MEMORY_FLOOR * memory.total:
         used = 0
         with contextlib.suppress(psutil.Error):

@@ -109,6 +109,12 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def filled_disk(folder: Path) -> bool:
+    """Whether less than DISK_FLOOR_BYTES are free, and without this folder they would be."""
+    free = free_bytes(folder)
+    return free < DISK_FLOOR_BYTES <= free + folder_bytes(folder)
+
+
 def check_disk(folder: Path) -> None:
     """Raises Problem if less than DISK_FLOOR_BYTES are free."""
     free = free_bytes(folder)

@@ -25,9 +25,8 @@ class Repository:
     def __init__(self, folder: Path):
         self.folder, self.sources, self.inherited = folder, {}, []
         try:
-            self.inherited = self.git(
-                "rev-parse", "--local-env-vars"
-            ).split()  # a hook or an IDE may name another repository
+            # A hook or an IDE may have named another repository in them.
+            self.inherited = self.git("rev-parse", "--local-env-vars").split()
             self.prefix = self.git("rev-parse", "--show-prefix")
             self.common_dir = folder / self.git("rev-parse", "--git-common-dir")
         except FileNotFoundError:

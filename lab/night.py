@@ -107,13 +107,8 @@ class Night(Place):
         metrics = first.metrics | {"training_seconds": quick.metrics.get("training_seconds")}
         whole = first.startup_seconds + quick.clock_seconds + saving
         return replace(
-            first,
-            metrics=metrics,
-            run_seconds=whole,
-            clock_seconds=quick.clock_seconds,
-            saving_seconds=saving,
-            parts=parts,
-        )
+            first, metrics=metrics, run_seconds=whole, clock_seconds=quick.clock_seconds, saving_seconds=saving, parts=parts
+        )  # fmt: skip
 
     @property
     def rivals(self) -> Rivals:
@@ -129,12 +124,9 @@ class Night(Place):
     def baseline_second(self) -> float | None:
         """The baseline's val_bpb on the second seed; None if it was not measured there."""
         first = self.results[0].run.source if self.results else ""
-        rows = (
-            row for row in self.journal.of("run") if (row["source"], row["seed"]) == (first, constants.CONFIRM_SEED)
-        )
-        return next(
-            reversed([row["val_bpb"] for row in rows]), None
-        )  # the last: a first one may have been measured again
+        second = first, constants.CONFIRM_SEED
+        found = [row["val_bpb"] for row in self.journal.of("run") if (row["source"], row["seed"]) == second]
+        return found[-1] if found else None  # the last: on a busy machine it was measured again
 
     @property
     def noise(self) -> float | None:

@@ -48,7 +48,10 @@ def schedule_of(program: str) -> list[str]:
 
 
 def system_text(program: str, harness: Path, profile: str, source: str) -> list[str]:
-    """What is cached, of the text of program.md: the programme, the form of a reply and what a run gets from prepare.py; and train.py of the incumbent."""
+    """What is cached: the programme, the form of a reply, what a run gets from prepare.py; and train.py of the incumbent.
+
+    program: the text of program.md.
+    """
     fixed = (harness / "prepare.py").read_text()
     begin, end = fixed.find(RUN_TIME), fixed.find(COMMAND)
     run_time = f"# prepare.py (fixed; what a run gets)\n\n{fixed[max(0, begin) : end if end > 0 else None].strip()}"

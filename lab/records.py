@@ -44,15 +44,12 @@ class Run:
     distrust: str  # why the scorer does not trust the number; else empty
     metrics: dict  # what the run says of itself: shown; it can make its own verdict worse, never better
     run_seconds: float  # start to exit
-    clock_seconds: (
-        float | None
-    )  # from the line that starts its clock to the end of training, by our own watch; None without that line
+    # from the line that starts its clock to the end of training, by our own watch; None without that line
+    clock_seconds: float | None
     scoring_seconds: float | None
     idle_seconds: float | None  # from the last child's exit to this one's start; None for a first run
-    saving_seconds: float | None = (
-        None  # from the end of training to exit; None if run.finish never said that it was reached
-    )
-    weights_bytes: int | None = None  # of model.pt
+    saving_seconds: float | None = None  # from there to exit; None if run.finish never said that training was over
+    weights_bytes: int | None = None  # of model.pt, on disk
     parts: dict[str, float] = field(default_factory=dict)  # seconds of the parts of its scoring
     free_mb: float | None = None  # free memory of the card before it started
     worker: int | None = None  # which of several
@@ -170,9 +167,8 @@ def late(run: Run, baseline: Run | None, budget_s: float) -> str:
 def slack_s(budget_s: float, baseline: Run) -> float:
     """Seconds by which a training may exceed its budget: 1 %, and a step of the baseline."""
     trained = baseline.metrics.get("training_seconds") or 0.0
-    return max(LEAST_SLACK_S, 0.01 * budget_s) + min(
-        trained / (baseline.metrics.get("num_steps") or 1), 0.01 * budget_s
-    )
+    step = trained / (baseline.metrics.get("num_steps") or 1)
+    return max(LEAST_SLACK_S, 0.01 * budget_s) + min(step, 0.01 * budget_s)
 
 
 def startup_limit_s(baseline: Run) -> float:

@@ -14,7 +14,7 @@ import constants
 from lab import cache, text
 from lab.card import CARD_CONTEXT_MB, free_card_mb, wait_for_card
 from lab.child import run_child
-from lab.files import DISK_FLOOR_BYTES, check_disk, folder_bytes, free_bytes, make_run_folder, remove
+from lab.files import DISK_FLOOR_BYTES, check_disk, filled_disk, free_bytes, make_run_folder, remove
 from lab.night import RESULT_BYTES, Night, sha256
 from lab.place import Place
 from lab.records import Rivals, Run, clean, late, log_tail, slack_s, startup_limit_s
@@ -38,7 +38,8 @@ SHOWN = (  # of result.json
 def read_result(path: Path, memory_gb: float | None, budget_s: float) -> dict:
     """Return the known numbers of a result.json, which an experiment may have written: no verdict rests on them alone.
 
-    A number that this machine cannot reach is None. memory_gb: of the card, in 1e9 bytes; None for a CPU. Raises OSError or ValueError if there is no such file.
+    A number that this machine cannot reach is None. memory_gb: of the card, in 1e9 bytes; None for a CPU. Raises OSError or
+    ValueError if there is no such file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with open(descriptor, "rb") as file:
@@ -153,11 +154,7 @@ def measure_once(
         ended = run_child(command, folder / "run.log", *limits, on_clock)
     finally:
         text.take_back(place, folder)
-    crash, metrics, weights = (
-        ended.why or crash_reason(ended.status, folder / "run.log"),
-        {},
-        folder / "out" / "model.pt",
-    )
+    crash, metrics = ended.why or crash_reason(ended.status, folder / "run.log"), {}
     if not crash:
         try:
             metrics = read_result(folder / "out" / "result.json", settings.profile.memory_gb, settings.budget_s)
@@ -167,7 +164,7 @@ def measure_once(
             crash = f"no valid result.json: {error}"
     run = Run(
         program, seed, None, None, crash, "", metrics, ended.seconds, ended.clock_seconds, None, idle_s,
-        saving_seconds=ended.saving_seconds, weights_bytes=bytes_on_disk(weights), free_mb=free_mb,
+        saving_seconds=ended.saving_seconds, weights_bytes=bytes_on_disk(folder / "out" / "model.pt"), free_mb=free_mb,
     )  # fmt: skip
     if not crash:
         view.enter("scoring")
@@ -177,9 +174,7 @@ def measure_once(
     view.end()
     place.check_unchanged()
     if run.crash and free_bytes(place.folder) < DISK_FLOOR_BYTES:
-        if (
-            free_bytes(place.folder) + folder_bytes(folder) < DISK_FLOOR_BYTES
-        ):  # no fault of the experiment: it is run again
+        if not filled_disk(folder):  # no fault of the experiment: it is run again
             remove(folder)
             check_disk(place.folder)
         for full in (folder / "out", folder / "cache"):  # before its row is to be written

@@ -33,12 +33,7 @@ SYSTEM = (  # of the machine, as patterns
     "/usr /bin /sbin /lib /lib32 /lib64 /libx32 /sys /opt/rocm* /etc/ld.so.* /etc/alternatives /etc/passwd /etc/group /etc/nsswitch.conf "
     "/etc/localtime /usr/share/zoneinfo /usr/share/libdrm"
 ).split()
-PROSE = (
-    "share",
-    "src",
-    "man",
-    "games",
-)  # of each prefix: text that a run could train on before its clock; no run needs it
+PROSE = "share src man games".split()  # of each prefix: text to train on before the clock, which no run needs
 NAMESPACES = "ipc net uts user mnt".split()  # that a child has for itself
 TRIAL = Path(__file__).with_name("trial.py")
 EXPOSED = "train.py will run as you, with your network and your files"
@@ -101,14 +96,11 @@ class Sandbox:
             mounts[folder / "out"] = ["--bind", str(folder / "out"), str(folder / "out")]
             mounts[CACHE] = ["--bind", str(folder / "cache"), str(CACHE)]
         filtered = ["sh", "-c", 'exec "$@" 9<"$0"', str(self.filter)] if self.filter else []
-        command = (
-            filtered
-            + (
-                "bwrap --unshare-user --unshare-net --unshare-ipc --unshare-uts --unshare-cgroup-try "
-                "--die-with-parent --new-session --cap-drop ALL --dev /dev"
-            ).split()
-            + self.proc()
-        )
+        isolated = (
+            "bwrap --unshare-user --unshare-net --unshare-ipc --unshare-uts --unshare-cgroup-try "
+            "--die-with-parent --new-session --cap-drop ALL --dev /dev"
+        ).split()
+        command = [*filtered, *isolated, *self.proc()]
         for device in self.devices:
             command += ["--dev-bind-try", device, device]
         for path in sorted(mounts, key=lambda path: len(path.parts)):  # a folder before what lies in it

@@ -306,7 +306,7 @@ def test_attack_the_end_of_the_training_is_marked_early(checkout):
 def test_a_run_that_uses_up_the_machine_is_ended(tmp_path, monkeypatch):
     (tmp_path / "large").write_bytes(bytes(2**20))
     assert exhausted(os.getpid(), tmp_path) == ""
-    monkeypatch.setattr("lab.child.free_bytes", lambda folder: DISK_FLOOR_BYTES - 2**19)
+    monkeypatch.setattr("lab.files.free_bytes", lambda folder: DISK_FLOOR_BYTES - 2**19)
     assert "filled the disk: 1 MB of its own" in exhausted(os.getpid(), tmp_path)
     (tmp_path / "large").unlink()
     assert exhausted(os.getpid(), tmp_path) == ""  # another one's doing
