@@ -11,11 +11,11 @@ from pathlib import Path
 
 from constants import CLOCK_MARK, FINISH_MARK, TEXT_LINE, Problem
 from lab import git
-from lab.files import OUT_BYTES, filled_disk, folder_bytes
+from lab.files import DISK_FLOOR_BYTES, OUT_BYTES, folder_bytes, free_bytes
 from lab.journal import interrupts
 from lab.records import clean
 
-MEMORY_FLOOR = 0.04  # share of the machine's memory that is left when a child that has most of it is ended
+MEMORY_FLOOR = 0.04  # share of the machine's memory that is left when a child during which most of it went is ended
 KILL_PATIENCE_S = 20.0  # how long a process may take to go after kill -9: a driver that writes out, a full disk
 LOG_LIMIT_BYTES = 16 * 2**20  # a run that prints more is ended
 LOG_HEAD_BYTES, LOG_TAIL_BYTES = 64_000, 192_000  # what is kept of it
@@ -49,7 +49,10 @@ def run_child(
     from FINISH_MARK on saving_limit_s. A child that prints over LOG_LIMIT_BYTES, fills its folder with over OUT_BYTES or the disk, or
     takes the machine's memory, is ended too.
     """
+    import psutil
+
     mark, process, clock_at, finish_at, looked, read, why = CLOCK_MARK.encode(), None, None, None, 0.0, 0, ""
+    memory = psutil.virtual_memory().available
     with open(log, "w+b") as output:
         start = end = time.perf_counter()
         try:
@@ -85,7 +88,7 @@ def run_child(
                 elif size > LOG_LIMIT_BYTES:
                     why = f"printed over {LOG_LIMIT_BYTES / 2**20:.0f} MB"
                 elif end - looked > 2.0:
-                    looked, why = end, exhausted(process.pid, command.folder)
+                    looked, why = end, exhausted(command.folder, memory)
         finally:
             if process is not None:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -100,24 +103,21 @@ def run_child(
     return Exit(None if why else process.returncode, why, end - start, trained, saving)
 
 
-def exhausted(pid: int, folder: Path) -> str:
-    """What of this machine a child has used up; empty if nothing."""
+def exhausted(folder: Path, available: int) -> str:
+    """What of this machine was used up while a child ran, of which `available` bytes of memory; empty if nothing.
+
+    Not what its processes and its files add up to: memory and space have owners that no list shows, as a file that is deleted and open.
+    """
     import psutil
 
-    own, memory = folder_bytes(folder), psutil.virtual_memory()
-    if own > OUT_BYTES:
+    memory = psutil.virtual_memory()
+    taken = available - memory.available
+    if folder_bytes(folder) > OUT_BYTES:
         return f"its folder grew over {OUT_BYTES / 2**30:g} GiB"
-    if filled_disk(folder):
-        return f"it filled the disk: {own / 2**20:,.0f} MB of its own"
-    if memory.available < MEMORY_FLOOR * memory.total:
-        used = 0
-        with contextlib.suppress(psutil.Error):
-            child = psutil.Process(pid)
-            for process in (child, *child.children(recursive=True)):
-                with contextlib.suppress(psutil.Error):
-                    used += process.memory_info().rss
-        if used > memory.total / 2:
-            return f"it took {used / 1e9:.1f} GB of the machine's {memory.total / 1e9:.1f} GB of memory"
+    if free_bytes(folder) < DISK_FLOOR_BYTES:
+        return "the disk was full while it ran"
+    if memory.available < MEMORY_FLOOR * memory.total and taken > memory.total / 2:
+        return f"{taken / 1e9:.1f} GB of the machine's {memory.total / 1e9:.1f} GB of memory went while it ran"
     return ""
 
 

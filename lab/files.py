@@ -11,6 +11,7 @@ from constants import FULL, Problem
 from lab.records import RUN_AGAIN
 
 DISK_FLOOR_BYTES = 2**30  # no run starts with less free space: its weights and compile cache have to fit
+LEAST_FILES = 10_000  # that its file system must take besides
 OUT_BYTES = 8 * 2**30  # all that a child may leave in its folder
 MAX_DEPTH = 50  # folders within folders: nobody nests deeper but to break what walks through them
 
@@ -106,21 +107,18 @@ def make_run_folder(folder: Path) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
-
-
-def filled_disk(folder: Path) -> bool:
-    """Whether less than DISK_FLOOR_BYTES are free, and without this folder they would be."""
-    free = free_bytes(folder)
-    return free < DISK_FLOOR_BYTES <= free + folder_bytes(folder)
+    """Free bytes of the folder's disk; 0 if it takes hardly another file, however empty."""
+    disk = os.statvfs(folder)
+    return 0 if disk.f_files and disk.f_favail < LEAST_FILES else disk.f_bavail * disk.f_frsize
 
 
 def check_disk(folder: Path) -> None:
     """Raises Problem if less than DISK_FLOOR_BYTES are free."""
     free = free_bytes(folder)
     if free < DISK_FLOOR_BYTES:
+        few = "" if free else " (or hardly another file is taken: df -i)"
         raise Problem(
-            f"{free / 2**20:,.0f} MB are free in {folder} and a run needs {DISK_FLOOR_BYTES / 2**20:,.0f}; free "
+            f"{free / 2**20:,.0f} MB are free in {folder}{few} and a run needs {DISK_FLOOR_BYTES / 2**20:,.0f}; free "
             f"space, {RUN_AGAIN}"
         )
 

@@ -148,7 +148,7 @@ def late(run: Run, baseline: Run | None, budget_s: float) -> str:
         return f"trained {trained:.1f} s of {budget_s:g} s: its last step took far longer than the others; was the machine busy?"
     if baseline is None:
         return ""
-    outside = run.clock_seconds - baseline.look_seconds
+    outside = run.clock_seconds - min(run.look_seconds or baseline.look_seconds, 2 * baseline.look_seconds)
     if outside > budget_s + slack:
         return f"trained for {outside:.1f} s by the agent's watch; the budget is {budget_s:g} s"
     if trained and abs(outside - trained) > slack:

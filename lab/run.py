@@ -14,7 +14,7 @@ import constants
 from lab import cache, text
 from lab.card import CARD_CONTEXT_MB, free_card_mb, wait_for_card
 from lab.child import run_child
-from lab.files import DISK_FLOOR_BYTES, check_disk, filled_disk, free_bytes, make_run_folder, remove
+from lab.files import DISK_FLOOR_BYTES, check_disk, free_bytes, make_run_folder, remove
 from lab.night import RESULT_BYTES, Night, sha256
 from lab.place import Place
 from lab.records import Rivals, Run, clean, late, log_tail, slack_s, startup_limit_s
@@ -137,7 +137,7 @@ def measure_once(
     limits = STARTUP_LIMIT_S, settings.budget_s + SAVING_LIMIT_S, SAVING_LIMIT_S
     score_limit_s = SCORE_LIMIT_S
     if baseline:
-        clock_limit_s = settings.budget_s + baseline.look_seconds + 2 * slack_s(settings.budget_s, baseline)
+        clock_limit_s = settings.budget_s + 2 * baseline.look_seconds + 2 * slack_s(settings.budget_s, baseline)
         limits = startup_limit_s(baseline), clock_limit_s, 20 * (baseline.saving_seconds or 0.0) + 60
         score_limit_s = min(score_limit_s, 2 * baseline.scoring_seconds + 3)
     free_mb = free_card_mb() if settings.device == "cuda" else None
@@ -174,12 +174,12 @@ def measure_once(
     view.end()
     place.check_unchanged()
     if run.crash and free_bytes(place.folder) < DISK_FLOOR_BYTES:
-        if not filled_disk(folder):  # no fault of the experiment: it is run again
-            remove(folder)
-            check_disk(place.folder)
         for full in (folder / "out", folder / "cache"):  # before its row is to be written
             remove(full)
             full.mkdir(parents=True)
+        if free_bytes(place.folder) < DISK_FLOOR_BYTES:  # no fault of the experiment: it is run again
+            remove(folder)
+            check_disk(place.folder)
     if not on_night_seed:
         remove(folder)
     return run

@@ -343,4 +343,6 @@ def child_command(action: str, folder: Path, sandbox: Sandbox | None, more: tupl
         command = ["setpriv", "--pdeathsig", "KILL", "--", *command]
     if shutil.which("prlimit"):
         command = ["prlimit", "--core=0", f"--fsize={FILE_BYTES}", "--", *command]
+    if shutil.which("choom"):  # if the machine's memory runs out, the kernel ends a child before us
+        command = ["choom", "--adjust", "1000", "--", *command]
     return Command(command, environment, folder)

@@ -412,7 +412,9 @@ def main() -> None:
         if sys.platform == "linux":
             import ctypes
 
-            ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: what a child leaves becomes ours
+            prctl = ctypes.CDLL(None).prctl
+            prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: what a child leaves becomes ours
+            prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: no child that sees our processes writes to /proc/PID
         if args.children:
             commands = json.loads(args.children)
             rival = np.load(args.rival) if args.rival and args.rival.exists() else None

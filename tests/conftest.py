@@ -335,3 +335,12 @@ def story(checkout):
         [row[key] for key in same] + [checkout.git("rev-parse", f"{row['commit']}^{{tree}}")]
         for row in check_agreement(checkout)
     ]
+
+
+def mount_small(folder, size: str):
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")

@@ -16,6 +16,7 @@ from conftest import (
     check_agreement,
     fake_measure,
     make_checkout,
+    mount_small,
     open_here,
     rows_of,
     run_here,
@@ -59,15 +60,6 @@ def test_a_damaged_line_and_an_older_format_are_named(tmp_path):
     path.write_text('{"event": "night"}\n')
     with pytest.raises(Problem, match="format of an earlier version; start another night with --tag NEW"):
         read_journal(path)
-
-
-def mount_small(folder, size: str):
-    folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True
-    )
-    if done.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
 
 
 @pytest.fixture
@@ -123,11 +115,14 @@ def test_a_disk_that_fills_up_stops_the_night_and_loses_nothing(small_disk, free
     ]  # the trees differ: lab/files.py does
 
 
-def test_a_run_that_fills_the_disk_is_a_crash_and_the_night_goes_on(small_disk):
-    """Its own folder took the space: it is not run again and again. What it wrote is gone before its row is written."""
+@pytest.mark.parametrize(
+    "how", ["write_bytes(bytes(2**23))", "open('wb').write((prepare.Path('big').unlink(), bytes(2**23))[1])"]
+)
+def test_a_run_that_fills_the_disk_is_a_crash_and_the_night_goes_on(small_disk, how):
+    """Its own files, or files without a name, took the space: it is not run again and again. What it wrote is gone before its row is written."""
     small_disk.drop_screen()
     small_disk.agent(*NIGHT, "--experiments", "1")
-    source = STUB.replace("    steps = 0\n", "    steps = 0\n    prepare.Path('big').write_bytes(bytes(2**23))\n")
+    source = STUB.replace("    steps = 0\n", f"    steps = 0\n    prepare.Path('big').{how}\n")
     (small_disk.folder / "train.py").write_text(source.replace("lr=0.4", "lr=0.1"))
     small_disk.agent("--tag", "t", "--try", "fills the disk")
     row = rows_of(small_disk, "result")[-1]

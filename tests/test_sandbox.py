@@ -26,6 +26,7 @@ from conftest import (
     container_works,
     data_of,
     make_checkout,
+    mount_small,
     rows_of,
     settings_for,
 )
@@ -33,7 +34,7 @@ from conftest import (
 import constants
 from constants import Problem
 from lab.child import exhausted
-from lab.files import DISK_FLOOR_BYTES
+from lab.files import DISK_FLOOR_BYTES, check_disk
 from lab.git import Repository
 from lab.place import HARNESS
 from lab.records import Run
@@ -305,13 +306,24 @@ def test_attack_the_end_of_the_training_is_marked_early(checkout):
 
 def test_a_run_that_uses_up_the_machine_is_ended(tmp_path, monkeypatch):
     (tmp_path / "large").write_bytes(bytes(2**20))
-    assert exhausted(os.getpid(), tmp_path) == ""
-    monkeypatch.setattr("lab.files.free_bytes", lambda folder: DISK_FLOOR_BYTES - 2**19)
-    assert "filled the disk: 1 MB of its own" in exhausted(os.getpid(), tmp_path)
-    (tmp_path / "large").unlink()
-    assert exhausted(os.getpid(), tmp_path) == ""  # another one's doing
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=2**20, available=2**10))
-    assert "of the machine's 0.0 GB of memory" in exhausted(os.getpid(), tmp_path)
+    assert exhausted(tmp_path, 0) == ""
+    with monkeypatch.context() as patch:
+        patch.setattr("lab.child.free_bytes", lambda folder: DISK_FLOOR_BYTES - 1)
+        assert "the disk was full" in exhausted(tmp_path, 0)
+        patch.setattr("lab.child.OUT_BYTES", 2**19)
+        assert "its folder grew over" in exhausted(tmp_path, 0)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=100 * 10**9, available=10**9))
+    assert exhausted(tmp_path, 40 * 10**9) == ""  # another one's doing
+    assert "59.0 GB of the machine's 100.0 GB of memory" in exhausted(tmp_path, 60 * 10**9)
+
+
+def test_a_disk_that_takes_hardly_another_file_is_full(tmp_path):
+    mount_small(tmp_path / "few", "4m,nr_inodes=9000")
+    try:
+        with pytest.raises(Problem, match=r"0 MB are free in .* \(or hardly another file is taken: df -i\)"):
+            check_disk(tmp_path / "few")
+    finally:
+        subprocess.run(["umount", str(tmp_path / "few")], check=True)
 
 
 def test_weights_that_unpack_to_more_than_they_take_are_refused(tmp_path):
