@@ -1023,6 +1023,9 @@ def start() -> Run:
 # Evaluation
 
 
+NOT_FINITE = "forward returned logits that are not finite"
+
+
 def evaluate_nats(model, rows: np.ndarray, token_bytes, batch_rows: int) -> np.ndarray:
     """(N, T) float32: the nats of each target of (N, T+1) rows, 0 for special tokens.
 
@@ -1043,7 +1046,7 @@ def evaluate_nats(model, rows: np.ndarray, token_bytes, batch_rows: int) -> np.n
             for part, target in zip(logits.reshape(-1, logits.size(-1)).split(4096), y.split(4096), strict=True):
                 logprobs = torch.log_softmax(part.float(), dim=-1)
                 if not torch.isfinite(logprobs).all():
-                    raise ValueError("forward returned logits that are not finite")
+                    raise ValueError(NOT_FINITE)
                 losses.append(-logprobs.gather(1, target[:, None]).squeeze(1))
             counted = torch.cat(losses) * (token_bytes[y] > 0)
             nats[begin : begin + batch_rows] = counted.reshape(logits.shape[:2]).cpu().numpy()

@@ -51,6 +51,7 @@ class Run:
     saving_seconds: float | None = None  # from there to exit; None if run.finish never said that training was over
     weights_bytes: int | None = None  # of model.pt, on disk
     parts: dict[str, float] = field(default_factory=dict)  # seconds of the parts of its scoring
+    probe: dict[str, float] = field(default_factory=dict)  # what the scorer's probe measured
     free_mb: float | None = None  # free memory of the card before it started
     worker: int | None = None  # which of several
 
@@ -129,12 +130,23 @@ def pace_text(run: Run, other: Run) -> str:
 # Which runs count
 
 MOST_GROWTH = 8.0  # of the weights against the baseline's: more gives no more time to save them
+LEAST_CHANGE = {"last_mean_nats": 1e-4, "last_abs_nats": 1e-4}  # of the probe, that is never held against a run
 LEAST_SLACK_S = 1.0  # by which any time may exceed its bound: how late a machine at work may be
 
 
 def trouble(run: Run, baseline: Run | None, budget_s: float) -> str:
     """Why a run's number cannot be trusted; empty if it can."""
-    return run.distrust or late(run, baseline, budget_s)
+    return run.distrust or (unlike(run, baseline) if baseline else "") or late(run, baseline, budget_s)
+
+
+def unlike(run: Run, baseline: Run) -> str:
+    """Which difference of its probe is far above that of the baseline, which is rounding alone; empty if none is."""
+    for name, least in LEAST_CHANGE.items():
+        found, usual = abs(run.probe.get(name, 0.0)), abs(baseline.probe.get(name, 0.0))
+        if found > max(least, 10 * usual):
+            where = "its predictions at the edge of the probe change when the target tokens are hidden"
+            return f"{where} ({name} {found:.5f}; the baseline's {usual:.5f})"
+    return ""
 
 
 def late(run: Run, baseline: Run | None, budget_s: float) -> str:
@@ -155,7 +167,7 @@ def late(run: Run, baseline: Run | None, budget_s: float) -> str:
         return f"says that it trained {trained:.1f} s, and the agent's watch {outside:.1f} s"
     if run.saving_seconds > (limit := saving_limit_s(run, baseline)):
         return f"took {run.saving_seconds:.1f} s from the end of its training to its exit; {limit:.1f} s are allowed"
-    if run.startup_seconds > (limit := startup_limit_s(baseline)):
+    if run.startup_seconds > (limit := startup_limit_s(baseline, budget_s)):
         return f"started for {run.startup_seconds:.0f} s; {limit:.0f} s are allowed, the baseline took {baseline.startup_seconds:.0f} s"
     for part, usual in baseline.parts.items():
         factor = 1.5 if part.startswith("load") else 2.0
@@ -171,9 +183,9 @@ def slack_s(budget_s: float, baseline: Run) -> float:
     return max(LEAST_SLACK_S, 0.01 * budget_s) + min(step, 0.01 * budget_s)
 
 
-def startup_limit_s(baseline: Run) -> float:
+def startup_limit_s(baseline: Run, budget_s: float) -> float:
     """Seconds that a run may take until its clock starts: it could train there on other text that lies about."""
-    return 1.5 * baseline.startup_seconds + 30.0
+    return 1.5 * baseline.startup_seconds + min(30.0, max(5.0, 0.1 * budget_s))
 
 
 def saving_limit_s(run: Run, baseline: Run) -> float:

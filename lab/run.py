@@ -114,32 +114,57 @@ def measure_at(place: Place, view, folder: Path, source: str, seed: int, title: 
     """One training and one scoring, in a run folder of this place; what may not be the program's doing is tried once more.
 
     That is: what the system or the driver ended, what crashed on another seed than the night's, and what took too long, since a
-    machine may be busy: a slow start with an empty compile cache, as the baseline had.
+    machine may be busy: a slow start with an empty compile cache, as the baseline had. Where scoring failed, the same weights are
+    scored again: who has seen val must not be able to ask for another training.
     """
-    run = measure_once(place, view, folder, source, seed, title, rivals)
-    slow = "" if run.crash or not rivals.baseline else late(run, rivals.baseline, place.settings.budget_s)
-    if OUTSIDE.search(run.crash) or "time-out" in run.crash or slow or (run.crash and seed != constants.SEED):
-        place.say(f"{title}: {run.crash or slow}; this may have come from outside, so it is run once more")
-        cold = not rivals.baseline or "before its clock" in run.crash or slow.startswith("started")
-        run = measure_once(place, view, folder, source, seed, title, rivals, cold)
+    baseline, on_night_seed, budget_s = rivals.baseline, seed == constants.SEED, place.settings.budget_s
+
+    def from_outside(run: Run) -> str:
+        slow = late(run, baseline, budget_s) if baseline and not run.crash else ""
+        reason = run.crash or slow
+        outside = OUTSIDE.search(run.crash) or "time-out" in run.crash or slow or not on_night_seed
+        if not (reason and outside):
+            return ""
+        place.say(f"{title}: {reason}; this may have come from outside, so it is run once more")
+        return reason
+
+    run = train(place, view, folder, source, seed, title, rivals)
+    if reason := from_outside(run):
+        cold = not baseline or "before its clock" in reason or reason.startswith("started")
+        run = train(place, view, folder, source, seed, title, rivals, cold)
+    if not run.crash:
+        view.enter("scoring")
+        scored = score(place, run, folder, rivals)
+        if not late(run, baseline, budget_s) and from_outside(scored):
+            scored = score(place, run, folder, rivals)
+        run = scored
+    place.last_exit = time.perf_counter()
+    view.end()
+    place.check_unchanged()
+    if run.crash and free_bytes(place.folder) < DISK_FLOOR_BYTES:
+        for full in (folder / "out", folder / "cache"):  # before its row is to be written
+            remove(full)
+            full.mkdir(parents=True)
+        if free_bytes(place.folder) < DISK_FLOOR_BYTES:  # no fault of the experiment: it is run again
+            remove(folder)
+            check_disk(place.folder)
+    if not on_night_seed:
+        remove(folder)
     return run
 
 
-def measure_once(
+def train(
     place: Place, view, folder: Path, source: str, seed: int, title: str, rivals: Rivals, cold: bool = False
 ) -> Run:
-    """One training and one scoring. What outlasts the bounds that the baseline sets is ended: it would not count."""
-    settings, baseline, best = place.settings, rivals.baseline, rivals.incumbent
-    on_night_seed, program = seed == constants.SEED, sha256(source)
-    wait_until_ready(place, best)
+    """One training. What outlasts the bounds that the baseline sets is ended: it would not count."""
+    settings, baseline, program = place.settings, rivals.baseline, sha256(source)
+    wait_until_ready(place, rivals.incumbent)
     make_folder(place, folder, source, seed, baseline, cold)
     idle_s = None if place.last_exit is None else time.perf_counter() - place.last_exit
     limits = STARTUP_LIMIT_S, settings.budget_s + SAVING_LIMIT_S, SAVING_LIMIT_S
-    score_limit_s = SCORE_LIMIT_S
     if baseline:
         clock_limit_s = settings.budget_s + 2 * baseline.look_seconds + 2 * slack_s(settings.budget_s, baseline)
-        limits = startup_limit_s(baseline), clock_limit_s, 20 * (baseline.saving_seconds or 0.0) + 60
-        score_limit_s = min(score_limit_s, 2 * baseline.scoring_seconds + 3)
+        limits = startup_limit_s(baseline, settings.budget_s), clock_limit_s, 20 * (baseline.saving_seconds or 0.0) + 60
     free_mb = free_card_mb() if settings.device == "cuda" else None
 
     def on_clock():
@@ -162,27 +187,10 @@ def measure_once(
             crash = "train.py ended without a call of run.finish; see run.log"
         except (OSError, ValueError) as error:
             crash = f"no valid result.json: {error}"
-    run = Run(
+    return Run(
         program, seed, None, None, crash, "", metrics, ended.seconds, ended.clock_seconds, None, idle_s,
         saving_seconds=ended.saving_seconds, weights_bytes=bytes_on_disk(folder / "out" / "model.pt"), free_mb=free_mb,
     )  # fmt: skip
-    if not crash:
-        view.enter("scoring")
-        below = best.val_bpb if best and on_night_seed else math.inf
-        run = score(place, run, folder, score_limit_s, below, seed != constants.CONFIRM_SEED, baseline)
-    place.last_exit = time.perf_counter()
-    view.end()
-    place.check_unchanged()
-    if run.crash and free_bytes(place.folder) < DISK_FLOOR_BYTES:
-        for full in (folder / "out", folder / "cache"):  # before its row is to be written
-            remove(full)
-            full.mkdir(parents=True)
-        if free_bytes(place.folder) < DISK_FLOOR_BYTES:  # no fault of the experiment: it is run again
-            remove(folder)
-            check_disk(place.folder)
-    if not on_night_seed:
-        remove(folder)
-    return run
 
 
 def bytes_on_disk(path: Path) -> int | None:
@@ -242,12 +250,24 @@ def make_folder(place: Place, folder: Path, source: str, seed: int, baseline: Ru
         cache.fill(place.folder, sha256(source), folder / "cache")
 
 
-def score(place: Place, run: Run, folder: Path, limit_s: float, below: float, test: bool, baseline: Run | None) -> Run:
-    """The run with what the scorer measures of its weights; a val_bpb under `below` is probed, and with `test` measured on test."""
-    log = folder / "score.log"
+def score(place: Place, run: Run, folder: Path, rivals: Rivals) -> Run:
+    """The run with what the scorer measures of its weights.
+
+    What might be a win, or has another seed than the night's, is probed, and measured on test but on the second seed.
+    """
+    log, baseline, best = folder / "score.log", rivals.baseline, rivals.incumbent
+    below = best.val_bpb if best and run.seed == constants.SEED else math.inf
+    limit_s = min(SCORE_LIMIT_S, 2 * baseline.scoring_seconds + 3) if baseline else SCORE_LIMIT_S
     children = {action: child_command(action, folder, place.sandbox).argv for action in ("evaluate", "answer")}
     rival = ("--rival", str(place.folder / "nats.npy")) if baseline else ()
-    more = (*rival, "--below", repr(below), "--children", json.dumps(children), *(() if test else ("--no-test",)))
+    more = (
+        *rival,
+        "--below",
+        repr(below),
+        "--children",
+        json.dumps(children),
+        *(("--no-test",) if run.seed == constants.CONFIRM_SEED else ()),
+    )
     ended = run_child(child_command("score", folder, None, more), log, limit_s)
     crash = ended.why or crash_reason(ended.status, log)
     if crash.startswith("time-out") and baseline:
@@ -264,5 +284,5 @@ def score(place: Place, run: Run, folder: Path, limit_s: float, below: float, te
         return replace(run, crash=f"scoring gave no number: {error}")
     return replace(
         run, val_bpb=scores["val_bpb"], test_bpb=scores["test_bpb"], distrust=clean(str(scores["invalid"]))[:500],
-        scoring_seconds=ended.seconds, parts=scores["seconds"],
+        scoring_seconds=ended.seconds, parts=scores["seconds"], probe=scores.get("probe", {}),
     )  # fmt: skip

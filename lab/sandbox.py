@@ -34,6 +34,17 @@ SYSTEM = (  # of the machine, as patterns
     "/etc/localtime /usr/share/zoneinfo /usr/share/libdrm"
 ).split()
 PROSE = "share src man games".split()  # of each prefix: text to train on before the clock, which no run needs
+OWN = {  # what an action sees of its run folder; out/ is writable where it trains
+    "train": "train.py run.json text out",
+    "evaluate": "train.py out",
+    "answer": "train.py out",
+    "trial": "trial.json out",
+}
+# Hidden: what one child does, another could read there, in counts.
+COUNTERS = (
+    "/proc/stat /proc/vmstat /proc/interrupts /proc/softirqs /proc/schedstat /proc/diskstats /proc/zoneinfo /proc/buddyinfo "
+    "/proc/pagetypeinfo /proc/loadavg /proc/locks /proc/timer_list /proc/keys /proc/key-users /proc/pressure /sys/fs/cgroup"
+).split()
 NAMESPACES = "ipc net uts user mnt".split()  # that a child has for itself
 TRIAL = Path(__file__).with_name("trial.py")
 EXPOSED = "train.py will run as you, with your network and your files"
@@ -83,7 +94,7 @@ class Sandbox:
         return command
 
     def command(self, action: str, folder: Path) -> list[str]:
-        own = [folder.parent / "harness", folder, self.data / "tokenizer.txt"]
+        own = [folder.parent / "harness", self.data / "tokenizer.txt", *(folder / name for name in OWN[action].split())]
         own += [self.data / name for name in ("val.bin", "test.bin")] if action == "evaluate" else []
         mounts = {path: shown_as(path) for path in (*self.shown, *own)}
         mounts |= {
@@ -128,6 +139,7 @@ def make_sandbox(here: Path, runs: Path, settings: Settings, common_dir: Path) -
     pairs = ((place, path) for place in folders for path in secret if path.is_relative_to(place.resolve()))
     hidden = {place / path.relative_to(place.resolve()) for place, path in pairs}  # under each name that leads to it
     needed = {path for path in shown - hidden if nearest_above(path, shown | hidden) not in shown - hidden}
+    hidden |= {Path(name) for name in COUNTERS if Path(name).exists()}
     nodes = (*sorted(glob.glob("/dev/nvidia*")), "/dev/dxg", "/dev/kfd", "/dev/dri")
     devices = () if settings.device == "cpu" else nodes
     sized = "--size" in subprocess.run(["bwrap", "--help"], capture_output=True, text=True).stdout
@@ -143,39 +155,60 @@ ptrace 101 117, pidfd_getfd 438 438, kcmp 312 272, mount 165 40, umount2 166 39,
 open_tree_attr 467 467, move_mount 429 429, fsopen 430 430, fsconfig 431 431, fsmount 432 432, fspick 433 433, mount_setattr 442 442,
 unshare 272 97, setns 308 268, name_to_handle_at 303 264, open_by_handle_at 304 265, fanotify_init 300 262, quotactl 179 60,
 quotactl_fd 443 443, swapon 167 224, swapoff 168 225, kexec_load 246 104, kexec_file_load 320 294, init_module 175 105,
-finit_module 313 273, delete_module 176 106, acct 163 89, syslog 103 116, lookup_dcookie 212 18
+finit_module 313 273, delete_module 176 106, acct 163 89, syslog 103 116, lookup_dcookie 212 18, setpriority 141 140,
+ioprio_set 251 30, migrate_pages 256 238, move_pages 279 239, utime 132 -, utimes 235 -, futimesat 261 -, utimensat 280 88, setxattr 188 5,
+lsetxattr 189 6, fsetxattr 190 7, setxattrat 463 463, removexattr 197 14, lremovexattr 198 15, fremovexattr 199 16, removexattrat 466 466,
+file_setattr 469 469
 """
-ARCHITECTURES = {"x86_64": (1, 0xC000003E, 56), "aarch64": (2, 0xC00000B7, 220)}  # column, AUDIT_ARCH, number of clone
+MADE_UP = "chmod 90 -, fchmod 91 52, fchmodat 268 53, fchmodat2 452 452, chown 92 -, fchown 93 55, lchown 94 -, fchownat 260 54"
+OF_OTHERS = "prlimit64 302 261, sched_setaffinity 203 122, sched_setscheduler 144 119, sched_setparam 142 118, sched_setattr 314 274"
+ARCHITECTURES = {
+    "x86_64": (1, 0xC000003E, 56, 72),
+    "aarch64": (2, 0xC00000B7, 220, 25),
+}  # column, AUDIT_ARCH, clone, fcntl
 CLONE3, NEW_NAMESPACES = 435, 0x7E020000  # the flags of clone() that make a namespace
+SET_HINTS = (1036, 1038)  # of fcntl(): they stay with a file, also one that is opened for reading
 
 
-def refused_calls(machine: str) -> dict[str, int]:
+def refused_calls(machine: str, table: str = SYSCALLS) -> dict[str, int]:
     """The numbers of the calls that syscall_filter() refuses, by name."""
     column = ARCHITECTURES[machine][0]
-    return {words[0]: int(words[column]) for words in map(str.split, SYSCALLS.split(","))}
+    return {words[0]: int(words[column]) for words in map(str.split, table.split(",")) if words[column] != "-"}
 
 
 def syscall_filter(machine: str) -> bytes | None:
     """The classic BPF program for `bwrap --seccomp`; None for an architecture that it does not know.
 
-    It refuses (EPERM) what carries text from one child to the next although no file does, keyrings and the page cache; what reaches
-    other processes; new namespaces, in which memory would not be limited; the calls of other architectures. clone3, whose flags
-    a filter cannot see, answers ENOSYS, so that libraries take clone.
+    It refuses (EPERM) what carries text from one child to the next although no file does: keyrings, the page cache, times; what reaches
+    other processes, of OF_OTHERS with any process number but 0; new namespaces, in which memory would not be limited; the calls of
+    other architectures. clone3, whose flags a filter cannot see, answers ENOSYS, so that libraries take clone. What would change
+    the owner or mode of a file, such as /dev/null, which is the machine's, answers that it is done (MADE_UP): compilers ask for it.
     """
     if machine not in ARCHITECTURES:
         return None
-    _, arch, clone = ARCHITECTURES[machine]
+    _, arch, clone, fcntl = ARCHITECTURES[machine]
     load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06  # BPF_LD|W|ABS, JMP|JEQ, JGE, JSET, RET
-    checks = [(equal, number) for number in refused_calls(machine).values()]
-    length = 4 + len(checks) + 4  # before the three answers
-    refuse, unknown = length + 1, length + 2
-    program = [(load, 0, 0, 4), (equal, 0, refuse - 2, arch), (load, 0, 0, 0), (at_least, refuse - 4, 0, 0x40000000)]
-    program += [(code, refuse - len(program) - 1 - i, 0, number) for i, (code, number) in enumerate(checks)]
-    program += [(equal, unknown - len(program) - 1, 0, CLONE3)]
-    program += [(equal, 0, length - len(program) - 1, clone)]
-    program += [(load, 0, 0, 16), (any_bit, refuse - length, 0, NEW_NAMESPACES)]
-    program += [(answer, 0, 0, 0x7FFF0000), (answer, 0, 0, 0x50000 | 1), (answer, 0, 0, 0x50000 | 38)]
-    return b"".join(struct.pack("=HBBI", *step) for step in program)
+    always, made_up, of_others = (refused_calls(machine, table).values() for table in (SYSCALLS, MADE_UP, OF_OTHERS))
+    steps = [("", load, 4, "", ""), ("", equal, arch, "", "refuse")]
+    steps += [("", load, 0, "", ""), ("", at_least, 0x40000000, "refuse", "")]
+    steps += [("", equal, number, "refuse", "") for number in always]
+    steps += [("", equal, number, "done", "") for number in made_up]
+    steps += [("", equal, number, "of others", "") for number in of_others]
+    steps += [("", equal, CLONE3, "unknown", ""), ("", equal, fcntl, "fcntl", ""), ("", equal, clone, "", "allow")]
+    steps += [("", load, 16, "", ""), ("", any_bit, NEW_NAMESPACES, "refuse", "allow")]  # of its first argument
+    steps += [("of others", load, 16, "", ""), ("", equal, 0, "allow", "refuse")]
+    steps += [("fcntl", load, 24, "", ""), *(("", equal, hint, "refuse", "") for hint in SET_HINTS)]
+    answers = {"allow": 0x7FFF0000, "refuse": 0x50000 | 1, "unknown": 0x50000 | 38, "done": 0x50000}
+    steps += [(label, answer, value, "", "") for label, value in answers.items()]
+    places = {label: place for place, (label, *_) in enumerate(steps) if label}
+
+    def jump(place: int, label: str) -> int:
+        return places[label] - place - 1 if label else 0
+
+    return b"".join(
+        struct.pack("=HBBI", code, jump(place, yes), jump(place, no), operand)
+        for place, (_, code, operand, yes, no) in enumerate(steps)
+    )
 
 
 def folders_to_show() -> list[Path]:

@@ -8,10 +8,12 @@ many nats each token costs. A number under --below is a win: the first child sta
 nor test within reach, answers a probe: it gets rows up to a cut with random tokens after it, computes all logits, and learns only then
 which are wanted. Its predictions before the cut have to agree with what the first child stated. Half of the cuts lie where the run
 claims to have improved most on the incumbent (--rival). The children share nothing: each has a pipe of its own for what it prints, and
-score.json is written by this process when both have ended. tests/bench_probe.py measures what the probe finds.
+score.json is written by this process when both have ended. What a child says that has seen text reaches no log, which another
+run or a prompt might see: why a model fails is heard from one that has not. tests/bench_probe.py measures what the probe finds.
 """
 
 import argparse
+import builtins
 import json
 import math
 import os
@@ -26,6 +28,7 @@ import numpy as np
 import constants
 from constants import Problem, Settings, write_atomically
 from prepare import (
+    NOT_FINITE,
     SPECIAL_TOKENS,
     answered,
     bits_per_byte,
@@ -69,8 +72,23 @@ def score(
     first = random.integers(0, len(token_bytes), (profile.eval_batch_rows, profile.max_seq_len))
     scores = {"val_bpb": None, "test_bpb": None, "val_tokens": None, "invalid": "", "seconds": seconds}
     scored, stated = [], []  # rows of val and test, and the nats that the first process states for them
-    with launch("evaluate") as connection:
-        ask_logits(connection, first, np.zeros(len(first), np.int64), len(token_bytes))
+
+    def warm_up(connection) -> None:
+        for some in (first, first[:1]):  # also a batch that is not full, as the last one may be
+            ask_logits(connection, some, np.zeros(len(some), np.int64), len(token_bytes))
+
+    @contextmanager
+    def evaluating():
+        try:
+            with launch("evaluate") as connection:
+                yield connection
+        except (Problem, ValueError):
+            with launch("answer") as connection:
+                warm_up(connection)
+            raise
+
+    with evaluating() as connection:
+        warm_up(connection)
         ended("load")
         for split in ("val", "test") if test else ("val",):
             rows = scored_rows(split, settings)
@@ -87,7 +105,8 @@ def score(
     rows, nats = np.concatenate(scored), np.concatenate(stated)
     if scores["val_bpb"] < below:
         with launch("answer") as connection:
-            ask_logits(connection, first, np.zeros(len(first), np.int64), len(token_bytes))
+            warm_up(connection)
+            connection.heard = False
             ended("load_again")
             chosen, cuts = draw_probe(nats, rival, random)
             ask = partial(ask_logits, connection)
@@ -145,7 +164,7 @@ def compare(ask, rows, nats, token_bytes, batch_rows: int, chosen, cuts, random)
         at = np.maximum(0, cut - tail) + np.arange(tail)  # position t predicts token t + 1
         logits = ask(tokens, at[:, 0], len(token_bytes))
         if not np.isfinite(logits).all():
-            raise ValueError("forward returned logits that are not finite")
+            raise ValueError(NOT_FINITE)
         targets = np.take_along_axis(rows[batch], at + 1, 1).astype(np.int64)
         logits -= logits.max(-1, keepdims=True)
         again = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], 2)[..., 0]
@@ -159,6 +178,7 @@ def compare(ask, rows, nats, token_bytes, batch_rows: int, chosen, cuts, random)
         "tokens": moved.size,
         "mean_nats": float(moved.mean(dtype=np.float64)),
         "last_mean_nats": float(last.mean(dtype=np.float64)),
+        "last_abs_nats": float(np.abs(last).mean(dtype=np.float64)),
         "largest_nats": float(np.abs(moved).max()),
     }
 
@@ -182,7 +202,10 @@ def ask_logits(connection, tokens: np.ndarray, starts: np.ndarray, vocab: int) -
 
 
 def ask(connection, shape: tuple[int, ...], *request) -> np.ndarray:
-    """The float32 array that serve() replies. Raises ValueError with the child's message if it sends one, Problem if it sends nothing."""
+    """The float32 array that serve() replies. Raises Problem if it sends nothing, ValueError if it sends an exception.
+
+    Its words are told if it is heard, else the name alone, if that is an exception of Python or torch.
+    """
     try:
         connection.send(request)
         reply = connection.recv_bytes(max(4 * math.prod(shape), 4 * ERROR_CHARS))
@@ -191,7 +214,14 @@ def ask(connection, shape: tuple[int, ...], *request) -> np.ndarray:
             "the process that runs the model ended, or sent what nobody asked for, before it answered"
         ) from None
     if len(reply) != 4 * math.prod(shape):
-        raise ValueError(reply[: 4 * ERROR_CHARS].decode(errors="replace"))
+        words = reply[: 4 * ERROR_CHARS].decode(errors="replace").removeprefix("Problem: ").removeprefix("ValueError: ")
+        if not connection.heard and words != NOT_FINITE:
+            name = words.partition(":")[0]
+            known = name == "OutOfMemoryError" or isinstance(getattr(builtins, name, None), type)
+            words = (
+                f"the model answers random tokens, but fails on text: {name if known else 'an exception of its own'}"
+            )
+        raise ValueError(words)
     return np.frombuffer(reply, np.float32).reshape(shape).copy()
 
 
@@ -232,8 +262,7 @@ def serve(connection) -> None:
         pass  # no more questions
     except Exception as error:
         traceback.print_exc()
-        message = str(error) if isinstance(error, (Problem, ValueError)) else f"{type(error).__name__}: {error}"
-        connection.send_bytes(message[:ERROR_CHARS].encode())
+        connection.send_bytes(f"{type(error).__name__}: {error}"[:ERROR_CHARS].encode())
 
 
 def load_model(settings: Settings, folder: Path):
@@ -294,8 +323,11 @@ def end_descendants() -> None:
 
 
 @contextmanager
-def serving(command: list[str], settings: Settings, folder: Path):
-    """The connection to a process of its own that serves the model of a run. What it prints goes through a pipe into our output."""
+def serving(command: list[str], settings: Settings, folder: Path, heard: bool):
+    """The connection to a process of its own that serves the model of a run.
+
+    As long as it is heard (an attribute of the connection), what it prints goes through a pipe into our output: no child holds the log.
+    """
     import socket
     import subprocess
     import threading
@@ -303,9 +335,10 @@ def serving(command: list[str], settings: Settings, folder: Path):
 
     ours, theirs = socket.socketpair()
     with Connection(ours.detach()) as connection, theirs:
+        connection.heard = heard
         process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         theirs.close()
-        printing = threading.Thread(target=pass_on, args=(process.stdout,), daemon=True)
+        printing = threading.Thread(target=pass_on, args=(process.stdout, connection), daemon=True)
         printing.start()
         try:
             with suppress(OSError):  # it ended at once: the first question finds that out
@@ -318,11 +351,12 @@ def serving(command: list[str], settings: Settings, folder: Path):
             printing.join()
 
 
-def pass_on(pipe) -> None:
-    """Writes to our output what comes through a child's pipe: no child holds the log itself, where another could read it."""
+def pass_on(pipe, connection) -> None:
+    """Writes to our output what comes through a child's pipe, as long as it is heard."""
     with pipe:
         while block := os.read(pipe.fileno(), 1 << 16):
-            os.write(1, block)
+            if connection.heard:
+                os.write(1, block)
 
 
 def sample_text(model, encoding, max_tokens: int) -> str:
@@ -364,7 +398,7 @@ def score_by_hand(settings: Settings, folder: Path, below: float, test: bool) ->
     os.environ["PYTHONPATH"] = str(Path(constants.__file__).parent)  # for the children
 
     def launch(kind: str):
-        return serving([sys.executable, __file__, "--serve"], settings, folder)
+        return serving([sys.executable, __file__, "--serve"], settings, folder, kind == "answer")
 
     scores, _ = score(settings, below, test, launch)
     for name in ("val_bpb", "test_bpb"):
@@ -377,7 +411,7 @@ def score_by_hand(settings: Settings, folder: Path, below: float, test: bool) ->
     print("seconds:          " + ", ".join(f"{name} {value:.1f}" for name, value in scores["seconds"].items()))
     if scores["invalid"]:
         raise Problem(f"this number cannot be trusted: {scores['invalid']}")
-    with launch("evaluate") as connection:
+    with launch("answer") as connection:
         connection.send(("text",))
         print("\n" + connection.recv_bytes().decode(errors="replace"))
 
@@ -417,10 +451,12 @@ def main() -> None:
             prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: no child that sees our processes writes to /proc/PID
         if args.children:
             commands = json.loads(args.children)
+
+            def launch(kind: str):
+                return serving(commands[kind], settings, folder, kind == "answer")
+
             rival = np.load(args.rival) if args.rival and args.rival.exists() else None
-            scores, nats = score(
-                settings, args.below, not args.no_test, lambda kind: serving(commands[kind], settings, folder), rival
-            )
+            scores, nats = score(settings, args.below, not args.no_test, launch, rival)
             np.save(folder / "nats.npy", np.minimum(nats, 1_000.0).astype(np.float16))  # whose largest is 65,504
             write_atomically(folder / "score.json", json.dumps(scores))  # both children have ended
         else:

@@ -16,13 +16,15 @@ REFUSED = {  # name or attribute: why
     name: reason
     for reason, names in {
         "reaches outside the experiment": "os sys _os _sys subprocess socket ctypes ctypeslib cpp_extension pathlib Path shutil multiprocessing "
-        "inspect testing _testing collect_env f2py distutils bottleneck _pytesttester hipify benchmark tensorboard viz",
+        "inspect testing _testing collect_env f2py distutils bottleneck _pytesttester hipify benchmark tensorboard viz importlib machinery "
+        "find_spec module_from_spec exec_module load_library",
         "the environment decides nothing here; `run` has what a run may know": "environ getenv putenv",
         "reaches into the harness": "builtins __builtins__ __dict__ __globals__ __closure__ __code__ __subclasses__ __bases__ __base__ __mro__ mro "
         "__self__ __func__ __loader__ __spec__ _C _rows open_rows settings_by_hand",
         "walks the frames of its caller": "_getframe f_back f_locals f_globals tb_frame gi_frame cr_frame",
         "finds objects of the harness": "get_objects get_referrers get_referents",
-        "hides what runs; for evaluation mode use module.train(False)": "eval exec compile_command __import__ import_module",
+        "hides what runs; for evaluation mode use module.train(False)": "eval exec compile_command __import__ import_module "
+        "_exec_with_source get_type_hints ForwardRef evaluate_forward_ref get_annotations",
         "hides which name is meant; write the attribute out": "getattr setattr delattr __getattribute__ __getattr__ __setattr__ "
         "__delattr__ getattr_static attrgetter methodcaller globals locals vars",
         "reads files; run.train_rows has the data": "open memmap open_memmap fromfile from_file loadtxt genfromtxt DataSource load hub package "
@@ -94,6 +96,9 @@ def check_rules(tree: ast.Module) -> None:
                 raise Rejected(
                     f"{at}: assignment to `{node.attr}` is refused: clock, time and seed belong to the harness"
                 )
+        changed = isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load)
+        if changed and ast.unparse(node.value).split(".")[0] in ("prepare", "constants"):
+            raise Rejected(f"{at}: assignment to `{ast.unparse(node)}` is refused: the harness is not edited")
 
 
 def names_of(node: ast.AST, kernels: set[str]) -> list[str]:

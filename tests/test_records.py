@@ -4,12 +4,26 @@ from dataclasses import replace
 
 import pytest
 
-from lab.records import Result, Run, Verdict, clean, pace_text, trouble
+from lab.records import Result, Run, Verdict, clean, pace_text, startup_limit_s, trouble, unlike
 
 METRICS = {"training_seconds": 299.5, "num_steps": 1000}
 PARTS = {"load": 4.0, "val": 10.0}
 RUN = Run(
-    "sha", 1, 1.0, 1.0, "", "", METRICS, 320.0, 300.0, 20.0, 0.1, saving_seconds=1.0, weights_bytes=100, parts=PARTS
+    "sha",
+    1,
+    1.0,
+    1.0,
+    "",
+    "",
+    METRICS,
+    320.0,
+    300.0,
+    20.0,
+    0.1,
+    saving_seconds=1.0,
+    weights_bytes=100,
+    parts=PARTS,
+    probe={"last_mean_nats": 5e-5, "last_abs_nats": 1e-4},
 )  # it started for 19 s, and its clock half a second after the line
 
 
@@ -27,6 +41,7 @@ RUN = Run(
             {"metrics": {"training_seconds": 0.11, "num_steps": 9}},
             "says that it trained 0.1 s",
         ),  # clock.stop() by train.py
+        ({"clock_seconds": 304.2, "metrics": {"training_seconds": 303.2, "num_steps": 9}}, ""),  # a longer look
         ({"clock_seconds": 306.0, "metrics": {}}, "trained for 305.5 s by the agent's watch"),
         ({"clock_seconds": 303.0}, ""),
         ({"clock_seconds": None}, "never started"),
@@ -35,6 +50,9 @@ RUN = Run(
         ({"saving_seconds": 3.5, "run_seconds": 322.5, "weights_bytes": 200}, ""),
         ({"saving_seconds": 18.0, "run_seconds": 337.0, "weights_bytes": 10**12}, "exit; 17.0 s are allowed"),
         ({"run_seconds": 301.0 + 58}, ""),
+        ({"probe": {"last_mean_nats": -4e-4, "last_abs_nats": 5e-4}}, ""),
+        ({"probe": {"last_mean_nats": 6e-4}}, "at the edge of the probe change"),
+        ({"probe": {"last_abs_nats": 1.2e-3}}, "last_abs_nats 0.00120; the baseline's 0.00010"),
         ({"run_seconds": 301.0 + 59}, "started for 59 s; 58 s are allowed, the baseline took 19 s"),
         ({"parts": {"load": 7.0, "val": 21.0}}, ""),
         ({"parts": {"load": 7.5}}, "its part `load`; 7.0 s are allowed"),
@@ -45,6 +63,19 @@ RUN = Run(
 def test_a_number_that_took_too_long_does_not_count(changes, said):
     found = trouble(replace(RUN, **changes), RUN, 300.0)
     assert said in found and bool(found) == bool(said)
+
+
+def test_a_start_may_take_half_as_long_again_and_a_tenth_of_the_budget():
+    """30 s at most, and 5 at least: what is trained there, on other text that lies about, is little against the budget."""
+    assert [startup_limit_s(RUN, budget_s) - 28.5 for budget_s in (8.0, 60.0, 300.0, 3_600.0)] == [5, 6, 30, 30]
+
+
+def test_a_probe_is_held_against_that_of_the_baseline_only_above_rounding():
+    silent = replace(RUN, probe={"last_mean_nats": 0.0, "last_abs_nats": 0.0})
+    assert unlike(replace(RUN, probe=dict.fromkeys(RUN.probe, 9e-5)), silent) == ""
+    assert "0.00160" in unlike(
+        replace(RUN, probe={"last_mean_nats": 1.6e-3}), silent
+    )  # look-ahead within the old tolerance
 
 
 @pytest.mark.parametrize(

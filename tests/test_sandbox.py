@@ -37,10 +37,11 @@ from lab.child import exhausted
 from lab.files import DISK_FLOOR_BYTES, check_disk
 from lab.git import Repository
 from lab.place import HARNESS
-from lab.records import Run
+from lab.records import Rivals, Run
 from lab.run import bytes_on_disk, score
 from lab.sandbox import (
     CLONE3,
+    OWN,
     child_command,
     choose_sandbox,
     inherited_names,
@@ -195,14 +196,19 @@ def test_a_library_path_without_secrets_is_shown_and_each_link_to_the_interprete
 def test_each_child_sees_the_rows_that_it_needs(checkout, tmp_path, action, rows, writes):
     """Training no file of the data, since its rows appear in text/; the child that states losses val and test; the one that answers none."""
     data, folder = tmp_path / "data", tmp_path / "night" / "0001"
-    for path in (data, folder / "out", folder / "cache", folder.parent / "harness"):
+    for path in (data, folder / "out", folder / "cache", folder / "text", folder.parent / "harness"):
         path.mkdir(parents=True)
+    for name in ("train.py", "run.json", "run.log", "score.log", "score.json", "nats.npy"):
+        (folder / name).touch()
     for name in ("train.bin", "val.bin", "test.bin", "tokenizer.txt"):
         (data / name).write_text(name)
     settings = settings_for(checkout, data=str(data))
     sandbox = make_sandbox(checkout.folder, checkout.folder / "runs", settings, Repository(checkout.folder).common_dir)
-    command = [*sandbox.command(action, folder), "sh", "-c", f"ls {data}; touch left /cache/left"]
-    seen = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split()
+    command = [*sandbox.command(action, folder), "sh", "-c", f"ls {data}; echo own; ls ..; touch left /cache/left"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    seen, _, own = done.stdout.partition("own\n")
+    seen = seen.split()
+    assert own.split() == sorted(OWN[action].split()), done.stderr
     assert seen == sorted(["tokenizer.txt", *(f"{name}.bin" for name in rows.split())])
     assert (folder / "out" / "left").exists() == (folder / "cache" / "left").exists() == writes
 
@@ -261,6 +267,23 @@ for name, number in {calls!r}.items():
     ctypes.set_errno(0)
     call(number, *[ctypes.c_long(-1)] * 6)
     found += [name] if ctypes.get_errno() not in (errno.EPERM, errno.ENOSYS) else []
+libc, null = ctypes.CDLL(None, use_errno=True), os.stat("/dev/null")
+for pid in (1, os.getppid()):
+    found += [f"limits of {{pid}}"] if libc.prlimit(pid, 7, bytes(16), None) == 0 else []
+found += ["a hint of a file"] if libc.fcntl(os.open(sys.executable, os.O_RDONLY), 1036, ctypes.byref(ctypes.c_ulong(2))) == 0 else []
+for change in (lambda: os.utime("/dev/full", ns=(7, 7)), lambda: os.chmod("/dev/full", 0o600), lambda: os.setxattr("/dev/full", "user.x", b"1")):
+    try:
+        change()
+    except OSError:
+        pass
+full = os.stat("/dev/full")
+found += ["/dev/full"] if full.st_mtime_ns == 7 or full.st_mode & 0o777 == 0o600 or os.listxattr("/dev/full") else []
+found += os.listdir("/sys/fs/cgroup")
+for name in ("vmstat", "stat"):
+    try:
+        found += [name] if open("/proc/" + name).read() else []
+    except OSError:
+        pass
 found += ["a namespace"] if subprocess.run(["unshare", "-Ur", "true"], capture_output=True).returncode == 0 else []
 for place, line in {{line.split()[4]: line for line in open("/proc/self/mountinfo")}}.items():  # the last one of each place
     if "rw" in line.split()[5].split(",") and " - tmpfs " in line:
@@ -280,7 +303,7 @@ def test_there_is_no_prose_to_train_on_before_the_clock(scattered):
 def test_a_sandbox_without_the_filter_says_so():
     sandbox = make_sandbox.__annotations__["return"](False, (), (), (), Path("/"), True, None)
     assert sandbox.tier == "bubblewrap, no filter of system calls" and "--seccomp" not in sandbox.proc()
-    assert syscall_filter("riscv64") is None and len(syscall_filter("aarch64")) == len(syscall_filter("x86_64"))
+    assert syscall_filter("riscv64") is None
 
 
 def test_what_two_children_would_share_is_found():
@@ -371,7 +394,6 @@ def attempts():
     yield "update", lambda: open(place, "r+b")
     yield "by its descriptor", lambda: os.open(f"/proc/self/fd/{reading}", os.O_WRONLY)
     yield "truncate", lambda: os.truncate(place, 1)
-    yield "mode", lambda: os.chmod(place, 0o777)
     yield "times", lambda: os.utime(place, (1, 1))
     yield "unlink", lambda: os.unlink(place)
     yield "rename", lambda: os.rename(place, "mine")
@@ -383,6 +405,9 @@ for name, action in attempts():
         found.append(name)
     except OSError:
         pass
+mode = os.stat(place).st_mode
+os.chmod(place, 0o777)  # answers that it is done
+found += ["mode"] if os.stat(place).st_mode != mode else []
 assert os.read(reading, 4) == b"stub"
 """
     before = (scattered.cache / "cpu-sotu" / "train.bin").read_bytes() if scattered.cache.exists() else None
@@ -692,6 +717,8 @@ def left():
         yield "processes"
     if call(NUMBERS["keyctl"], 0, -3, 0) != -1 or call(NUMBERS["request_key"], b"user", b"leak", 0, -3) != -1:
         yield "keyrings"
+    if set(os.listdir("..")) - {"train.py", "out", "__pycache__"}:
+        yield f"the run has {os.listdir('..')}"
     if ctypes.CDLL(None).shmget(77, 4096, 0) != -1:
         yield "shared memory"
     for path in ("/dev/shm/leak", "/dev/mqueue/leak", "/tmp/leak", "leak", "../leak", "/cache/leak", "/dev/leak", "/var/tmp/leak"):
@@ -729,7 +756,7 @@ checkout = Path(CHECKOUT)
 sandbox = make_sandbox(checkout, checkout / "runs", settings, Repository(checkout).common_dir)
 sandbox = replace(sandbox, shared_processes=SHARED, filter=folder.parent / "filter")
 for kind in ("evaluate", "answer"):
-    with serving(child_command(kind, folder, sandbox).argv, settings, folder) as connection:
+    with serving(child_command(kind, folder, sandbox).argv, settings, folder, kind == "answer") as connection:
         connection.send(("text",))
         print(kind, connection.recv_bytes().decode()[:200], flush=True)
 """
@@ -765,7 +792,7 @@ def test_attack_nothing_of_the_child_that_sees_val_reaches_the_one_that_answers(
     within = CONTAINER if "shared" in tier else []
     output = subprocess.run([*within, sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert "answer" in output.stdout and "it reads" not in output.stdout + output.stderr, output
-    assert "what another child left" in output.stdout  # what a child prints comes through
+    assert "what another child left" not in output.stdout  # which a log would keep, that a prompt may quote
     assert subprocess.run(["pgrep", "-f", "LEAKED"], capture_output=True).returncode == 1
 
 
@@ -808,7 +835,7 @@ def test_attack_a_child_cannot_write_the_scores(real_checkout, tmp_path):
     )
     place.sandbox = replace(sandbox, data=data_of(real_checkout.cache), filter=night / "filter")
     blank = Run("sha", 1, None, None, "", "", {}, 1.0, 1.0, None, None)
-    scored = score(place, blank, night / "0000", 100.0, 99.0, True, None)
+    scored = score(place, blank, night / "0000", Rivals(None, None))
     log = (night / "0000" / "score.log").read_text()
     assert '"val_bpb": 2.0' in log and scored.crash == "" and scored.distrust == ""
     assert 2.5 < scored.val_bpb < 3.5 and {"load", "val", "test", "load_again", "probe"} == set(scored.parts)

@@ -80,6 +80,7 @@ def launcher(settings, folder):
         process.start()
         theirs.close()
         ours.send((settings, folder))
+        ours.heard = kind == "answer"
         try:
             yield ours
         finally:
