@@ -214,13 +214,12 @@ def ask(connection, shape: tuple[int, ...], *request) -> np.ndarray:
             "the process that runs the model ended, or sent what nobody asked for, before it answered"
         ) from None
     if len(reply) != 4 * math.prod(shape):
-        words = reply[: 4 * ERROR_CHARS].decode(errors="replace").removeprefix("Problem: ").removeprefix("ValueError: ")
+        words = reply[: 4 * ERROR_CHARS].decode(errors="replace")
+        name, _, reason = words.partition(": ")
+        words = reason if name in ("Problem", "ValueError") else words
         if not connection.heard and words != NOT_FINITE:
-            name = words.partition(":")[0]
             known = name == "OutOfMemoryError" or isinstance(getattr(builtins, name, None), type)
-            words = (
-                f"the model answers random tokens, but fails on text: {name if known else 'an exception of its own'}"
-            )
+            words = f"the model answers random tokens, but fails on text: {name if known else 'an exception of its own'}"
         raise ValueError(words)
     return np.frombuffer(reply, np.float32).reshape(shape).copy()
 
