@@ -1,13 +1,20 @@
-"""The researcher over the Anthropic Messages API: replies, cost, outages. Not covered: tools, images, batches."""
+"""The researcher over the Anthropic Messages API: replies, cost, outages. Not covered: tools, images, batches.
 
+Other servers speak the protocol in their own ways, so the stream is read here, not by the SDK, and every answer is judged by what it
+says, whatever its status.
+"""
+
+import json
 import os
+import re
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from constants import Problem
 from lab.journal import spent_usd
 from lab.night import Night
-from lab.records import RUN_AGAIN, clean
+from lab.records import RUN_AGAIN, one_line
 from lab.researcher import LostIdea, Researcher
 
 MODEL = "claude-opus-5-5"
@@ -19,9 +26,21 @@ PRICES = {
     "claude-haiku-5-5": (0.10, 0.50, 0.01),
 }
 LONG_PROMPTS = {"claude-haiku-5-5": (100_000, 5.0)}  # from so many tokens on, everything costs so many times as much
-REPLY_TOKENS = 32_000  # of one reply, thinking included
+REPLY_TOKENS, LEAST_REPLY_TOKENS = 32_000, 8_000  # of one reply, thinking included; where the context is small
 TIMEOUT_S = 600.0  # without a byte from the server
-MAX_LOST = 3  # ideas that a model loses in a row before another of --model is asked first
+MAX_LOST = 3  # ideas that a model loses in a row before another of --model is asked first, or the night ends if none ever replied
+MAX_BROKEN = 10  # answers that are no whole reply before the night ends, if there never was one
+NO_MONEY = re.compile(r"\b(budget|quota|credits?|insufficient_quota)\b", re.IGNORECASE)
+TOO_LONG = re.compile(
+    r"max_tokens|context (size|length|window)|maximum context|(prompt|input) is too long|too many tokens", re.IGNORECASE
+)
+STATUS_OF = {  # of the errors that come within a stream
+    "invalid_request_error": 400, "authentication_error": 401, "billing_error": 402, "permission_error": 403, "not_found_error": 404,
+    "request_too_large": 413, "rate_limit_error": 429, "api_error": 500, "overloaded_error": 529,
+}  # fmt: skip
+COUNTS = {  # of `usage`
+    "input": "input_tokens", "cache_write": "cache_creation_input_tokens", "cache_read": "cache_read_input_tokens", "output": "output_tokens",
+}  # fmt: skip
 SECRETS = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
 
 
@@ -36,6 +55,10 @@ def credentials_of(secrets: dict[str, str]) -> dict[str, str]:
         name = next(name for name in SECRETS if name in secrets)
         return {"api_key" if name == SECRETS[0] else "auth_token": secrets[name]}
     return {"api_key": "none"} if os.environ.get("ANTHROPIC_BASE_URL") else {}
+
+
+class Refused(LostIdea):
+    """The server does not take the request."""
 
 
 class Claude(Researcher):
@@ -69,7 +92,10 @@ class Claude(Researcher):
                 f"the proxy that the environment names cannot be used ({reason})\nmend ALL_PROXY or HTTPS_PROXY; for SOCKS run: {how}"
             ) from None
         self.client = Anthropic(**credentials, max_retries=0, timeout=TIMEOUT_S, http_client=transport)
-        self.effort, self.cached = "high", True  # what the server takes; an empty effort is not sent
+        # What the server takes: an empty effort is not sent; the system prompt comes in blocks, which may be cached.
+        self.effort, self.cached, self.blocks, self.reply_tokens = "high", True, True, REPLY_TOKENS
+        calls = night.journal.of("call")
+        self.replied, self.refused, self.broken = any(row.get("stop") for row in calls), 0, 0
         self.in_a_row = dict.fromkeys(self.models, 0)  # ideas that each has lost
         super().__init__(night, here)
         self.preflight()
@@ -79,51 +105,82 @@ class Claude(Researcher):
         return spent_usd(list(self.night.journal.rows))
 
     @property
+    def bill(self) -> str:
+        """What the API has cost, in dollars or, where it has no price that we know, in tokens."""
+        unpriced = sorted(name for name, price in self.prices.items() if not price)
+        if not unpriced:
+            return f"the API has cost ${self.spent_usd:.2f}; tokens and prices stand in the journal"
+        last = {row["id"]: row["tokens"] for row in self.night.journal.of("call")}.values()
+        written = sum(tokens.get("output", 0) for tokens in last)
+        read = sum(sum(tokens.values()) for tokens in last) - written
+        return f"the price of {', '.join(unpriced)} is unknown: {read:,} tokens were read and {written:,} written (--price IN,OUT tells dollars)"
+
+    @property
     def exhausted(self) -> str:
         return f"the next call might exceed --max-usd {self.max_usd:g}; ${self.spent_usd:.2f} are spent"
 
     def preflight(self) -> None:
-        """Finds a wrong key, an unknown model or a server that is not there, before anything is trained. Raises Problem."""
-        from anthropic import (
-            APIConnectionError,
-            APIStatusError,
-            AuthenticationError,
-            NotFoundError,
-            PermissionDeniedError,
-        )
+        """Finds a wrong key, an unknown model or a server that is not there, before anything is trained. Raises Problem.
 
+        Another server's refusal is no verdict but on a name that its list lacks: a key may be good for messages alone.
+        """
+        from anthropic import APIConnectionError, APIError, APIStatusError
+
+        other = bool(os.environ.get("ANTHROPIC_BASE_URL"))
         for model in self.models:
             try:
                 self.client.models.retrieve(model)
-            except (AuthenticationError, PermissionDeniedError) as error:
-                raise Problem(f"the API refuses the key ({error_text(error)}); check {' or '.join(SECRETS)}") from None
-            except NotFoundError as error:
-                if not os.environ.get("ANTHROPIC_BASE_URL"):  # another server may lack this path
+            except APIStatusError as error:
+                message = error_text(error)
+                if error.status_code == 404:
+                    names = self.names_of_models()
+                    if names and model not in names:
+                        raise Problem(
+                            f"the server does not know the model {model}; choose with --model one that it has: {', '.join(names[:20])}"
+                        ) from None
+                if error.status_code in (401, 403) and not other:
+                    raise Problem(f"the API refuses the key ({message}); check {' or '.join(SECRETS)}") from None
+                if error.status_code == 404 and not other:
                     raise Problem(
-                        f"the API does not know the model {model} ({error_text(error)}); choose one with --model"
+                        f"the API does not know the model {model} ({message}); choose one with --model"
                     ) from None
             except APIConnectionError as error:
-                reason, url = clean(str(error.__cause__ or error))[:200], self.client.base_url
+                reason, url = one_line(str(error.__cause__ or error))[:200], self.client.base_url
                 raise Problem(
                     f"{url} cannot be reached ({reason}); check ANTHROPIC_BASE_URL and the proxy, then run the same command"
                 ) from None
-            except APIStatusError:
-                pass  # an outage is waited out later
+            except (APIError, ValueError):
+                pass  # an answer of another kind: the first message decides
+
+    def names_of_models(self) -> list[str]:
+        """The models that the server lists; none if it does not."""
+        from anthropic import APIError
+
+        try:
+            return [model.id for model in self.client.models.list(limit=1000)]
+        except (APIError, ValueError, TypeError, AttributeError):
+            return []
 
     def ask(self, system: list[str], number: int) -> str | None:
-        """The reply of the first model that gives a whole one. Raises LostIdea if none does."""
-        reasons = []
+        """The reply of the first model that gives a whole one. Raises LostIdea if none does, Problem."""
+        reasons, refused = [], 0
         for model in sorted(self.models, key=lambda model: self.in_a_row[model] >= MAX_LOST):
             try:
                 reply = self.ask_model(model, system, number)
             except LostIdea as lost:
                 self.in_a_row[model] += 1
                 reasons.append(f"{model}: {lost}")
+                refused += isinstance(lost, Refused)
                 if len(self.models) > 1:
                     self.remind(self.in_a_row[model], f"{self.in_a_row[model]} ideas lost in a row by {reasons[-1]}")
             else:
                 self.in_a_row[model] = 0
                 return reply
+        self.refused = self.refused + 1 if refused == len(reasons) else 0
+        if self.refused >= MAX_LOST and not self.replied:
+            raise Problem(
+                f"the server refused {self.refused} ideas in a row and never replied: {reasons[-1]}; mend that, {RUN_AGAIN}"
+            )
         raise LostIdea("; ".join(reasons))
 
     def ask_model(self, model: str, system: list[str], number: int) -> str | None:
@@ -131,109 +188,251 @@ class Claude(Researcher):
 
         Each attempt has two `call` rows: before it at its worst case, after it with what it cost. Raises LostIdea, Problem.
         """
-        from anthropic import APIError, APIStatusError
-        from httpx2 import HTTPError
-
-        failures, text, turns, effort = 0, "", list(self.turns), self.effort
+        failures, text, more, effort = 0, "", [], self.effort
         while True:
+            turns = [*self.turns, *more]
             size = sum(len(part.encode()) for part in (*system, *(str(turn["content"]) for turn in turns)))
-            worst = usd_of(self.prices[model], {"cache_write": size // 2, "output": REPLY_TOKENS}, model)
+            worst = usd_of(self.prices[model], {"cache_write": size // 2, "output": self.reply_tokens}, model)
             if self.max_usd is not None and spent_usd(list(self.night.journal.rows), bound=True) + worst > self.max_usd:
                 return None
-            call, usage, start = self.open_call(number, model, worst), {}, time.perf_counter()
-            try:
-                message = self.stream(model, system, turns, effort, usage)
-                reply = "".join(block.text for block in message.content if block.type == "text")
-                stop, error = message.stop_reason, ""
-                bound = {} if stop and "output" in usage else {"bound_usd": worst}
-                self.close_call(call, usage, start, at_least=stop is None, stop=stop, reply=reply, **bound)
-            # The last four: a stream that is not one, such as the page of a captive portal.
-            except (APIError, HTTPError, AssertionError, ValueError, RuntimeError, TypeError) as failure:
-                stop, error = None, failure
-                status = error.status_code if isinstance(error, APIStatusError) else None
-                answered = status is not None and status >= 400  # and so not begun; what broke off may have cost all
-                bound = {} if answered else {"bound_usd": worst}
-                self.close_call(call, usage, start, at_least=not answered, error=error_text(error), **bound)
-                if status in (400, 413) and self.adapt(error_text(error)):
+            call, start, message = self.open_call(number, model, worst), time.perf_counter(), Message()
+            failed = self.read(message, model, system, turns, effort)
+            begun = failed is None or failed.begun
+            bound = {} if (failed is None and message.counted) or not begun else {"bound_usd": worst}
+            said = {"error": failed.message} if failed else {"stop": message.stop, "reply": message.text}
+            seconds = time.perf_counter() - start
+            usd = usd_of(self.prices[model], message.usage, model)
+            self.night.journal.append(
+                "call", **call, tokens=message.usage, usd=usd, seconds=seconds, at_least=bool(bound), **said, **bound
+            )  # fmt: skip
+            if failed:
+                if self.adapt(failed):
                     effort = self.effort
                     continue
-                refuse_to_go_on(status, error_text(error), model)
-            if stop is None:
+                self.give_up(failed, model)
                 failures += 1
-                reason = f"{getattr(error, 'status_code', '')} {error_text(error)}" if error else "its reply broke off"
-                self.wait_out(failures, reason.strip(), retry_after(error))
+                self.wait_out(failures, failed.told(), failed.delay_s)
                 continue
-            text, self.status = text + reply, ""
-            if stop == "pause_turn":
-                turns.append({"role": "assistant", "content": message.content})
-            elif stop == "max_tokens" and effort == "high":  # it thought for too long
-                effort, text, turns = "medium", "", list(self.turns)
-            elif stop in ("end_turn", "stop_sequence"):
+            text, self.status = text + message.text, ""
+            if message.stop == "pause_turn":
+                more.append({"role": "assistant", "content": message.content})
+            elif message.stop == "max_tokens" and effort == "high":  # it thought for too long
+                effort, text, more = "medium", "", []
+            elif message.stop in ("end_turn", "stop_sequence"):
+                self.replied = True
                 return text
+            elif message.stop == "model_context_window_exceeded" and self.shorten():
+                text, more = "", []
             else:
-                if stop == "model_context_window_exceeded" and self.lines > 10:
-                    self.lines //= 2
-                raise LostIdea(f"no whole reply: {stop}")
+                raise LostIdea(f"no whole reply: {message.stop}")
 
-    def close_call(self, call: dict, usage: dict, start: float, **more) -> None:
-        seconds, usd = time.perf_counter() - start, usd_of(self.prices[call["model"]], usage, call["model"])
-        self.night.journal.append("call", **call, tokens=usage, usd=usd, seconds=seconds, **more)
+    def read(
+        self, message: "Message", model: str, system: list[str], turns: list[dict], effort: str
+    ) -> "Failed | None":
+        """Fills the message from one request; why that failed, else None."""
+        from anthropic import APIError
+        from httpx2 import HTTPError
 
-    def stream(self, model: str, system: list[str], turns: list[dict], effort: str, usage: dict):
-        """One streamed reply. `usage` holds what was reported last, also when the stream breaks."""
-        blocks = [{"type": "text", "text": text} for text in system]
-        for block in blocks if self.cached else ():
-            block["cache_control"] = {"type": "ephemeral", "ttl": "1h"}
-        options = {"output_config": {"effort": effort}} if effort else {}
-        names = {
-            "input": "input_tokens",
-            "cache_write": "cache_creation_input_tokens",
-            "cache_read": "cache_read_input_tokens",
-        }
-        with self.client.messages.stream(
-            model=model, max_tokens=REPLY_TOKENS, system=blocks, messages=turns, **options
-        ) as events:
-            for event in events:
-                if event.type in ("message_start", "message_delta"):
-                    counts = event.message.usage if event.type == "message_start" else event.usage
-                    for name, attribute in (names | {"output": "output_tokens"}).items():
-                        if getattr(counts, attribute, None) is not None:
-                            usage[name] = getattr(counts, attribute)
-            return events.get_final_message()
+        asked = {"system": "\n\n".join(system)}
+        if self.blocks:
+            cached = {"cache_control": {"type": "ephemeral", "ttl": "1h"}} if self.cached else {}
+            asked = {"system": [{"type": "text", "text": text, **cached} for text in system]}
+        if effort:
+            asked["output_config"] = {"effort": effort}
+        try:
+            with self.client.messages.with_streaming_response.create(
+                model=model, max_tokens=self.reply_tokens, messages=turns, stream=True, **asked
+            ) as response:
+                for event in events_of(response):
+                    message.take(event)
+        except Failed as failed:  # an error within the stream
+            return failed
+        except (APIError, HTTPError, ValueError, TypeError, RuntimeError) as error:
+            status = getattr(error, "status_code", None)
+            answered = status is not None and status >= 400  # and so not begun; what broke off may have cost all
+            return Failed(
+                status, error_text(error), retry_after(error), begun=not answered, broken=isinstance(error, ValueError)
+            )
+        if message.stop is None:
+            return Failed(None, "its reply broke off" if message.content else "its answer has no text", broken=True)
+        return None
 
-    def adapt(self, message: str) -> bool:
-        """Drops what another server of the same protocol does not know, once each; True if it is worth another try."""
-        if "output_config" in message and self.effort:
-            self.effort, dropped = "", "output_config"
-        elif "cache_control" in message and self.cached:
-            self.cached, dropped = False, "cache_control"
-        else:
+    def adapt(self, failed: "Failed") -> bool:
+        """Does without what another server of the same protocol does not take, aloud; True if that is worth another try."""
+        message, dropped = failed.message, ""
+        if failed.status in (None, 401, 402, 429) or NO_MONEY.search(message):
             return False
-        self.night.say(f"the server does not take {dropped}; going on without it")
-        return True
+        if TOO_LONG.search(message):
+            return self.shorten(message)
+        if failed.status < 500 and re.search("output_config|effort", message) and self.effort:
+            self.effort, dropped = "", "output_config"
+        elif failed.status < 500 and "cache_control" in message and self.cached:
+            self.cached, dropped = False, "cache_control"
+        elif failed.status < 500 and re.search(r"system\b.*\b(string|str)\b", message) and self.blocks:
+            self.blocks, dropped = False, "a system prompt in blocks"
+        if dropped:
+            self.night.say(f"the server does not take {dropped}; going on without it")
+        return bool(dropped)
+
+    def shorten(self, reason: str = "the context is too small") -> bool:
+        """Asks for a shorter reply, then with a shorter history, from now on; False if both are as short as they may be."""
+        if self.reply_tokens == REPLY_TOKENS:
+            self.night.say(f"the model's context is small ({reason[:200]}): replies and history are made shorter")
+        if self.reply_tokens > LEAST_REPLY_TOKENS:
+            self.reply_tokens //= 2
+            return True
+        return self.shorten_history()
+
+    def give_up(self, failed: "Failed", model: str) -> None:
+        """Raises Problem for what no waiting mends: key, money, model. Raises LostIdea for a request that the server does not take.
+
+        A content filter is one such: it meets ordinary code now and then. Else nothing: an outage.
+        """
+        status, message = failed.status, failed.message
+        if status == 401:
+            raise Problem(f"the API refuses the key ({message}); check {' or '.join(SECRETS)}, {RUN_AGAIN}")
+        if status == 402 or (status and NO_MONEY.search(message)):
+            raise Problem(f"the API account has no credit or budget left ({message}); add some, {RUN_AGAIN}")
+        if status == 404:
+            raise Problem(
+                f"the API does not know the model {model} or the path ({message}); choose one with --model, {RUN_AGAIN}"
+            )
+        if "content filter" in message or status in (400, 403, 405, 413, 422):
+            raise Refused(f"the API does not take the request: {message}")
+        self.broken += failed.broken
+        if self.broken >= MAX_BROKEN and not self.replied:
+            raise Problem(
+                f"the server answered {self.broken} times and never with a whole reply: {message}; mend that, {RUN_AGAIN}"
+            )
 
 
-def refuse_to_go_on(status: int | None, message: str, model: str) -> None:
-    """Raises Problem for what no waiting mends: key, credit, model. Raises LostIdea for a request that the server does not take.
+# ---------------------------------------------------------------------------
+# What a server answers
 
-    A content filter is one such: it meets ordinary code now and then.
+
+@dataclass
+class Failed(Exception):
+    """Why a request has no reply."""
+
+    status: int | None  # also of an error within a stream, by its type; None if nothing was said
+    message: str
+    delay_s: float | None = None  # that the server asks to wait
+    begun: bool = True  # whether it may have cost something
+    broken: bool = False  # whether there was an answer, which is no whole reply
+
+    def told(self) -> str:
+        return f"{self.status or ''} {self.message}".strip()
+
+
+@dataclass
+class Message:
+    """A reply as far as it has come. The SDK's own accumulator takes no stream that lacks an event or a count."""
+
+    content: list[dict] = field(default_factory=list)  # its blocks, as they are sent back after pause_turn
+    stop: str | None = None  # why it ended; None for what is not whole
+    usage: dict[str, int] = field(default_factory=dict)  # what was reported last, by the names of COUNTS
+    final: int = 0  # tokens of the reply as reported after it
+
+    @property
+    def text(self) -> str:
+        return "".join(str(block.get("text") or "") for block in self.content if block.get("type") == "text")
+
+    @property
+    def counted(self) -> bool:
+        """Whether its tokens were reported, at the end: no text comes from nothing."""
+        return self.final > 0 and any(self.usage.get(name) for name in COUNTS if name != "output")
+
+    def take(self, event: dict) -> None:
+        """Takes one event, or a whole message. Raises Failed for an error; what it does not know is no matter."""
+        kind = event.get("type")
+        if kind == "error" or (kind is None and "error" in event):
+            error = inner(event, "error")
+            raise Failed(STATUS_OF.get(error.get("type"), 500), words_in(event) or str(error.get("type") or "an error"))
+        if kind == "message_start":
+            self.count(inner(inner(event, "message"), "usage"))
+        elif kind == "message":
+            self.content = [block for block in event.get("content") or () if isinstance(block, dict)]
+            self.final = self.count(inner(event, "usage"))
+            self.end(event.get("stop_reason"))
+        elif kind == "content_block_start":
+            self.content.append({"type": "text", "text": ""} | inner(event, "content_block"))
+        elif kind == "content_block_delta":
+            delta = inner(event, "delta")
+            name = {"text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature"}.get(
+                delta.get("type")
+            )
+            if name and not (self.content and (name == "text") == (self.content[-1]["type"] == "text")):
+                self.content.append({"type": "text" if name == "text" else "thinking"})
+            if name:
+                self.content[-1][name] = (self.content[-1].get(name) or "") + str(delta.get(name) or "")
+        elif kind == "message_delta":
+            self.stop = inner(event, "delta").get("stop_reason") or self.stop
+            self.final = self.count(inner(event, "usage"))
+        elif kind == "message_stop":
+            self.end(self.stop)
+
+    def end(self, stop: str | None) -> None:
+        """It ended in order, whether or not it says why."""
+        self.stop = stop or ("end_turn" if self.text else None)
+
+    def count(self, usage: dict) -> int:
+        """Takes what is reported; the tokens of the reply in it."""
+        self.usage |= {name: usage[key] for name, key in COUNTS.items() if type(usage.get(key)) is int}
+        return self.usage.get("output", 0) if COUNTS["output"] in usage else 0
+
+
+def inner(outer: dict, name: str) -> dict:
+    """The object of this name; empty if there is none."""
+    value = outer.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def events_of(response):
+    """The JSON objects of a stream of server-sent events, or the one of a plain answer. Raises ValueError for another kind.
+
+    Each says its own type: no `event:` line is needed.
     """
-    if status == 401:
-        raise Problem(f"the API refuses the key ({message}); check {' or '.join(SECRETS)}, {RUN_AGAIN}")
-    if status == 402 or "credit balance" in message:
-        raise Problem(f"the API account has no credit ({message}); add some, {RUN_AGAIN}")
-    if status == 404:
-        raise Problem(
-            f"the API does not know the model {model} or the path ({message}); choose one with --model, {RUN_AGAIN}"
-        )
-    if "content filter" in message or status in (400, 403, 413, 422):
-        raise LostIdea(f"the API does not take the request: {message}")
+    kind = response.headers.get("content-type", "").partition(";")[0].strip()
+    if kind == "application/json":
+        texts = [b"".join(response.iter_bytes())]
+    elif kind == "text/event-stream":
+        texts = data_of(response.iter_bytes())
+    else:
+        raise ValueError(f"the server answers with {kind or 'something'}, not with a reply of the Messages API")
+    for text in texts:
+        event = {"type": "message_stop"} if text == b"[DONE]" else json.loads(text)
+        if isinstance(event, dict):
+            yield event
 
 
-def error_text(error) -> str:
-    body = getattr(error, "body", None)
-    inner = body.get("error") if isinstance(body, dict) else None
-    return clean(str(inner.get("message") if isinstance(inner, dict) else error))[:300]
+def data_of(chunks):
+    """The data of each server-sent event, whose lines end in \\n or \\r\\n."""
+    rest, data = b"", []
+    for chunk in chunks:
+        rest += chunk
+        *lines, rest = rest.split(b"\n")
+        for line in map(bytes.strip, lines):
+            if line.startswith(b"data:"):
+                data.append(line[5:].strip())
+            elif not line and data:
+                yield b"\n".join(data)
+                data = []
+    if rest.startswith(b"data:"):
+        data.append(rest[5:].strip())
+    if data:
+        yield b"\n".join(data)
+
+
+def words_in(body) -> str:
+    """What a server's answer says in words, in one line; servers put it in several places. Empty if it says nothing."""
+    if not isinstance(body, dict):
+        return one_line(str(body or ""))[:300]
+    places = (inner(body, "error").get("message"), body.get("message"), body.get("detail"), body.get("error"))
+    return next((one_line(str(words))[:300] for words in places if words and not isinstance(words, dict)), "")
+
+
+def error_text(error: Exception) -> str:
+    return words_in(getattr(error, "body", None)) or one_line(str(error))[:300] or type(error).__name__
 
 
 def retry_after(error) -> float | None:

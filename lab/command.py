@@ -1,6 +1,7 @@
 """Any program as the researcher: the prompt on its standard input, the reply on its standard output."""
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -15,7 +16,7 @@ from constants import Problem
 from lab import git
 from lab.child import end_all, started_for
 from lab.night import Night
-from lab.records import RUN_AGAIN, clean
+from lab.records import RUN_AGAIN, clean, one_line
 from lab.researcher import LostIdea, Researcher
 
 LIMIT_S = 1_800.0  # for one reply
@@ -57,7 +58,7 @@ class Command(Researcher):
                     f"{self.program} failed {failures} times and never replied: {trouble}; mend --command, {RUN_AGAIN}"
                 )
             if failures >= MAX_FAILURES:
-                self.lines = max(10, self.lines // 2)
+                self.shorten_history()
                 raise LostIdea(trouble)
             self.wait_out(failures, trouble)
 
@@ -97,7 +98,7 @@ class Command(Researcher):
         if late:
             return "", f"no reply within {LIMIT_S:.0f} s"
         if status:
-            return "", f"exit status {status}: {self.masked((message or reply).split(chr(10))[-1])[:200]}"
+            return "", f"exit status {status}: {self.masked(telling((message or reply).splitlines()))[:200]}"
         return reply, "" if reply else "it printed nothing"
 
     def masked(self, text: str) -> str:
@@ -105,6 +106,12 @@ class Command(Researcher):
         for secret in (*self.secrets.values(), *(word for word in self.words[1:] if len(word) > 7)):
             text = text.replace(secret, "...")
         return text
+
+
+def telling(lines: list[str]) -> str:
+    """The last line that names an error, else the last: under a stack trace stands nothing that helps."""
+    named = [line for line in lines if re.search(r"error\b", line, re.IGNORECASE) and not line.startswith("    at ")]
+    return one_line((named or lines or [""])[-1])
 
 
 def last_of(file) -> str:

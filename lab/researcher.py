@@ -4,6 +4,7 @@ import math
 import random
 import re
 import time
+from functools import partial
 from pathlib import Path
 
 from constants import Problem, write_atomically
@@ -13,6 +14,7 @@ from lab.records import DESCRIPTION_CHARS, Proposal, Rejected, clean, one_line
 
 MAX_BOUNCES = 3  # objections to one idea; then the numeric search takes its turn
 REPLY_CHARS = 40_000  # of a reply that is sent back with an objection
+LEAST_LINES = 10  # of the history, where the context is small
 MAX_DRAWS = 8  # of the numeric search that are refused; then the model is asked all the same
 PATIENCE_S = 60.0  # longest pause between two attempts if the server names none
 OUTAGE_REMINDER_S = 3_600.0  # between two lines about an outage, the first at its third failure
@@ -127,7 +129,8 @@ class Researcher:
             self.turns.append({"role": "user", "content": objection})
         else:
             missed = f"Your last proposal was not run: {feedback[-1]}" if feedback else ""
-            self.turns = [{"role": "user", "content": request_text(source, history, operator, missed, self.lines)}]
+            self.request = partial(request_text, source, history, operator, missed)
+            self.turns = [{"role": "user", "content": self.request(self.lines)}]
             self.source, self.number = source, history.number
         profile = self.night.settings.profile.name
         try:
@@ -145,6 +148,14 @@ class Researcher:
             write_atomically(self.night.folder / "notes.md", clean(notes) + "\n")
         mends = history.to_mend.number if history.to_mend else None
         return Proposal(proposal.description, proposal.hypothesis, proposal.source, operator, mends)
+
+    def shorten_history(self) -> bool:
+        """Halves the experiments that a request shows one by one, also of the one in hand; False if they are few."""
+        if self.lines <= LEAST_LINES:
+            return False
+        self.lines = max(LEAST_LINES, self.lines // 2)
+        self.turns[0] = {"role": "user", "content": self.request(self.lines)}
+        return True
 
     def lose(self, number: int, reason: str) -> None:
         """Gives the turn of experiment `number` to the numeric search, aloud."""
@@ -170,7 +181,7 @@ class Researcher:
         """After the attempt that failed: a line at the third and each hour, and a pause."""
         delay = delay or min(PATIENCE_S, 2.0 ** min(failures, 6)) * random.uniform(0.5, 1.0)
         self.status = f"{one_line(reason)[:60]}, again in {delay:.0f} s"
-        self.remind(failures, f"waiting for {self.name}: {reason}")
+        self.remind(failures, f"waiting for {self.name}: {one_line(reason)}")
         time.sleep(delay)
 
     def remind(self, failures: int, line: str) -> None:

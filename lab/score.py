@@ -219,7 +219,9 @@ def ask(connection, shape: tuple[int, ...], *request) -> np.ndarray:
         words = reason if name in ("Problem", "ValueError") else words
         if not connection.heard and words != NOT_FINITE:
             known = name == "OutOfMemoryError" or isinstance(getattr(builtins, name, None), type)
-            words = f"the model answers random tokens, but fails on text: {name if known else 'an exception of its own'}"
+            words = (
+                f"the model answers random tokens, but fails on text: {name if known else 'an exception of its own'}"
+            )
         raise ValueError(words)
     return np.frombuffer(reply, np.float32).reshape(shape).copy()
 

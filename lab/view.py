@@ -197,7 +197,7 @@ def print_summary(night: Night, why: str, proposer, more: str | None) -> None:
             gain = sum(results[result.rival].run.val_bpb - result.run.val_bpb for result in kept)
             print(f"{operator}: {counted(len(own), 'experiment')}, {len(kept)} kept, together {gain:.6f}")
     if isinstance(proposer, Claude):
-        print(f"the API has cost ${proposer.spent_usd:.2f}; tokens and prices stand in the journal")
+        print(proposer.bill)
     if night.settings.budget_s < constants.COMPILE_FROM_S:
         print(f"runs of {night.settings.budget_s:g} s show the loop, not a result: early differences are mostly noise")
     place = os.path.relpath(night.folder)

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 from conftest import ROOT, check_agreement, fake_measure, open_here, rows_of, run_here
-from messages_server import MessagesServer
+from messages_server import ODD, MessagesServer
 
 import lab.researcher
 from constants import Problem
@@ -59,8 +59,9 @@ def night(checkout):
         schedule="improve",
         price=None,
         tag="t",
+        **odd,
     ):
-        with MessagesServer(script, think_s) as server, pytest.MonkeyPatch.context() as patch:
+        with MessagesServer(script, think_s, **odd) as server, pytest.MonkeyPatch.context() as patch:
             patch.setenv("ANTHROPIC_BASE_URL", server.url)
             patch.setattr(lab.researcher, "PATIENCE_S", 0.02)
             here = open_here(checkout, tag)
@@ -199,9 +200,139 @@ def test_what_no_waiting_mends_stops_the_night_and_it_goes_on_later(checkout, ni
     assert len(check_agreement(checkout)) == done + 1
 
 
-def test_a_wrong_key_is_found_before_the_baseline(night):
-    problem, server, here = night([numbered()], 1, key="wrong")
-    assert "refuses the key" in str(problem) and server.requests == [] and here.results == []
+def test_a_wrong_key_is_found_before_the_baseline_unless_another_server_answers(checkout, night, monkeypatch):
+    """That may give no key its list of models: the first message decides."""
+    problem, server, _ = night([numbered()], 1, key="wrong")
+    assert "refuses the key (invalid x-api-key)" in str(problem) and len(server.requests) == 1
+    forbidden = 403, {"error": {"type": "permission_error", "message": "only llm_api_routes"}}
+    reason, _, here = night([numbered()], 1, get=forbidden, tag="u")
+    assert reason == "the one experiment is done" and here.results[1].description == "idea 0"
+    with MessagesServer([numbered()], get=forbidden) as server:
+        monkeypatch.setenv("ANTHROPIC_BASE_URL", server.url)
+        claude = Claude(open_here(checkout, "v"), ROOT, {"api_key": "k"}, MODEL, None)
+        monkeypatch.delenv("ANTHROPIC_BASE_URL")
+        with pytest.raises(Problem, match="only llm_api_routes"):
+            claude.preflight()
+
+
+def test_a_model_that_the_servers_list_lacks_is_named_with_those_that_it_has(night):
+    problem, server, here = night([numbered()], 1, model="claude-9", listed=["qwen", "llama"])
+    assert "does not know the model claude-9" in str(problem) and "qwen, llama" in str(problem)
+    assert server.requests == [] and here.results == []
+
+
+@pytest.mark.parametrize("odd", [*(odd for odd in ODD if odd != "empty"), "json"])
+def test_a_reply_is_taken_however_another_server_sends_it(checkout, night, odd):
+    """Without an event, a count or a name that the API always has, with some that it has not, or whole."""
+    reason, server, here = night([(odd, add("idea", 1))], 1)
+    assert reason == "the one experiment is done" and here.results[1].description == "idea 1"
+    assert len(server.requests) == 1 and not rows_of(checkout, "reject")
+    call = rows_of(checkout, "call")[-1]
+    assert (
+        call["at_least"]
+        == ("bound_usd" in call)
+        == (odd in ("no usage", "zeros", "no message_start", "no message_delta"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (("empty", add("idea", 1)), "answered 10 times and never with a whole reply: its answer has no text"),
+        (("html", "sign in"), "answers with text/html"),
+        (("error event", ("authentication_error", "no such key")), "refuses the key (no such key)"),
+        (("error event", ("not_found_error", "model: gone")), "does not know the model"),
+        (("status", (400, [], {"error": {"message": "No connected db.", "type": "no_db_connection", "code": "400"}})),
+         "refused 3 ideas in a row and never replied: claude-opus-5-5: the API does not take the request: No connected db."),
+        (("status", (400, [], "Invalid model name passed in model=x")), "never replied"),
+        (("status", (422, [], {"detail": "Unprocessable"})), "never replied: claude-opus-5-5: the API does not take the request: Unprocessable"),
+        (("status", (422, [], "Budget has been exceeded! Current cost: 5.01")), "no credit or budget left (Budget has been exceeded!"),
+        (("status", (429, [], "crossed budget: 0.002 >= 1d\n")), "no credit or budget left"),
+        (("status", (429, [], "You exceeded your current quota, insufficient_quota")), "no credit or budget left"),
+    ],
+)  # fmt: skip
+def test_a_server_that_will_never_reply_ends_the_night_in_its_own_words(night, answer, said):
+    problem, server, _ = night([answer], 9)
+    assert isinstance(problem, Problem) and said in str(problem) and "same command" in str(problem)
+    assert len(server.requests) <= 10
+
+
+def test_a_server_that_refuses_ideas_later_is_gone_on_with(night):
+    """One reply shows that key and model are right."""
+    reason, _, here = night([add("idea", 1), ("status", (400, [], "hm"))], 6)
+    assert (
+        reason == "all 6 experiments are done" and [r.operator for r in here.results[1:]] == ["improve"] + ["tune"] * 5
+    )
+
+
+@pytest.mark.parametrize("status", [400, 500])
+@pytest.mark.parametrize("words", ["max_tokens is too large: 32000", "This model's maximum context length is 16384 tokens",
+                                   "request exceeds the available context size", "prompt is too long: 70000 tokens"])  # fmt: skip
+def test_a_smaller_context_is_met_by_shorter_replies_then_by_a_shorter_history(night, capsys, status, words):
+    """Which is said once, and kept."""
+    small = lambda body: ("status", (status, [], words)) if body["max_tokens"] > 8_000 else add("idea", len(server_of))  # noqa: E731
+    server_of = []
+
+    def answer(body):
+        server_of.append(body)
+        return small(body)
+
+    _, server, here = night([answer], 2)
+    assert [body["max_tokens"] for body in server.requests] == [32_000, 16_000, 8_000, 8_000]
+    assert len(here.results) == 3 and capsys.readouterr().out.count("context is small") == 1
+
+
+def test_a_model_without_a_price_costs_tokens_and_a_servers_words_take_one_line(checkout):
+    """As LiteLLM wraps what its own server said."""
+    busy = ("status", (529, [("retry-after", "0.05")], "litellm.RateLimitError: busy\n\nLiteLLM: it failed\n"))
+    with MessagesServer([*[busy] * 4, numbered()], models=("qwen",)) as server:
+        output = checkout.agent(
+            *NIGHT, "--experiments", "1", "--model", "qwen", ANTHROPIC_API_KEY="k", ANTHROPIC_BASE_URL=server.url
+        )
+    assert output.count("waiting for claude: 529 litellm.RateLimitError: busy LiteLLM: it failed\n") == 1
+    read, written = (sum(server.usage.values()) - server.usage["output"], server.usage["output"])
+    assert (
+        f"the price of qwen is unknown: {read:,} tokens were read and {written:,} written" in output
+        and "$" not in output
+    )
+
+
+def test_a_history_that_does_not_fit_is_halved_until_it_does(night):
+    lengths = []
+
+    def answer(body):
+        shown = len(re.findall(r"^ *\d+ ", body["messages"][0]["content"].partition("# Now")[0], re.MULTILINE))
+        lengths.append((body["max_tokens"], shown))
+        return ("status", (400, [], "prompt is too long")) if shown > 20 and len(lengths) > 30 else numbers(body)
+
+    numbers = numbered()
+    reason, _, here = night([answer], 33)
+    assert reason == "all 33 experiments are done" and not [r for r in here.results if r.operator == "tune"]
+    assert lengths[-1][0] == 8_000 and lengths[-1][1] <= 20 < max(shown for _, shown in lengths)
+
+
+def test_the_cap_counts_what_is_not_reported_at_its_worst_case(night):
+    """A server that ends its streams with zeros: text does not come from nothing."""
+    ideas = numbered()
+    reason, server, here = night([lambda body: ("zeros", ideas(body))], 1000, max_usd=1.7)
+    assert "might exceed --max-usd 1.7" in reason and len(server.requests) == 2
+    assert spent_usd(here.journal.rows, bound=True) <= 1.7
+
+
+def test_a_system_prompt_in_blocks_a_status_of_422_and_other_words_are_no_obstacle(night, capsys):
+    script = [
+        ("status", (422, [], "extra fields: output_config")),
+        ("status", (422, [], "cache_control: extra fields not permitted")),
+        ("status", (400, [], "'system' must be a string")),
+        numbered(),
+    ]
+    _, server, here = night(script, 1)
+    assert isinstance(server.requests[-1]["system"], str) and "You are" not in server.requests[-1]["system"][:0]
+    assert len(here.results) == 2 and capsys.readouterr().out.count("going on without it") == 3
+    _, server, here = night(
+        [("status", (400, [], "This model does not support the effort parameter.")), numbered()], 1, tag="u"
+    )
+    assert "output_config" not in server.requests[-1] and len(here.results) == 2
 
 
 def test_an_unknown_model_is_found_before_the_baseline_unless_another_server_answers(checkout, night, monkeypatch):
@@ -230,7 +361,7 @@ def test_a_server_that_does_not_answer_is_named_before_the_baseline(checkout, mo
     [
         (("refusal", ""), 1, "no whole reply: refusal"),
         (("max_tokens", "DESCRIPTION: x"), 2, "no whole reply: max_tokens"),  # once more, with less thought
-        (("status", (400, [], "prompt is too long")), 1, "does not take the request: prompt is too long"),
+        (("status", (400, [], "tools: bad request")), 1, "does not take the request: tools: bad request"),
         (("status", (403, [], "not from this address")), 1, "does not take the request: not from this address"),
         (("status", (400, [], FILTERED)), 1, FILTERED),
         (("error event", FILTERED), 1, FILTERED),

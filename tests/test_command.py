@@ -87,6 +87,10 @@ def test_of_one_that_chats_the_last_reply_counts(program):
     ("trouble", "said"),
     [
         ("sys.exit('out of quota')", "exit status 1: out of quota"),
+        (
+            "print('x.js:3\\nthrow new Error(1)\\n  ^\\nTypeError: boom\\n    at Error (x.js:3)\\n\\nNode.js v20', file=sys.stderr); sys.exit(1)",
+            "exit status 1: TypeError: boom",
+        ),
         ("sys.exit(0)", "it printed nothing"),
         ("time.sleep(60)", "no reply within 4 s"),
         ("os.kill(os.getpid(), 9)", "exit status -9"),
