@@ -5,6 +5,7 @@ import random
 import re
 import time
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 from constants import Problem, write_atomically
@@ -13,12 +14,19 @@ from lab.prompt import DIVIDER, HISTORY_LINES, REPLACE, REPLY_FORM, SEARCH, requ
 from lab.records import DESCRIPTION_CHARS, Proposal, Rejected, clean, one_line
 
 MAX_BOUNCES = 3  # objections to one idea; then the numeric search takes its turn
+QUOTED_CHARS = 300  # of a reply that is no proposal, such as a program's complaint
 REPLY_CHARS = 40_000  # of a reply that is sent back with an objection
 LEAST_LINES = 10  # of the history, where the context is small
 MAX_DRAWS = 8  # of the numeric search that are refused; then the model is asked all the same
 PATIENCE_S = 60.0  # longest pause between two attempts if the server names none
 OUTAGE_REMINDER_S = 3_600.0  # between two lines about an outage, the first at its third failure
 BLOCK = re.compile(rf"^{SEARCH}[ \t]*\n(.*?)^{DIVIDER}[ \t]*\n(.*?)^{REPLACE}[ \t]*$", re.MULTILINE | re.DOTALL)
+PLACEHOLDER = re.compile(  # a comment that is nothing but dots, or dots and such a word, or `rest of the file`
+    r"^\s*(#|//)\W*((\.{3}|\u2026)\W*$|.*(\.{3}|\u2026).*\b(existing|rest|remain\w*|unchanged|omitted|previous|as before)\b|"
+    r".*\b(existing|rest|remain\w*|unchanged|omitted|previous|as before)\b.*(\.{3}|\u2026)|"
+    r"(the )?(rest|remainder) of (the )?(code|file|class|function|method|script|model)\b|(existing|unchanged|same) code\b|unchanged\W*$)",
+    re.IGNORECASE,
+)
 MARK = re.compile(rf"^({SEARCH}|{REPLACE})[ \t]*$", re.MULTILINE)
 
 
@@ -37,13 +45,17 @@ def parse_reply(text: str, source: str) -> tuple[Proposal, str | None]:
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n")  # a lone one would move all later line numbers
     drafts = [match.start() for match in re.finditer(r"^DESCRIPTION:", text, re.MULTILINE)]
-    text = text[drafts[-1] :] if drafts else text
+    begun = [begin for begin, end in pairwise([*drafts, len(text)]) if MARK.search(text[begin:end])]
+    text = text[(begun or drafts)[-1] :] if drafts else text  # what comes after the blocks may be a recap
+    source = source if source.endswith("\n") else f"{source}\n"
     blocks = list(BLOCK.finditer(text))
     rest = BLOCK.sub("", text).partition("\nNOTES:")[0]
     if MARK.search(rest) or any(MARK.search(block[1] + block[2]) for block in blocks):
         raise Rejected(f"a SEARCH/REPLACE block has no `{DIVIDER}` or no end.\n{REPLY_FORM}")
     if not blocks:
-        raise Rejected(f"the reply has no SEARCH/REPLACE block.\n{REPLY_FORM}")
+        words = one_line(text)
+        said = f"; it says: {words}" if 0 < len(words) <= QUOTED_CHARS else ""
+        raise Rejected(f"the reply has no SEARCH/REPLACE block{said}.\n{REPLY_FORM}")
     head, tail = text[: blocks[0].start()], text[blocks[-1].end() :]
     title = re.search(r"^DESCRIPTION:[ \t]*(\S.*)$", head, re.MULTILINE)
     if not title:
@@ -67,6 +79,11 @@ def replaced(source: str, search: str, replacement: str, number: int) -> str:
         raise Rejected(
             f"block {number}: its SEARCH lines match {count} times, not once; copy whole lines exactly:\n{search}"
         )
+    for line in set(replacement.split("\n")) - set(search.split("\n")):
+        if PLACEHOLDER.search(line):
+            raise Rejected(
+                f"block {number}: the line `{line.strip()}` stands for lines that it leaves out; write them, or search for fewer"
+            )
     return text.replace(f"\n{search}", f"\n{replacement}", 1)[1:]
 
 

@@ -1,6 +1,7 @@
 """The screen: what is refused before any training time is spent. An alarm for lazy cases; the wall is the sandbox and the scorer."""
 
 import ast
+import builtins
 import hashlib
 import io
 import tokenize
@@ -25,7 +26,7 @@ REFUSED = {  # name or attribute: why
         "finds objects of the harness": "get_objects get_referrers get_referents",
         "hides what runs; for evaluation mode use module.train(False)": "eval exec compile_command __import__ import_module "
         "_exec_with_source get_type_hints ForwardRef evaluate_forward_ref get_annotations",
-        "hides which name is meant; write the attribute out": "getattr setattr delattr __getattribute__ __getattr__ __setattr__ "
+        "hides which name is meant; write it out": "* getattr setattr delattr __getattribute__ __getattr__ __setattr__ "
         "__delattr__ getattr_static attrgetter methodcaller globals locals vars",
         "reads files; run.train_rows has the data": "open memmap open_memmap fromfile from_file loadtxt genfromtxt DataSource load hub package "
         "PyTorchFileReader",
@@ -102,13 +103,16 @@ def check_rules(tree: ast.Module) -> None:
 
 
 def names_of(node: ast.AST, kernels: set[str]) -> list[str]:
-    """The names in a node that the rules look at. `load` of triton reads memory of the card; a variable `seed` is nobody's."""
+    """The names in a node that the rules look at.
+
+    `load` of triton reads memory of the card. A variable `load` or `seed` is nobody's: what is imported is looked at where it is.
+    """
     if isinstance(node, (ast.Import, ast.ImportFrom)):
         return [part for alias in node.names for part in alias.name.split(".")] + (
             getattr(node, "module", None) or ""
         ).split(".")
     if isinstance(node, ast.Name):
-        return [node.id] if node.id != "seed" else []
+        return [node.id] if hasattr(builtins, node.id) or node.id.startswith("__") else []
     if isinstance(node, ast.Attribute):
         owner = node.value.id if isinstance(node.value, ast.Name) else ""
         allowed = (node.attr == "load" and owner in kernels) or (node.attr == "seed" and owner == "run")

@@ -92,12 +92,40 @@ def test_a_reply_is_parsed():
     assert lone == "b\nb2\nc\n"  # which the interpreter takes for a line's end
     assert parse_reply(empty, source)[0].source == "a\n\nb\ne\n" and parse_reply(empty, source)[1] is None
     assert len(parse_reply(reply("x", ("a", "b"), notes="w " * 900), source)[1].split()) == 400
+    recap = parse_reply(f"{text}\n\nDESCRIPTION: wider, as I said\n", source)[0]
+    assert (recap.description, recap.source) == ("wider", proposal.source)
+    assert parse_reply(reply("x", ("e", "f")), source.rstrip("\n"))[0].source == "a\n\nb\nd\nf\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "# ... existing code ...",
+        "    # ...",
+        "# ... (rest of the class unchanged)",
+        "// \u2026 unchanged",
+        "# rest of the file",
+        "#  [same code]",
+    ],
+)
+def test_a_line_that_stands_for_others_is_refused(line):
+    """It would cost a run. One that was there before may stay."""
+    with pytest.raises(Rejected, match="stands for lines that it leaves out"):
+        parse_reply(reply("x", ("a", f"b\n{line}")), "a\nc\n")
+    assert parse_reply(reply("x", (f"a\n{line}", f"b\n{line}")), f"a\n{line}\n")[0].source == f"b\n{line}\n"
+    honest = "x = 1  # 8 layers ... 0.002\n# the rest moves nothing: variety for `tune`\n# same width as before\n..."
+    assert parse_reply(reply("x", ("a", honest)), "a\n")[0].source == honest + "\n"
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "no SEARCH/REPLACE block"),
+        ("", "no SEARCH/REPLACE block.\n"),
+        (
+            "You have hit your usage limit.\nTry at 5pm",
+            "no SEARCH/REPLACE block; it says: You have hit your usage limit. Try at 5pm.\n",
+        ),
+        ("x" * 301, "no SEARCH/REPLACE block.\n"),
         ("DESCRIPTION: x\nno block", "no SEARCH/REPLACE block"),
         (reply("x", ("a", "b")).replace("DESCRIPTION: x\n", ""), "no DESCRIPTION"),
         (reply("x", ("a", "b"))[:-12], "has no `=======` or no end"),

@@ -56,6 +56,8 @@ def test_the_real_train_py_passes_the_screen():
         ("prepare.perf_counter = lambda: 0.0", "assignment to `prepare.perf_counter`"),
         ("prepare.np.load = None", "`load`|assignment"),
         ("del constants.SEED", "assignment to `constants.SEED`"),
+        ("from torch import *", "hides which name is meant"),
+        ("from torch import load", "`load`"),
         ("x = '\ud800'", "does not compile"),
         (
             "def f(x):\n    if x == 0: pass\n" + "".join(f"    elif x == {i}: pass\n" for i in range(1, 1_000)),
@@ -99,6 +101,7 @@ def test_the_screen_asks_for_the_contract(part, other):
         "torch._inductor.config.coordinate_descent_tuning = True",
         "def f(run): return torch.randperm(run.seed)",
         "class A:\n    def f(self): self.start = 1",
+        "def f(load, save):\n    package = load + save\n    return package.mean()",
         "import triton\nimport triton.language as tl\n@triton.jit\ndef kernel(x): tl.store(x, tl.load(x) + 1)",
     ],
 )
