@@ -185,7 +185,7 @@ def slack_s(budget_s: float, baseline: Run) -> float:
 
 def startup_limit_s(baseline: Run, budget_s: float) -> float:
     """Seconds that a run may take until its clock starts: it could train there on other text that lies about."""
-    return 1.5 * baseline.startup_seconds + min(30.0, max(5.0, 0.1 * budget_s))
+    return 1.5 * baseline.startup_seconds + min(30.0, max(15.0, 0.1 * budget_s))
 
 
 def saving_limit_s(run: Run, baseline: Run) -> float:

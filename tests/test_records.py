@@ -66,8 +66,8 @@ def test_a_number_that_took_too_long_does_not_count(changes, said):
 
 
 def test_a_start_may_take_half_as_long_again_and_a_tenth_of_the_budget():
-    """30 s at most, and 5 at least: what is trained there, on other text that lies about, is little against the budget."""
-    assert [startup_limit_s(RUN, budget_s) - 28.5 for budget_s in (8.0, 60.0, 300.0, 3_600.0)] == [5, 6, 30, 30]
+    """30 s at most, and 15 at least, as a busy machine needs: what is trained there, on other text that lies about, is little against the budget."""
+    assert [startup_limit_s(RUN, budget_s) - 28.5 for budget_s in (8.0, 60.0, 300.0, 3_600.0)] == [15, 15, 30, 30]
 
 
 def test_a_probe_is_held_against_that_of_the_baseline_only_above_rounding():
