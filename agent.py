@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # also where PYTHONSAFEPATH is set
+
 import constants
 from constants import CONFIRM_SEED, SEED, Problem, locked
 from lab import cache
@@ -346,7 +348,9 @@ def start_and_work(args, secrets: dict) -> None:
     repository, tag = Repository(HERE), choose_tag(args, RUNS)
     folder, new = RUNS / tag, not (RUNS / tag).exists()
     if not args.demo:
-        restore_arguments(args, read_journal(folder / "journal.jsonl")[0], bool(credentials_of(secrets)))
+        rows = read_journal(folder / "journal.jsonl")[0]
+        restore_arguments(args, rows, bool(credentials_of(secrets)))
+        restore_setting(args, rows, ("profile", "dataset", "budget"))  # also before the baseline has its result
     replayed = []
     if args.replay:
         rows = rows_to_replay(RUNS, args.replay)
@@ -393,7 +397,9 @@ def start_and_work(args, secrets: dict) -> None:
 def main() -> None:
     args = parse_arguments(__doc__)
     guard_this_process()
+    sys.stdout.reconfigure(errors="replace")  # the name of a file may be no UTF-8
     secrets = take_secrets()
+    os.environ.pop("PYTHONSAFEPATH", None)
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi and torch number the cards alike
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupts)
@@ -406,6 +412,9 @@ def main() -> None:
             start_and_work(args, secrets)
     except (Problem, Rejected) as problem:
         sys.exit(f"error: {problem}")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(f"error: what read this output has ended; {RUN_AGAIN}")
     except OSError as error:
         sys.exit(f"error: {constants.file_trouble(error, f'free space, {RUN_AGAIN}')}")
     except subprocess.CalledProcessError as error:

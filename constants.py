@@ -155,8 +155,16 @@ class Settings:
 # Paths, files, locks, wording, and the choice of profile
 
 
+def home() -> Path:
+    """The user's folder. Raises Problem if there is none."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise Problem("HOME is not set, and /etc/passwd names no folder of yours; run: export HOME=FOLDER") from None
+
+
 def cache_dir() -> Path:
-    return Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch").expanduser().resolve()
+    return Path(os.environ.get("AUTORESEARCH_CACHE") or home() / ".cache" / "autoresearch").expanduser().resolve()
 
 
 def counted(count: int, noun: str) -> str:

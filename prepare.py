@@ -7,6 +7,11 @@ AUTORESEARCH_CACHE names another folder than ~/.cache/autoresearch, HF_ENDPOINT 
 Not covered: more than one GPU, tokenizers of more than 65,536 tokens, streaming data during a run.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # also where PYTHONSAFEPATH is set
+
 import constants  # first: it says what is not installed
 
 # isort: split
@@ -15,13 +20,11 @@ import hashlib
 import importlib
 import json
 import math
-import os
 import queue
 import random
 import re
 import shlex
 import shutil
-import sys
 import threading
 import time
 import types
@@ -101,10 +104,11 @@ def progress(title: str, total: float, of_bytes: bool = True):
         DownloadColumn() if of_bytes else MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    live = console.is_terminal and not console.is_dumb_terminal
+    with Progress(*columns, console=console, disable=not live) as bars:
         task = bars.add_task(title, total=total)
         yield lambda amount: bars.advance(task, amount)
-    if not console.is_terminal:
+    if not live:
         print(f"{title}: done in {perf_counter() - start:.1f} s", flush=True)
 
 
@@ -208,7 +212,8 @@ def download(indices: list[int], workers: int = 8) -> None:
 
 def split_of(name: str) -> str:
     """The split of a year, a file or a document by its hash: a tenth val, a tenth test, the rest train."""
-    return {0: "val", 1: "test"}.get(int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10, "train")
+    raw = name.encode(errors="surrogateescape")  # the name of a file may be no UTF-8
+    return {0: "val", 1: "test"}.get(int(hashlib.sha256(raw).hexdigest(), 16) % 10, "train")
 
 
 def sotu_documents(split: str) -> list[str]:
@@ -234,9 +239,10 @@ def sotu_documents(split: str) -> list[str]:
 
 
 def own_files(place: Path) -> list[Path]:
-    """The .txt and .parquet files of an own text. Raises Problem if there are none."""
+    """The .txt and .parquet files of an own text, hidden ones left out. Raises Problem if there are none."""
     names = [place] if place.is_file() else sorted(place.rglob("*"))
-    files = [path for path in names if path.suffix in (".txt", ".parquet") and path.is_file()]
+    names = [path for path in names if path.suffix.lower() in (".txt", ".parquet") and path.is_file()]
+    files = [path for path in names if not any(part.startswith(".") for part in path.relative_to(place).parts)]
     if not files:
         what = "is neither .txt nor .parquet" if place.is_file() else "has no .txt and no .parquet file"
         raise Problem(f"{place} {what}; --dataset takes climbmix, sotu, or the path of a text that has")
@@ -263,7 +269,7 @@ def own_texts(file: Path) -> list[str]:
     import pyarrow
     import pyarrow.parquet
 
-    if file.suffix == ".txt":
+    if file.suffix.lower() == ".txt":
         try:
             return [file.read_text(encoding="utf-8-sig")]
         except UnicodeDecodeError as error:
@@ -311,13 +317,15 @@ def cut_at_spaces(text: str, most: int) -> list[str]:
 
     text="aa bb cc", most=5 -> ["aa bb", "cc"]
     """
-    pieces = []
-    while len(text) > most:
-        space = max(text.rfind(" ", 0, most + 1), text.rfind("\n", 0, most + 1))
-        end = space if space > 0 else most
-        pieces.append(text[:end].rstrip())
-        text = text[end:].lstrip()
-    return [*pieces, text] if text else pieces
+    pieces, begin = [], 0
+    while len(text) - begin > most:
+        space = max(text.rfind(mark, begin, begin + most + 1) for mark in " \n")
+        end = space if space > begin else begin + most
+        pieces.append(text[begin:end].rstrip())
+        begin = end
+        while text[begin : begin + 1].isspace():
+            begin += 1
+    return [*pieces, text[begin:]] if begin < len(text) else pieces
 
 
 def shard_batches(path: Path):
@@ -429,19 +437,24 @@ def pack_rows(batches, row_tokens: int, bos_id: int, keep_tails: bool, buffer_do
             row, filled = np.empty(row_tokens, np.uint16), 0
 
 
-def part_batches(part: tuple):
-    """Lists of documents of one part of a split: ("shard", path), or (dataset, split, slice, slices)."""
-    if part[0] == "shard":
-        yield from shard_batches(part[1])
-        return
-    dataset, split, i, slices = part
+def parts_of(dataset: str, split: str, shards: int) -> list[Path] | list[list[str]]:
+    """A split in parts that are packed beside each other: the paths of shards, or documents, which are read once."""
+    if dataset == "climbmix":
+        return [shard_path(i) for i in {"val": [VAL_SHARD], "test": [TEST_SHARD]}.get(split, range(shards))]
     documents = sotu_documents(split) if dataset == "sotu" else own_documents(Path(dataset), split)
-    size = -(-len(documents) // slices)
-    own = documents[i * size : (i + 1) * size]
-    yield from (own[begin : begin + PACK_REFILL] for begin in range(0, len(own), PACK_REFILL))
+    size = -(-len(documents) // (8 if split == "train" else 1)) or 1
+    return [documents[begin : begin + size] for begin in range(0, len(documents), size)]
 
 
-def pack(part: tuple, tokenizer: Path, row_tokens: int, max_rows: int | None) -> bytes:
+def part_batches(part: Path | list[str]):
+    """Lists of documents of one part of a split."""
+    if isinstance(part, Path):
+        yield from shard_batches(part)
+    else:
+        yield from (part[begin : begin + PACK_REFILL] for begin in range(0, len(part), PACK_REFILL))
+
+
+def pack(part: Path | list[str], tokenizer: Path, row_tokens: int, max_rows: int | None) -> bytes:
     """The packed rows of one part, (N, row_tokens) uint16 as bytes. Runs in a worker process."""
     encoding = load_tokenizer(tokenizer)
     bos_id, rows = encoding.encode_single_token(SPECIAL_TOKENS[0]), []
@@ -453,7 +466,7 @@ def pack(part: tuple, tokenizer: Path, row_tokens: int, max_rows: int | None) ->
         return document
 
     documents = (list(map(encoded, batch)) for batch in part_batches(part))
-    for row in pack_rows(documents, row_tokens, bos_id, keep_tails=part[0] != "shard"):
+    for row in pack_rows(documents, row_tokens, bos_id, keep_tails=not isinstance(part, Path)):
         rows.append(row)
         if len(rows) == max_rows:
             break
@@ -532,7 +545,7 @@ def prepare(profile: Profile, dataset: str, shards: int, workers: int) -> None:
 
 
 def learn_tokenizer(profile: Profile, dataset: str, shards: int, path: Path) -> None:
-    parts = [("shard", shard_path(i)) for i in range(shards)] if dataset == "climbmix" else [(dataset, "train", 0, 1)]
+    parts = parts_of(dataset, "train", shards)
     with progress("tokenizer", TOKENIZER_CHARS if dataset == "climbmix" else 10e6) as advance:
 
         def read():
@@ -552,11 +565,7 @@ def pack_split(profile: Profile, dataset: str, split: str, shards: int, path: Pa
     from multiprocessing import get_context
 
     max_rows = {"train": None, "val": profile.val_rows, "test": profile.test_rows}[split]
-    if dataset == "climbmix":
-        parts = [("shard", shard_path(i)) for i in {"val": [VAL_SHARD], "test": [TEST_SHARD]}.get(split, range(shards))]
-    else:
-        slices = 8 if split == "train" else 1
-        parts = [(dataset, split, i, slices) for i in range(slices)]
+    parts = parts_of(dataset, split, shards)
     common = (path.parent / "tokenizer.txt", profile.max_seq_len + 1, max_rows)
     with (
         progress(f"pack {path.name}", len(parts), of_bytes=False) as advance,
@@ -1108,6 +1117,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenise; default: one a core")
     parser.add_argument("--machine", action="store_true", help="print what this machine runs on, as JSON")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="replace")  # the name of a file may be no UTF-8
     try:
         from lab.machine import choose, lacks_for_training, machine
 

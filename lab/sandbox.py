@@ -15,7 +15,7 @@ import sysconfig
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from constants import DATASETS, Problem, Settings, cache_dir
+from constants import DATASETS, Problem, Settings, cache_dir, home
 from lab.child import Command, run_child
 from lab.files import check_disk, make_run_folder, remove
 from lab.hyperparameters import skeleton
@@ -126,7 +126,7 @@ def make_sandbox(here: Path, runs: Path, settings: Settings, common_dir: Path) -
     if not shutil.which("bwrap"):
         fix = "run: apt-get install bubblewrap" if sys.platform == "linux" else "it exists for Linux only"
         raise Problem(f"bubblewrap is not installed; {fix}")
-    secret = [Path.home(), here, runs, cache_dir(), Path(settings.data), common_dir, *texts(settings)]
+    secret = [home(), here, runs, cache_dir(), Path(settings.data), common_dir, *texts(settings)]
     secret += [Path(prefix, name) for prefix in ("/usr", "/usr/local", sys.prefix, sys.base_prefix) for name in PROSE]
     secret = {path.resolve() for path in secret if path.exists()} - {Path("/")}
     libraries = [Path(name).absolute() for name in os.environ.get("LD_LIBRARY_PATH", "").split(":") if name]

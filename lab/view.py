@@ -66,12 +66,17 @@ class View:
         from rich.console import Console
         from rich.live import Live
 
-        self.night, self.proposer, self.shown, self.console = night, proposer, shown, Console(highlight=False)
+        class Terminal(Console):
+            def on_broken_pipe(self):
+                raise  # rich would end the program without a word
+
+        self.night, self.proposer, self.shown, self.console = night, proposer, shown, Terminal(highlight=False)
+        live = self.console.is_terminal and not self.console.is_dumb_terminal
         if not self.console.is_terminal:
             self.console.width = 240
         self.lanes = [Lane(self, i + 1) for i in range(workers)] or [Lane(self, None)]
-        self.live = Live(get_renderable=self.render, console=self.console, refresh_per_second=2, transient=True)
-        self.live = self.live if self.console.is_terminal else None
+        moving = Live(get_renderable=self.render, console=self.console, refresh_per_second=2, transient=True)
+        self.live = moving if live else None
 
     def __enter__(self):
         self.console.print(f"night {self.night.tag}: {self.night.settings.text}", markup=False)

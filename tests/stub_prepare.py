@@ -54,9 +54,10 @@ def start():
 
 def main():
     data = constants.cache_dir() / "cpu-sotu"
+    dataset = sys.argv[sys.argv.index("--dataset") + 1] if "--dataset" in sys.argv else "sotu"
     if "--machine" in sys.argv:
         facts = {
-            "profile": "cpu", "dataset": "sotu", "data": str(data), "train_file": "train.bin" if data.exists() else None,
+            "profile": "cpu", "dataset": dataset, "data": str(data), "train_file": "train.bin" if data.exists() else None,
             "torch": os.environ.get("STUB_TORCH", "stub"), "threads": 1, "memory_gb": float(os.environ.get("STUB_MEMORY_GB", 0)) or None, "peak_tflops": None, "flash_attention": {},
             "capability": None, "sizes": os.environ.get("STUB_SIZES", "cpu"), "sizes_reason": "a test" if "STUB_SIZES" in os.environ else "",
             "compiler": "STUB_COMPILER" in os.environ, "compiler_trouble": os.environ.get("STUB_COMPILER_TROUBLE", ""), "device": "cpu",

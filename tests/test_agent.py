@@ -26,6 +26,7 @@ from conftest import (
 from test_records import METRICS, RUN
 
 import agent
+import constants
 from constants import CONFIRM_SEED, Problem
 from lab.arguments import restore_arguments
 from lab.journal import FORMAT
@@ -479,3 +480,56 @@ def test_a_proposal_row_holds_the_whole_source(checkout):
     run_here(night, 1, Script(better(0.3)), view=Quiet())
     row = rows_of(checkout, "proposal")[-1]
     assert row["source"] == night.source(night.results[-1]) and json.dumps(row).count("lr=0.3") == 1
+
+
+# --- the terminal
+
+
+def test_what_read_the_output_ends_and_so_does_the_night_with_one_line(checkout):
+    """As with `| head`. rich would end it without a word."""
+    checkout.slow(0.05)
+    command = [
+        sys.executable,
+        "agent.py",
+        "--tag",
+        "t",
+        "--profile",
+        "cpu",
+        "--proposer",
+        "tune",
+        "--experiments",
+        "30",
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=checkout.folder,
+        env=checkout.environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait(60) == 1 and said.startswith("error: what read this output has ended") and said.count("\n") == 1
+    assert "1 experiment:" in checkout.agent("--tag", "t", "--proposer", "tune", "--experiments", "1")
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(checkout):
+    command = f"{sys.executable} agent.py --tag t --profile cpu --proposer tune --experiments 1 --no-confirm"
+    done = subprocess.run(
+        ["script", "-qec", command, "/dev/null"], cwd=checkout.folder, env=checkout.environment | {"TERM": "dumb"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert "starting: baseline" in done.stdout and "scoring" in done.stdout and "\x1b[" not in done.stdout
+
+
+def test_python_that_does_not_look_beside_a_script_and_a_user_without_a_folder(checkout, monkeypatch):
+    assert "1 experiment" in checkout.agent(
+        "--tag", "t", "--profile", "cpu", "--proposer", "tune", "--experiments", "1", PYTHONSAFEPATH="1"
+    )
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("AUTORESEARCH_CACHE", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    with pytest.raises(Problem, match=r"HOME is not set.*export HOME"):
+        constants.cache_dir()

@@ -237,6 +237,22 @@ def test_until_the_baseline_is_done_another_train_py_begins_the_night_anew(check
     assert "width=90" in checkout.git("show", f"{check_agreement(checkout)[0]['commit']}:train.py")
 
 
+def test_a_night_that_has_no_baseline_yet_keeps_its_setting(checkout, tmp_path):
+    """Dataset, budget and profile of its first start, also if train.py was edited meanwhile."""
+    text = tmp_path / "t.txt"
+    text.write_text("stub")
+    checkout.slow(0.3)
+    process = checkout.start(*NIGHT, "--dataset", str(text), "--budget", "4")
+    while not (checkout.folder / "runs" / "t" / "0000" / "run.log").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    (checkout.folder / "train.py").write_text(STUB + "#\n")
+    output = checkout.agent("--tag", "t", "--experiments", "1")
+    assert f"dataset {text}" in output and "4 s a run" in output
+
+
 # --- what stops a night, and what does not
 
 

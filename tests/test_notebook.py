@@ -115,6 +115,18 @@ def test_the_notebook_reads_nights_of_every_kind(tmp_path):
     assert "better than the baseline" in text and "$0.07" in text and "9,000 input, 800 output tokens" in text
 
 
+def test_the_notebook_reads_what_other_programs_write(tmp_path):
+    """A tab in a description, Latin-1, a byte order mark, another system's line ends, no number; a line that cannot be read is named."""
+    lines = "a\t1.0\t44\tkeep\tbaseline\nb\tN/A\tN/A\tcrash\ttabs\there\tand caf\u00e9\nc\t0.9\t44\tkeep\tbetter\n"
+    (tmp_path / "latin.tsv").write_bytes((HEADER + lines).encode("latin-1"))
+    (tmp_path / "other.tsv").write_bytes((HEADER + lines).replace("\n", "\r\n").encode("utf-8-sig"))
+    (tmp_path / "short.tsv").write_text(HEADER + lines + "d\t0.9\n")
+    *read, short = execute(*((tmp_path, f'NIGHT = "{name}.tsv"') for name in ("latin", "other", "short")))
+    for outputs in read:
+        assert errors(outputs) == [] and "2 experiments after the baseline\n1 keep, 0 discard, 1 crash" in said(outputs)
+    assert "short.tsv, line 5: 2 fields, and the first line names 5" in errors(short)[0]
+
+
 NO_RESULTS = ["", "not a table\n", HEADER.replace("status", "verdict") + "a\tb\tc\td\te\n", "a\tb\n" * 3 + "a\tb\tc\n"]
 
 

@@ -265,6 +265,31 @@ def test_a_text_of_ones_own_is_prepared(tmp_path, kind):
     assert not documents["train"] & documents["val"] or kind == "many txt"
 
 
+def test_files_of_an_own_text_may_have_any_name_and_hidden_ones_are_none(tmp_path):
+    """A name that is no UTF-8, capital letters, what a file manager left beside them, a repository's folder."""
+    place, texts = tmp_path / "own", paragraphs(2_500).split("\n\n")
+    (place / ".git").mkdir(parents=True)
+    for i in range(40):
+        name = b"caf\xe9.txt" if i == 0 else f"{i}.{'TXT' if i % 2 else 'txt'}".encode()
+        Path(os.fsdecode(os.fsencode(place) + b"/" + name)).write_text("\n\n".join(texts[i::40]))
+    for hidden in ("._0.parquet", ".git/0.txt"):
+        (place / hidden).write_bytes(b"Mac OS X")
+    assert len(prepare.own_files(place)) == 40
+    assert "ready" in own(tmp_path, place)
+    Path(os.fsdecode(os.fsencode(place) + b"/\xe9.txt")).write_bytes(b"caf\xe9")
+    assert "is not UTF-8 (byte 3)" in own(tmp_path, place, 1)
+
+
+def test_an_own_text_is_read_once_for_each_split(tmp_path, monkeypatch):
+    """Not by each process that packs it: eight of them would take eight times its memory."""
+    (tmp_path / "a.txt").write_text(paragraphs(500))
+    reads = []
+    monkeypatch.setattr(prepare, "own_texts", lambda file, read=prepare.own_texts: reads.append(file) or read(file))
+    parts = prepare.parts_of(str(tmp_path / "a.txt"), "train", 1)
+    assert len(reads) == 1 and len(parts) == 8 and [text for part in parts for text in prepare.part_batches(part)]
+    assert [text for part in parts for text in part] == prepare.own_documents(tmp_path / "a.txt", "train")
+
+
 def test_what_cannot_be_ones_own_text_is_one_clear_line(tmp_path):
     def place(name, content):
         (tmp_path / name).write_bytes(content)
@@ -292,6 +317,7 @@ def test_what_cannot_be_ones_own_text_is_one_clear_line(tmp_path):
 def test_text_without_paragraphs_is_cut_at_spaces():
     assert prepare.cut_at_spaces("aa bb cc", 5) == ["aa bb", "cc"]
     assert prepare.cut_at_spaces("abcdef", 4) == ["abcd", "ef"] and prepare.cut_at_spaces("ab", 4) == ["ab"]
+    assert prepare.cut_at_spaces("a" * 5 + "  \n " + "b" * 9, 6) == ["aaaaa", "bbbbbb", "bbb"]
     pieces = prepare.cut_at_spaces("word " * 5_000, 4_000)
     assert max(map(len, pieces)) <= 4_000 and "".join(pieces).count("word") == 5_000
 
