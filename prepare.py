@@ -704,7 +704,7 @@ class Clock:
         """
         in_flight = 0
         if self.cuda:
-            event = self.torch.cuda.Event()
+            event = self.torch.cuda.Event(blocking=True)  # a wait takes no core: rented machines have few
             event.record()
             self.events.append(event)
             in_flight = 1 if self.recent and max(self.recent) > 0.5 else 2
@@ -797,7 +797,7 @@ class Run:
                     self.loader_wait_seconds += perf_counter() - waited_from
                 batch = slots[slot].to(self.device, non_blocking=True) if cuda else slots[slot].clone().to(self.device)
                 if cuda:
-                    copied[slot] = torch.cuda.Event()
+                    copied[slot] = torch.cuda.Event(blocking=True)
                     copied[slot].record()
                 free.put(slot)
                 yield batch[:, :-1], batch[:, 1:]
@@ -900,6 +900,7 @@ class Run:
             "training_seconds": seconds,
             "total_seconds": time.time() - self.process_start,
             "peak_vram_mb": torch.cuda.max_memory_allocated() / 2**20 if cuda else None,
+            "reserved_vram_mb": torch.cuda.max_memory_reserved() / 2**20 if cuda else None,
             "mfu_percent": self.mfu_percent(flops_per_token, tokens, seconds),
             "total_tokens_M": tokens / 1e6,
             "num_steps": steps,

@@ -30,7 +30,7 @@ SCORE_LIMIT_S = 900.0  # one scoring; 20.97M tokens take under a minute on an H1
 
 
 SHOWN = (  # of result.json
-    "training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps num_params_M startup_seconds epoch seed "
+    "training_seconds total_seconds peak_vram_mb reserved_vram_mb mfu_percent total_tokens_M num_steps num_params_M startup_seconds epoch seed "
     "loader_wait_seconds step_ms forward_backward_ms optimizer_ms loader_ms"
 ).split()
 
@@ -56,7 +56,12 @@ def read_result(path: Path, memory_gb: float | None, budget_s: float) -> dict:
         raise ValueError("not a JSON object")
 
     card_mb = (memory_gb or 0.0) * 1e9 / 2**20
-    most = {"peak_vram_mb": card_mb, "mfu_percent": 100.0, "total_tokens_M": 1_000 * budget_s}  # 1e9 tokens a second
+    most = {
+        "peak_vram_mb": card_mb,
+        "reserved_vram_mb": card_mb,
+        "mfu_percent": 100.0,
+        "total_tokens_M": 1_000 * budget_s,
+    }  # 1e9 tokens a second
 
     def is_number(value, limit: float = 1e9) -> bool:
         return type(value) in (int, float) and 0 <= value <= limit
@@ -226,11 +231,11 @@ def rehearse(night: Night, source: str) -> str:
 def wait_until_ready(place: Place, best: Run | None) -> None:
     """Waits for the card. Raises Problem if harness or data changed or the disk is full, OutOfTime if --hours ends first.
 
-    What a run needs is the incumbent's peak and what CUDA itself takes.
+    What a run needs is what the incumbent's allocator had reserved at most, and what CUDA itself takes.
     """
     place.check_unchanged()
     check_disk(place.folder)
-    peak_mb = best.metrics.get("peak_vram_mb") if best else None
+    peak_mb = best.metrics.get("reserved_vram_mb") if best else None
     if peak_mb is not None:
         needed_mb = min(peak_mb + CARD_CONTEXT_MB, 0.98 * (best.free_mb or math.inf))
         wait_for_card(needed_mb, place.say, place.out_of_time)

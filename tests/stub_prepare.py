@@ -37,7 +37,7 @@ class Run:
         Path("model.pt").write_text(json.dumps(model))
         result = {
             "training_seconds": 0.01 * model.get("slow", 1), "total_seconds": 0.1, "total_tokens_M": tokens / 1e6, "num_steps": steps,
-            "peak_vram_mb": model.get("peak_mb"), "mfu_percent": None, "num_params_M": 0.1, "startup_seconds": 0.05, "epoch": 0.1,
+            "peak_vram_mb": model.get("peak_mb"), "reserved_vram_mb": model.get("peak_mb"), "mfu_percent": None, "num_params_M": 0.1, "startup_seconds": 0.05, "epoch": 0.1,
             "loader_wait_seconds": 0.0, "micro_rows": None, "seed": 1, "backend": "sdpa", "losses": [[0.0, 0, 2.0], [0.01, 9, 1.5]],
         }  # fmt: skip
         Path("result.json").write_text(json.dumps(result))

@@ -265,6 +265,16 @@ def test_a_text_of_ones_own_is_prepared(tmp_path, kind):
     assert not documents["train"] & documents["val"] or kind == "many txt"
 
 
+def test_waiting_for_a_card_takes_no_core(monkeypatch):
+    """Events that spin would take one each for the main thread and the loader."""
+    asked, event = [], SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **options: asked.append(options) or event)
+    clock = prepare.Clock(10.0, torch.device("cuda"))
+    assert not clock.expired and asked == [{"blocking": True}]
+    source = (ROOT / "prepare.py").read_text()
+    assert source.count("cuda.Event(") == source.count("cuda.Event(blocking=True)") == 2
+
+
 def test_files_of_an_own_text_may_have_any_name_and_hidden_ones_are_none(tmp_path):
     """A name that is no UTF-8, capital letters, what a file manager left beside them, a repository's folder."""
     place, texts = tmp_path / "own", paragraphs(2_500).split("\n\n")

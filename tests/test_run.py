@@ -294,13 +294,15 @@ def test_an_idle_card_is_never_waited_for(checkout, tmp_path, monkeypatch):
     night = open_here(checkout)
     run_here(night, 0)
     filled = replace(
-        night.results[0].run, metrics=night.results[0].run.metrics | {"peak_vram_mb": 80_300.0}, free_mb=81_079.0
+        night.results[0].run,
+        metrics=night.results[0].run.metrics | {"peak_vram_mb": 76_100.0, "reserved_vram_mb": 80_300.0},
+        free_mb=81_079.0,
     )
     night.results[0] = replace(night.results[0], run=filled)
     (night.folder / "harness" / "night.json").write_text(night.settings.json())
     night.out_of_time = lambda: True
     run.wait_until_ready(night, night.incumbent.run)
-    fake_card(tmp_path / "bin2", monkeypatch, "60000")
+    fake_card(tmp_path / "bin2", monkeypatch, "78000")  # enough for its tensors, not for what their allocator takes
     with pytest.raises(OutOfTime):
         run.wait_until_ready(night, night.incumbent.run)
 
@@ -309,7 +311,7 @@ def test_an_idle_card_is_never_waited_for(checkout, tmp_path, monkeypatch):
 
 
 RESULT = {
-    "training_seconds": 1.0, "total_seconds": 2.0, "peak_vram_mb": None, "mfu_percent": None, "total_tokens_M": 1, "num_steps": 5,
+    "training_seconds": 1.0, "total_seconds": 2.0, "peak_vram_mb": None, "reserved_vram_mb": None, "mfu_percent": None, "total_tokens_M": 1, "num_steps": 5,
     "num_params_M": 1.0, "startup_seconds": 1.0, "epoch": 0.1, "seed": 1, "loader_wait_seconds": 0.0, "micro_rows": 16, "backend": "FA3",
     "losses": [[0.1, 100, 2.0]], "step_ms": 30.5, "forward_backward_ms": 20.0, "optimizer_ms": 10.0, "loader_ms": 0.5,
 }  # fmt: skip

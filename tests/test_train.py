@@ -74,6 +74,26 @@ def test_sizes_fit_profile_and_card(sizes):
         assert train.first_micro_rows(config, replace(profile, micro_rows=4)) == 4  # what an earlier run found
 
 
+@pytest.mark.parametrize(
+    ("sizes", "memory_gb", "dtype", "rows"),
+    [("RTX 4090", 8.6, "bfloat16", 16), ("small", 6.0, "bfloat16", 16), ("small", 8.4, "float32", 8), ("small", 16.9, "float32", 16),
+     ("H100", 141.0, "bfloat16", 128), ("H100", 42.4, "bfloat16", 64), ("H100", 2.0, "bfloat16", 1)],
+)  # fmt: skip
+def test_the_rows_that_are_tried_first_fit_the_card(sizes, memory_gb, dtype, rows):
+    """A row takes 0.037 + 8.05e-5 x layers x width GB, compiled; 2.4 times that in float32."""
+    profile = replace(GPU, sizes=sizes, memory_gb=memory_gb, dtype=dtype)
+    assert train.first_micro_rows(train.config_of(profile), profile) == rows
+
+
+def test_a_float32_run_has_no_bf16_parameter():
+    """Turing and Volta: the compiler takes no graph with one there."""
+    with torch.device("meta"):
+        model = train.build_model(replace(profile_of("small"), dtype="float32"))
+        half = train.build_model(profile_of("small"))
+    assert {tensor.dtype for tensor in (*model.parameters(), *model.buffers())} == {torch.float32}
+    assert half.embed.weight.dtype == torch.bfloat16
+
+
 def test_every_class_of_card_has_its_sizes():
     assert [*train.CONFIGS] == [*SIZES, "cpu"] == [*(name for name, _, _ in CARD_CLASSES), "cpu"]
 
