@@ -160,7 +160,7 @@ def late(run: Run, baseline: Run | None, budget_s: float) -> str:
         return f"trained {trained:.1f} s of {budget_s:g} s: its last step took far longer than the others; was the machine busy?"
     if baseline is None:
         return ""
-    outside = run.clock_seconds - min(run.look_seconds or baseline.look_seconds, 2 * baseline.look_seconds)
+    outside = run.clock_seconds - min(run.look_seconds or baseline.look_seconds, look_limit_s(baseline))
     if outside > budget_s + slack:
         return f"trained for {outside:.1f} s by the agent's watch; the budget is {budget_s:g} s"
     if trained and abs(outside - trained) > slack:
@@ -181,6 +181,11 @@ def slack_s(budget_s: float, baseline: Run) -> float:
     trained = baseline.metrics.get("training_seconds") or 0.0
     step = trained / (baseline.metrics.get("num_steps") or 1)
     return max(LEAST_SLACK_S, 0.01 * budget_s) + min(step, 0.01 * budget_s)
+
+
+def look_limit_s(baseline: Run) -> float:
+    """Seconds that a run may take to open the rows and to look at its model, between the line and the clock."""
+    return 2 * baseline.look_seconds + LEAST_SLACK_S
 
 
 def startup_limit_s(baseline: Run, budget_s: float) -> float:

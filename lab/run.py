@@ -17,7 +17,7 @@ from lab.child import run_child
 from lab.files import DISK_FLOOR_BYTES, check_disk, free_bytes, make_run_folder, remove
 from lab.night import RESULT_BYTES, Night, sha256
 from lab.place import Place
-from lab.records import Rivals, Run, clean, late, log_tail, slack_s, startup_limit_s
+from lab.records import Rivals, Run, clean, late, log_tail, look_limit_s, slack_s, startup_limit_s
 from lab.sandbox import child_command
 
 STARTUP_LIMIT_S = 1_800.0  # until the clock starts: several cold compiles on a slow machine
@@ -168,7 +168,7 @@ def train(
     idle_s = None if place.last_exit is None else time.perf_counter() - place.last_exit
     limits = STARTUP_LIMIT_S, settings.budget_s + SAVING_LIMIT_S, SAVING_LIMIT_S
     if baseline:
-        clock_limit_s = settings.budget_s + 2 * baseline.look_seconds + 2 * slack_s(settings.budget_s, baseline)
+        clock_limit_s = settings.budget_s + look_limit_s(baseline) + 2 * slack_s(settings.budget_s, baseline)
         limits = startup_limit_s(baseline, settings.budget_s), clock_limit_s, 20 * (baseline.saving_seconds or 0.0) + 60
     free_mb = free_card_mb() if settings.device == "cuda" else None
 

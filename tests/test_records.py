@@ -41,7 +41,8 @@ RUN = Run(
             {"metrics": {"training_seconds": 0.11, "num_steps": 9}},
             "says that it trained 0.1 s",
         ),  # clock.stop() by train.py
-        ({"clock_seconds": 304.2, "metrics": {"training_seconds": 303.2, "num_steps": 9}}, ""),  # a longer look
+        ({"clock_seconds": 305.2, "metrics": {"training_seconds": 303.2, "num_steps": 9}}, ""),  # a longer look
+        ({"clock_seconds": 305.4, "metrics": {"training_seconds": 300.0}}, "trained for 303.4 s by the agent's watch"),
         ({"clock_seconds": 306.0, "metrics": {}}, "trained for 305.5 s by the agent's watch"),
         ({"clock_seconds": 303.0}, ""),
         ({"clock_seconds": None}, "never started"),
