@@ -179,7 +179,8 @@ class Claude(Researcher):
         self.refused = self.refused + 1 if refused == len(reasons) else 0
         if self.refused >= MAX_LOST and not self.replied:
             raise Problem(
-                f"the server refused {self.refused} ideas in a row and never replied: {reasons[-1]}; mend that, {RUN_AGAIN}"
+                f"the server refused {self.refused} ideas in a row and never replied ({reasons[-1]}); check the key, --model and "
+                f"ANTHROPIC_BASE_URL, {RUN_AGAIN}"
             )
         raise LostIdea("; ".join(reasons))
 
@@ -298,11 +299,11 @@ class Claude(Researcher):
                 f"the API does not know the model {model} or the path ({message}); choose one with --model, {RUN_AGAIN}"
             )
         if "content filter" in message or status in (400, 403, 405, 413, 422):
-            raise Refused(f"the API does not take the request: {message}")
+            raise Refused(f"the server does not take the request: {message}")
         self.broken += failed.broken
         if self.broken >= MAX_BROKEN and not self.replied:
             raise Problem(
-                f"the server answered {self.broken} times and never with a whole reply: {message}; mend that, {RUN_AGAIN}"
+                f"the server answered {self.broken} times and never with a whole reply ({message}); check ANTHROPIC_BASE_URL, {RUN_AGAIN}"
             )
 
 

@@ -9,6 +9,7 @@ import subprocess
 import time
 from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 
@@ -32,7 +33,7 @@ class Command(Researcher):
 
     def __init__(self, night: Night, here: Path, command: str, secrets: dict[str, str]):
         self.words, self.secrets, self.place = words_of(command), secrets, str(night.folder / "command")
-        self.program, self.replied = Path(self.words[0]).name, bool(night.journal.of("call"))
+        self.program, self.replied = Path(self.words[0]).name, any(row.get("stop") for row in night.journal.of("call"))
         super().__init__(night, here)
 
     def between_runs(self, number: int) -> bool:
@@ -102,8 +103,12 @@ class Command(Researcher):
         return reply, "" if reply else "it printed nothing"
 
     def masked(self, text: str) -> str:
-        """Without the keys and the program's arguments, which a complaint about them may repeat."""
-        for secret in (*self.secrets.values(), *(word for word in self.words[1:] if len(word) > 7)):
+        """Without the keys and the program's arguments but a model's name, which a complaint about them may repeat."""
+        named = {model for flag, model in pairwise(self.words) if flag in ("-m", "--model")}
+        for secret in (
+            *self.secrets.values(),
+            *(word for word in self.words[1:] if len(word) > 7 and word not in named),
+        ):
             text = text.replace(secret, "...")
         return text
 

@@ -266,14 +266,14 @@ def test_a_reply_is_taken_however_another_server_sends_it(checkout, night, odd):
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        (("empty", add("idea", 1)), "answered 10 times and never with a whole reply: its answer has no text"),
+        (("empty", add("idea", 1)), "answered 10 times and never with a whole reply (its answer has no text)"),
         (("html", "sign in"), "answers with text/html"),
         (("error event", ("authentication_error", "no such key")), "refuses the key (no such key)"),
         (("error event", ("not_found_error", "model: gone")), "does not know the model"),
         (("status", (400, [], {"error": {"message": "No connected db.", "type": "no_db_connection", "code": "400"}})),
-         "refused 3 ideas in a row and never replied: claude-opus-5-5: the API does not take the request: No connected db."),
+         "refused 3 ideas in a row and never replied (claude-opus-5-5: the server does not take the request: No connected db."),
         (("status", (400, [], "Invalid model name passed in model=x")), "never replied"),
-        (("status", (422, [], {"detail": "Unprocessable"})), "never replied: claude-opus-5-5: the API does not take the request: Unprocessable"),
+        (("status", (422, [], {"detail": "Unprocessable"})), "never replied (claude-opus-5-5: the server does not take the request: Unprocessable"),
         (("status", (422, [], "Budget has been exceeded! Current cost: 5.01")), "no credit or budget left (Budget has been exceeded!"),
         (("status", (429, [], "crossed budget: 0.002 >= 1d\n")), "no credit or budget left"),
         (("status", (429, [], "You exceeded your current quota, insufficient_quota")), "no credit or budget left"),

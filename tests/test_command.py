@@ -106,6 +106,17 @@ def test_a_failure_is_waited_out_aloud(checkout, program, monkeypatch, capsys, t
     assert capsys.readouterr().out.count(f"waiting for command: {said}") == 1
 
 
+def test_what_failed_in_an_earlier_start_was_no_reply(program, checkout, monkeypatch):
+    """The same command again ends as soon: three failures of a program that never replied."""
+    monkeypatch.setattr(lab.researcher, "PATIENCE_S", 0.05)
+    for _ in range(2):
+        problem, _ = program("sys.exit('wrong key')")
+        assert isinstance(problem, Problem) and "failed 3 times and never replied: exit status 1: wrong key" in str(
+            problem
+        )
+    assert len({row["id"] for row in rows_of(checkout, "call")}) == 6
+
+
 def test_one_that_never_replied_is_no_outage(program, monkeypatch, capsys):
     """Nor is it kept quiet until what runs has ended."""
     monkeypatch.setattr(lab.researcher, "PATIENCE_S", 0.05)
