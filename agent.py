@@ -28,24 +28,25 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # also where PYT
 
 import constants
 from constants import CONFIRM_SEED, SEED, Problem, locked
-from lab import cache
 from lab.arguments import choose_tag, parse_arguments, restore_arguments, restore_setting
 from lab.check import CHECK_SEEDS, ablate, check, rehearsal
-from lab.child import end_processes, guard_this_process
-from lab.claude import MODEL, Claude, credentials_of, take_secrets
-from lab.command import Command
-from lab.files import remove
-from lab.git import Repository
-from lab.journal import interrupts, night_runs, read_journal, seconds_of, seconds_of_earlier_starts
-from lab.night import CRASHING_AFTER, Night, only_crashes, read_checkout
-from lab.propose import Proposals, Replay, Try, proposals_to_replay, rows_to_replay
+from lab.measure import cache
+from lab.measure.child import end_processes, guard_this_process, interrupts
+from lab.measure.files import remove
+from lab.measure.sandbox import choose_sandbox, inherited_names
+from lab.measure.text import rows_of_the_night
+from lab.propose.ahead import Proposals, Try
+from lab.propose.claude import MODEL, Claude, credentials_of, take_secrets
+from lab.propose.command import Command
+from lab.propose.hyperparameters import numbers_alone
+from lab.propose.model import Researcher
+from lab.propose.replay import Replay, proposals_to_replay, rows_to_replay
+from lab.propose.screen import fingerprint, screen
+from lab.record.git import Repository
+from lab.record.journal import night_runs, read_journal, seconds_of, seconds_of_earlier_starts
+from lab.record.night import CRASHING_AFTER, Night, measure, only_crashes, read_checkout
+from lab.record.start import journal_start, open_night, renew_demo
 from lab.records import RUN_AGAIN, OutOfTime, Proposal, Rejected, Result, Run, Verdict, clean, log_tail, trouble
-from lab.researcher import Researcher
-from lab.run import measure
-from lab.sandbox import choose_sandbox, inherited_names, numbers_alone
-from lab.screen import fingerprint
-from lab.start import journal_start, open_night, renew_demo
-from lab.text import rows_of_the_night
 from lab.view import View, print_summary
 
 HERE = Path(__file__).resolve().parent
@@ -290,7 +291,7 @@ def make_proposer(night: Night, args, secrets: dict, replayed):
         return Command(night, HERE, args.command, secrets)
     if args.proposer == "claude":
         return Claude(night, HERE, credentials_of(secrets), args.model or MODEL, args.max_usd, args.price)
-    from lab.tune import Tune  # brings numpy, which no other start needs
+    from lab.propose.tune import Tune  # brings numpy, which no other start needs
 
     return Tune(night.tag, night.settings.profile.sizes)
 
@@ -366,6 +367,8 @@ def start_and_work(args, secrets: dict) -> None:
                 print(f"ended what an earlier start had left running: pid {', '.join(map(str, pids))}")
             fleet = start_fleet(args, folder, locks)
             night = open_night(HERE, folder, args, repository, fleet and fleet.ask)
+            if not night.results:
+                screen(night.baseline.source, {})
             if fleet:
                 fleet.open(night, *sandbox_of(night, args))
             else:

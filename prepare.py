@@ -726,7 +726,7 @@ class Clock:
         return self.stopped_s
 
 
-class Run:
+class Training:
     """What prepare.start() gives train.py: profile, device, dtype, compile, seed, train_rows, batches, start_clock, report, finish."""
 
     def __init__(self, settings: Settings, seed: int, out: Path, by_hand: bool, text: Path):
@@ -983,7 +983,7 @@ def process_start() -> float:
         return time.time()
 
 
-def start() -> Run:
+def start() -> Training:
     """The run of this process: settings, seeded generators, data. Exits with one line if something is missing.
 
     The settings are the night's if a night.json lies beside this file (the frozen harness), else those of a run by hand.
@@ -1010,7 +1010,7 @@ def start() -> Run:
         np.random.seed(seed)
         torch.manual_seed(seed)
         torch.set_float32_matmul_precision("high")
-        run = Run(settings, seed, out, by_hand, text)
+        run = Training(settings, seed, out, by_hand, text)
         if by_hand:
             run.lock = hold_device(settings.device, "python train.py")
             out.mkdir(parents=True, exist_ok=True)

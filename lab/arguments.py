@@ -10,8 +10,8 @@ from pathlib import Path
 import constants
 from constants import Problem
 from lab.check import CHECK_SEEDS
-from lab.claude import MODEL
-from lab.journal import first_start, has_ended, last_start, read_journal
+from lab.propose.claude import MODEL
+from lab.record.journal import first_start, has_ended, last_start, read_journal
 
 
 def parse_arguments(description_text: str) -> argparse.Namespace:
@@ -84,7 +84,7 @@ def parse_arguments(description_text: str) -> argparse.Namespace:
         "--price",
         type=price,
         metavar="IN,OUT",
-        help="$ a million tokens, for a model or a price that lab/claude.py lacks",
+        help="$ a million tokens, for a model or a price that lab/propose/claude.py lacks",
     )
     more.add_argument("--because", metavar="WHY", help="with --try: why it should be better")
     more.add_argument(

@@ -9,15 +9,16 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from constants import Problem, counted, device_lock, locked, write_atomically
-from lab.files import remove
-from lab.git import Repository
-from lab.night import Night, read_checkout
-from lab.records import Rejected, Run, one_line
-from lab.run import rehearse
-from lab.sandbox import choose_sandbox
-from lab.screen import screen
-from lab.start import open_night
+from constants import SEED, Problem, counted, device_lock, locked, write_atomically
+from lab.measure.child import run_child
+from lab.measure.files import remove
+from lab.measure.run import STARTUP_LIMIT_S, crash_reason, make_folder
+from lab.measure.sandbox import child_command, choose_sandbox
+from lab.propose.screen import screen
+from lab.record.git import Repository
+from lab.record.night import Night, read_checkout
+from lab.record.start import open_night
+from lab.records import Rejected, Run, log_tail, one_line
 
 CHECK_SEED, ABLATE_SEED = 101, 201  # the first of those that --check and --ablate use, and the night never
 CHECK_SEEDS, ABLATE_RUNS = 5, 3
@@ -142,3 +143,25 @@ def rehearsal(here: Path, runs: Path, args) -> None:
             )
         finally:
             remove(folder)
+
+
+class AtTheClock(Exception):
+    """A rehearsal came as far as its clock."""
+
+
+def rehearse(night: Night, source: str) -> str:
+    """Builds and warms a program up, without its clock and without text; why that failed, with the end of its log, else empty."""
+
+    def on_clock():
+        raise AtTheClock
+
+    folder = night.folder / "trial"
+    make_folder(night, folder, source, SEED, night.baseline_run)
+    try:
+        ended = run_child(
+            child_command("train", folder, night.sandbox), folder / "run.log", STARTUP_LIMIT_S, on_clock=on_clock
+        )
+    except AtTheClock:
+        return ""
+    crash = ended.why or crash_reason(ended.status, folder / "run.log") or "it ended before its clock started"
+    return "\n".join([*log_tail(folder / "run.log")[-15:], crash])

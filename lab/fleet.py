@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from constants import DATASETS, Problem, Settings, cache_dir, counted, device_lock, locked
-from lab import cache
-from lab.files import names_within, packed, unpack
 from lab.machine import cores
-from lab.night import Night, sha256
-from lab.place import HARNESS
-from lab.records import OutOfTime, Proposal, Run, one_line
-from lab.start import difference
+from lab.measure import cache
+from lab.measure.files import names_within, packed, unpack
+from lab.measure.place import HARNESS
+from lab.record.night import Night
+from lab.record.start import difference
+from lab.records import OutOfTime, Proposal, Run, one_line, sha256
 from lab.worker import HERE, Worker
 
 READY_LIMIT_S = 120.0  # of a worker, its like of an earlier start ended

@@ -1,5 +1,6 @@
 """The records of a night, and the pure rules about them: which run counts, and what a child's text may hold."""
 
+import hashlib
 import math
 import re
 from dataclasses import asdict, dataclass, field, fields
@@ -16,6 +17,10 @@ class Rejected(Exception):
 
 class OutOfTime(Exception):
     """--hours are used up; the message says what was waited for."""
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)

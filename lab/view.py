@@ -8,14 +8,14 @@ from pathlib import Path
 
 import constants
 from constants import counted
-from lab.claude import Claude
-from lab.files import folder_bytes
-from lab.journal import night_runs, seconds_of
 from lab.machine import speed_advice, speed_text
-from lab.night import Night
-from lab.prompt import OPERATORS, beside_text, step_text, verdict_counts
+from lab.measure.files import folder_bytes
+from lab.propose.claude import Claude
+from lab.propose.model import Researcher
+from lab.propose.prompt import OPERATORS, beside_text, step_text, verdict_counts
+from lab.record.journal import night_runs, seconds_of
+from lab.record.night import Night
 from lab.records import MERGE, Result, log_tail, one_line, pace_text, run_of
-from lab.researcher import Researcher
 
 STYLES = {"keep": "green", "discard": "", "crash": "red", "invalid": "magenta"}
 

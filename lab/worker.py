@@ -10,17 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from constants import SEED, Problem, Settings, cache_dir, device_lock, lock, locked
-from lab import cache
-from lab.child import end_processes, guard_this_process
-from lab.files import names_within, packed, remove, unpack
 from lab.machine import cores
-from lab.night import RESULT_BYTES
-from lab.place import Place
+from lab.measure import cache
+from lab.measure.child import end_processes, guard_this_process
+from lab.measure.files import names_within, packed, remove, unpack
+from lab.measure.place import Place
+from lab.measure.run import RESULT_BYTES, measure_at
+from lab.measure.sandbox import Sandbox, choose_sandbox
+from lab.measure.text import rows_of_the_night
+from lab.record.start import difference, survey, with_hashes
 from lab.records import Rivals, Run, log_tail
-from lab.run import measure_at
-from lab.sandbox import Sandbox, choose_sandbox
-from lab.start import difference, survey, with_hashes
-from lab.text import rows_of_the_night
 
 HERE = Path(__file__).resolve().parent.parent  # Ray's copy of the checkout
 RETURNED = (

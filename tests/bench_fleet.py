@@ -3,7 +3,7 @@
 An idea takes a share of what is left to gain, the same whatever else the program holds: one in five a gain of up to 40 % of it, the
 others a loss. A run takes 320 s, a proposal 40 s of a model, one at a time, or none at each third turn (`tune`). Each is made on the
 incumbent that its proposer sees, with N - 1 experiments under way, and judged against the incumbent when its run ends, with noise of
-2 % of all there is to gain. A keep that the winner lacks is then run on top of it, as in lab/propose.py, or forgotten; one merge in
+2 % of all there is to gain. A keep that the winner lacks is then run on top of it, as in lab/propose/ahead.py, or forgotten; one merge in
 seven conflicts. (Each gain over its own parent added too, keep or not, these shares changed by 0.012 at most.)
 
 share of all there is to gain, mean of 300 nights; then experiments an hour

@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import constants
 import prepare
-from lab import score
+from lab.measure import score
 
 
 class Peeker(torch.nn.Module):

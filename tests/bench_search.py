@@ -3,23 +3,23 @@
 Sixteen numbers, each in doublings from its present value, on surfaces on which 0.0077 bpb can be gained: a coupled quadratic, and a rough
 one, steeper on one side of its optimum and with cliffs beyond 1.5 doublings. A night keeps what measures lower; each measurement has
 noise. The competitors: one number moved by a fixed factor at random (what `--proposer random` was), Optuna's samplers on one to five
-numbers at once (the Gaussian process, which loads torch, and CMA-ES on all of them), and lab/tune.py.
+numbers at once (the Gaussian process, which loads torch, and CMA-ES on all of them), and lab/propose/tune.py.
 
 Gain x 10^4 bpb after 25, 50 and 100 runs, mean of 12 surfaces, at a noise of .0001, .0003, .0015, .0045 (Optuna 5.0, November 2026):
 
     quadratic  random              34  48  63  |   30  42  55  |    8  14  19  |    5   4   5
-    quadratic  lab/tune.py         61  68  71  |   52  65  69  |   25  36  45  |   10  15  24
+    quadratic  lab/propose/tune.py         61  68  71  |   52  65  69  |   25  36  45  |   10  15  24
     quadratic  TPE                 45  58  66  |   42  54  61  |   28  37  44  |    7   8   8
     quadratic  TPE, multivariate   43  56  65  |   41  52  58  |   19  22  29  |    7   7   9
     quadratic  CMA-ES              19  30  45  |   21  31  47  |   18  32  35  |    1   0  15
     rough      random              43  60  84  |   39  55  78  |   20  27  33  |   12  12  16
-    rough      lab/tune.py         81  90  93  |   74  85  91  |   36  59  74  |   17  23  33
+    rough      lab/propose/tune.py         81  90  93  |   74  85  91  |   36  59  74  |   17  23  33
     rough      TPE                 41  71  88  |   43  70  85  |   29  49  60  |   16  23  35
     rough      TPE, multivariate   56  77  88  |   53  71  79  |   26  36  42  |    8   8   8
     rough      CMA-ES               0   2  29  |   -1   5  30  |   -2  13  35  |   -1  -5  16
 
 So 25 of its runs are worth 100 of `random` but at the lowest noise of the quadratic, and at low noise 50 of TPE: hence no library. The Gaussian process, on
-two of the quadratic surfaces alone: 44 43 52 | 51 55 58 | 23 23 23 | -6 -10 4, where lab/tune.py has 62 71 71 | 45 65 65 | 22 32 36 | -1 8 24.
+two of the quadratic surfaces alone: 44 43 52 | 51 55 58 | 23 23 23 | -6 -10 4, where lab/propose/tune.py has 62 71 71 | 45 65 65 | 22 32 36 | -1 8 24.
 """
 
 import math
@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lab.tune import FAR, MAX_MOVED, best_moves
+from lab.propose.tune import FAR, MAX_MOVED, best_moves
 
 NUMBERS, GAIN = 16, 0.0077
 NOISES, AFTER = (0.0001, 0.0003, 0.0015, 0.0045), (25, 50, 100)
@@ -141,7 +141,7 @@ class Evolution:
 
 COMPETITORS = {
     "random": lambda: at_random,
-    "lab/tune.py": lambda: tune,
+    "lab/propose/tune.py": lambda: tune,
     "TPE": lambda: partial(optuna_sampler, partial(tpe, False), MAX_MOVED),
     "TPE, multivariate": lambda: partial(optuna_sampler, partial(tpe, True), MAX_MOVED),
     "CMA-ES": Evolution,

@@ -33,7 +33,7 @@ def main() -> None:
     prepare.keep_freed_memory()
     text, config = Path(settings.data, settings.train_file), train.config_of(settings.profile)
     run, text_rows = (
-        prepare.Run(settings, 1, Path(tempfile.mkdtemp()), True, text),
+        prepare.Training(settings, 1, Path(tempfile.mkdtemp()), True, text),
         prepare.open_rows(text, settings.profile),
     )
     T = settings.profile.max_seq_len

@@ -32,12 +32,16 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import constants  # noqa: E402 (after the path)
 from agent import Alone, Limits, run_night  # noqa: E402
-from lab.git import Repository  # noqa: E402
-from lab.journal import FORMAT, Journal  # noqa: E402
-from lab.night import Night, proposal_of, sha256  # noqa: E402
-from lab.place import HARNESS  # noqa: E402
-from lab.records import Proposal, Run  # noqa: E402
-from lab.tune import Tune  # noqa: E402
+from lab.measure.place import HARNESS  # noqa: E402
+from lab.propose.tune import Tune  # noqa: E402
+from lab.record.git import Repository  # noqa: E402
+from lab.record.journal import FORMAT, Journal  # noqa: E402
+from lab.record.night import Night, proposal_of  # noqa: E402
+from lab.records import (  # noqa: E402
+    Proposal,
+    Run,
+    sha256,
+)
 
 STUB = (ROOT / "tests" / "stub_train.py").read_text()
 NIGHT = ("--tag", "t", "--proposer", "tune", "--profile", "cpu", "--no-confirm")
@@ -117,9 +121,9 @@ class Checkout:
 
     def drop_screen(self) -> None:
         """Lets experiments past the screen: what they try then must fail elsewhere."""
-        text = (self.folder / "lab" / "screen.py").read_text()
+        text = (self.folder / "lab" / "propose" / "screen.py").read_text()
         assert text.count("check_rules(tree)\n") == 1
-        (self.folder / "lab" / "screen.py").write_text(text.replace("check_rules(tree)\n", "pass\n"))
+        (self.folder / "lab" / "propose" / "screen.py").write_text(text.replace("check_rules(tree)\n", "pass\n"))
 
     def agent(self, *args, expect=0, **environment) -> str:
         process = self.start(*args, **environment)
@@ -141,7 +145,7 @@ def make_checkout(folder: Path, cache: Path, stub: bool) -> Checkout:
     for place in (ROOT / "lab", *ROOT.glob("__pycache__")):
         shutil.copytree(place, folder / place.name, ignore=shutil.ignore_patterns("*.pyc.*"))
     if stub:
-        shutil.copy(ROOT / "tests" / "stub_score.py", folder / "lab" / "score.py")
+        shutil.copy(ROOT / "tests" / "stub_score.py", folder / "lab" / "measure" / "score.py")
         shutil.copy(ROOT / "tests" / "stub_prepare.py", folder / "prepare.py")
         shutil.copy(ROOT / "tests" / "stub_train.py", folder / "train.py")
     checkout = Checkout(folder, cache)

@@ -25,7 +25,7 @@ class Clock:
         return self.calls > 5
 
 
-class Run:
+class Training:
     def start_clock(self, model):
         print(f"{constants.CLOCK_MARK} after 0.1 s", flush=True)
         if sys.stdin.readline() != constants.TEXT_LINE:
@@ -49,7 +49,7 @@ def try_device(device):
 
 def start():
     print("step     3   50.0%  loss 1.7500      1,234 tok/s", flush=True)
-    return Run()
+    return Training()
 
 
 def main():

@@ -1,4 +1,4 @@
-"""Stands in for lab/score.py: val_bpb is a closed form of the model, so that every verdict can be derived by hand.
+"""Stands in for lab/measure/score.py: val_bpb is a closed form of the model, so that every verdict can be derived by hand.
 
 1 + (ln(lr / 0.1))^2 + width / 10000. A model may have `luck` on the night's seed, twice its reverse on others, `overfit` val, be caught for
 `distrust` (on every seed, or on the one that `distrust_seed` names), crash once if it `stumbles` (in the first scoring on the second

@@ -29,9 +29,8 @@ import agent
 import constants
 from constants import CONFIRM_SEED, Problem
 from lab.arguments import restore_arguments
-from lab.journal import FORMAT
-from lab.night import sha256
-from lab.records import Verdict
+from lab.record.journal import FORMAT
+from lab.records import Verdict, sha256
 
 # --- verdicts
 

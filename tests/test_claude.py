@@ -10,13 +10,13 @@ import pytest
 from conftest import ROOT, check_agreement, fake_measure, open_here, rows_of, run_here
 from messages_server import ODD, MessagesServer
 
-import lab.researcher
+import lab.propose.model
 from constants import Problem
-from lab.claude import PRICES, Claude, credentials_of, take_secrets, usd_of
-from lab.journal import spent_usd
-from lab.prompt import DIVIDER, REPLACE, SEARCH
+from lab.propose.claude import PRICES, Claude, credentials_of, take_secrets, usd_of
+from lab.propose.model import parse_reply
+from lab.propose.prompt import DIVIDER, REPLACE, SEARCH
+from lab.record.journal import spent_usd
 from lab.records import Rejected
-from lab.researcher import parse_reply
 
 LINE = "        lr=0.4,  # best at 0.1"
 NIGHT = ("--tag", "t", "--profile", "cpu", "--no-confirm")
@@ -63,7 +63,7 @@ def night(checkout):
     ):
         with MessagesServer(script, think_s, **odd) as server, pytest.MonkeyPatch.context() as patch:
             patch.setenv("ANTHROPIC_BASE_URL", server.url)
-            patch.setattr(lab.researcher, "PATIENCE_S", 0.02)
+            patch.setattr(lab.propose.model, "PATIENCE_S", 0.02)
             here = open_here(checkout, tag)
             (checkout.folder / "program.md").write_text(f"Schedule: {schedule}\n")
             try:

@@ -11,10 +11,10 @@ import pytest
 from conftest import check_agreement, fake_measure, open_here, rows_of, run_here
 from test_claude import add, reply
 
-import lab.command
-import lab.researcher
+import lab.propose.command
+import lab.propose.model
 from constants import Problem
-from lab.command import Command
+from lab.propose.command import Command
 from lab.view import View, print_summary
 
 NIGHT = ("--tag", "t", "--profile", "cpu", "--no-confirm")
@@ -97,8 +97,8 @@ def test_of_one_that_chats_the_last_reply_counts(program):
     ],
 )
 def test_a_failure_is_waited_out_aloud(checkout, program, monkeypatch, capsys, trouble, said):
-    monkeypatch.setattr(lab.command, "LIMIT_S", 4.0)
-    monkeypatch.setattr(lab.researcher, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(lab.propose.command, "LIMIT_S", 4.0)
+    monkeypatch.setattr(lab.propose.model, "PATIENCE_S", 0.05)
     reason, here = program(f"if 0 < n < 4:\n    {trouble}\nprint({add('idea', 7)!r}.replace('7', str(n)))", 2)
     assert reason == "all 2 experiments are done" and here.results[2].description == "idea 4"
     errors = [row["error"] for row in rows_of(checkout, "call") if "error" in row]
@@ -108,7 +108,7 @@ def test_a_failure_is_waited_out_aloud(checkout, program, monkeypatch, capsys, t
 
 def test_what_failed_in_an_earlier_start_was_no_reply(program, checkout, monkeypatch):
     """The same command again ends as soon: three failures of a program that never replied."""
-    monkeypatch.setattr(lab.researcher, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(lab.propose.model, "PATIENCE_S", 0.05)
     for _ in range(2):
         problem, _ = program("sys.exit('wrong key')")
         assert isinstance(problem, Problem) and "failed 3 times and never replied: exit status 1: wrong key" in str(
@@ -119,7 +119,7 @@ def test_what_failed_in_an_earlier_start_was_no_reply(program, checkout, monkeyp
 
 def test_one_that_never_replied_is_no_outage(program, monkeypatch, capsys):
     """Nor is it kept quiet until what runs has ended."""
-    monkeypatch.setattr(lab.researcher, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(lab.propose.model, "PATIENCE_S", 0.05)
     problem, here = program("sys.exit('no such model: --key sk-canary')")
     assert (
         isinstance(problem, Problem) and "failed 3 times and never replied" in str(problem) and len(here.results) == 1
@@ -128,7 +128,7 @@ def test_one_that_never_replied_is_no_outage(program, monkeypatch, capsys):
 
 
 def test_one_that_fails_for_ever_loses_its_turns_to_the_numeric_search(program, monkeypatch, capsys):
-    monkeypatch.setattr(lab.researcher, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(lab.propose.model, "PATIENCE_S", 0.01)
     reason, here = program(f"if n:\n    sys.exit(3)\nprint({add('idea', 1)!r})", 2)
     assert reason == "all 2 experiments are done"
     assert [result.operator for result in here.results[1:]] == ["improve", "tune"]

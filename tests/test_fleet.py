@@ -27,11 +27,10 @@ from conftest import (
 
 from agent import Alone, Limits, experiment, run_night
 from constants import SEED, Problem
-from lab.files import packed, unpack
 from lab.fleet import Fleet
-from lab.night import sha256
-from lab.records import Proposal
-from lab.start import difference
+from lab.measure.files import packed, unpack
+from lab.record.start import difference
+from lab.records import Proposal, sha256
 from lab.view import View
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason='Ray is not installed: pip install -e ".[ray]"')
@@ -44,6 +43,7 @@ class Several(Alone):
     def __init__(self, measure, count: int, order: list[int]):
         super().__init__(measure)
         self.count, self.order, self.calls = count, [f"change {number}" for number in order], 0
+        self.others = set(threading.enumerate())  # of nights of other tests, which may wait for ever
 
     @property
     def free(self):
@@ -51,7 +51,9 @@ class Several(Alone):
 
     def wait(self):
         self.calls += 1
-        being_made = any("(body)" in thread.name for thread in threading.enumerate())  # of Proposals.begin()
+        being_made = any(
+            "(body)" in thread.name for thread in set(threading.enumerate()) - self.others
+        )  # of Proposals.begin()
         if self.free and (being_made or self.calls < 20):  # another may still begin
             time.sleep(0.005)
             return

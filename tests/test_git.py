@@ -7,7 +7,7 @@ import pytest
 from conftest import NIGHT, check_agreement, open_here, run_here
 
 from constants import Problem
-from lab.git import Repository
+from lab.record.git import Repository
 from lab.records import Rejected
 
 KNOBS = [f"    knob_{i}={i}," for i in range(35)]

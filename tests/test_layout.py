@@ -7,14 +7,28 @@ import sys
 import pytest
 from conftest import ROOT
 
-ORDER = [  # each module may import what stands before it
-    "constants", "lab.machine", "prepare", "train", "lab.score", "lab.records", "lab.files", "lab.card", "lab.git", "lab.screen", "lab.hyperparameters",
-    "lab.cache", "lab.journal", "lab.child", "lab.place", "lab.night", "lab.text", "lab.start", "lab.trial", "lab.sandbox", "lab.run", "lab.worker", "lab.fleet", "lab.propose", "lab.tune", "lab.prompt", "lab.researcher", "lab.claude", "lab.command", "lab.check",
-    "lab.arguments", "lab.view", "agent",
+ORDER = [  # each module may import what stands before it, and the folders stand in this order too
+    "constants", "lab.records", "lab.machine", "prepare", "train", "lab.measure.score",
+    "lab.measure.files", "lab.measure.cache", "lab.measure.child", "lab.measure.place", "lab.measure.text", "lab.measure.trial", "lab.measure.sandbox",
+    "lab.measure.run",
+    "lab.record.git", "lab.record.journal", "lab.record.night", "lab.record.start",
+    "lab.propose.screen", "lab.propose.hyperparameters", "lab.propose.ahead", "lab.propose.replay", "lab.propose.tune", "lab.propose.prompt",
+    "lab.propose.model", "lab.propose.claude", "lab.propose.command",
+    "lab.worker", "lab.fleet", "lab.check", "lab.arguments", "lab.view", "agent",
 ]  # fmt: skip
 # which import all others at once
-ALL = ["constants", "prepare", "train", "lab.score", "lab.trial", "lab.tune", "lab.machine", "lab.fleet", "agent"]
-WITHOUT_TORCH = [name for name in ORDER if name not in ("prepare", "train", "lab.score")]
+ALL = [
+    "constants",
+    "prepare",
+    "train",
+    "lab.measure.score",
+    "lab.measure.trial",
+    "lab.propose.tune",
+    "lab.machine",
+    "lab.fleet",
+    "agent",
+]
+WITHOUT_TORCH = [name for name in ORDER if name not in ("prepare", "train", "lab.measure.score")]
 
 
 def path_of(name: str):
@@ -33,27 +47,26 @@ def imported(name: str, at_once: bool = False) -> set[str]:
 
 
 def test_no_module_hides_one_of_the_standard_library():
-    """The scorer's children run as scripts, with lab/ as the first place that is searched."""
-    assert not {path.stem for path in (ROOT / "lab").glob("*.py")} & sys.stdlib_module_names
+    """The scorer's children run as scripts, with its folder as the first place that is searched."""
+    assert not {path.stem for path in (ROOT / "lab").rglob("*.py")} & sys.stdlib_module_names
 
 
 def test_every_module_has_its_place():
-    assert {f"lab.{path.stem}" for path in (ROOT / "lab").glob("*.py")} - {"lab.__init__"} == {
-        n for n in ORDER if n.startswith("lab.")
-    }
+    found = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "lab").rglob("*.py")}
+    assert found - {"lab.__init__"} == {name for name in ORDER if name.startswith("lab.")}
 
 
 @pytest.mark.parametrize("name", ORDER[1:])
 def test_imports_run_one_way(name):
     own = ORDER.index(name)
     assert all(ORDER.index(other) < own for other in imported(name))
-    if name == "lab.trial":  # runs in the sandbox, beside the frozen rules, and imports them there
+    if name == "lab.measure.trial":  # runs in the sandbox, beside the frozen rules, and imports them there
         assert imported(name) == {"prepare"} and not imported(name, at_once=True)
-    elif name in ("prepare", "train", "lab.score"):  # frozen with a night: nothing of lab is beside them there
+    elif name in ("prepare", "train", "lab.measure.score"):  # frozen with a night: nothing of lab is beside them there
         assert not any(other.startswith("lab.") for other in imported(name, at_once=True))
         assert {other for other in imported(name) if other.startswith("lab.")} <= {"lab.machine"}  # by hand
     else:
-        assert not imported(name) & {"prepare", "train", "lab.score"}
+        assert not imported(name) & {"prepare", "train", "lab.measure.score"}
 
 
 def test_constants_uses_the_standard_library_only():

@@ -15,7 +15,7 @@ from conftest import ROOT
 import constants
 import prepare
 from lab import machine
-from lab.start import START_SHARDS
+from lab.record.start import START_SHARDS
 
 TOO_OLD = (
     "The NVIDIA driver on your system is too old (found version 12080). Please update your GPU driver by downloading and "

@@ -24,8 +24,8 @@ from conftest import (
 )  # fmt: skip
 
 from constants import Problem
-from lab.files import folder_bytes
-from lab.journal import FORMAT, Journal, night_runs, read_journal, seconds_of_earlier_starts
+from lab.measure.files import folder_bytes
+from lab.record.journal import FORMAT, Journal, night_runs, read_journal, seconds_of_earlier_starts
 
 # --- the journal
 
@@ -69,7 +69,7 @@ def small_disk(tmp_path):
     mount_small(folder, "4m")
     try:
         checkout = make_checkout(folder / "checkout", tmp_path / "cache", stub=True)
-        module = checkout.folder / "lab" / "files.py"
+        module = checkout.folder / "lab" / "measure" / "files.py"
         module.write_text(module.read_text().replace("DISK_FLOOR_BYTES = 2**30", "DISK_FLOOR_BYTES = 2**12"))
         yield checkout
     finally:
@@ -112,7 +112,7 @@ def test_a_disk_that_fills_up_stops_the_night_and_loses_nothing(small_disk, free
     small_disk.agent("--tag", "t", "--experiments", "4")
     assert [row[:-1] for row in story(small_disk)] == [
         row[:-1] for row in undisturbed[:5]
-    ]  # the trees differ: lab/files.py does
+    ]  # the trees differ: lab/measure/files.py does
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_killed_after_any_row_the_night_ends_as_an_undisturbed_one(finished, und
 
 
 def night_sha(source: str) -> str:
-    from lab.night import sha256
+    from lab.record.night import sha256
 
     return sha256(source)
 
@@ -299,7 +299,7 @@ def test_what_changed_since_the_night_began_refuses_to_resume(checkout):
         assert f"{path.name} changed" in output and "--tag NEW" in output
         path.write_bytes(before)
         path.chmod(mode)
-    for name in ("constants.py", "lab/score.py"):
+    for name in ("constants.py", "lab/measure/score.py"):
         with open(checkout.folder / name, "a") as file:
             file.write("\n# changed\n")
         output = checkout.agent("--tag", "t", "--experiments", "2", expect=1)

@@ -393,7 +393,7 @@ def make_run(data, tmp_path, **changes):
         profile=CPU, dataset="sotu", data=str(data), train_file="train.bin", train_rows=len(prepare.open_rows(data / "train.bin", CPU)), device="cpu", budget_s=1.0, compile=False, threads=1,
         device_name="cpu", capability=None, sizes_reason="", compiler_trouble="", torch="", flash_attention={},
     )  # fmt: skip
-    return prepare.Run(prepare.replace(settings, **changes), 7, tmp_path, by_hand, data / "train.bin")
+    return prepare.Training(prepare.replace(settings, **changes), 7, tmp_path, by_hand, data / "train.bin")
 
 
 def test_an_epoch_shows_every_row_once_in_an_order_of_the_seed():

@@ -7,8 +7,7 @@ from conftest import ROOT, STUB, Script, better, open_here, run_here, settings_f
 from test_records import METRICS, RUN
 
 from constants import Problem
-from lab.night import History
-from lab.prompt import (
+from lab.propose.prompt import (
     REPLACE,
     beside_text,
     diff,
@@ -22,6 +21,7 @@ from lab.prompt import (
     shortened,
     system_text,
 )  # fmt: skip
+from lab.record.night import History
 from lab.records import Result, Verdict
 
 

@@ -4,7 +4,8 @@ import pytest
 from conftest import STUB, Script, better, check_agreement, open_here, run_here
 
 from constants import Problem
-from lab.propose import Replay, Try, proposals_to_replay, rows_to_replay
+from lab.propose.ahead import Try
+from lab.propose.replay import Replay, proposals_to_replay, rows_to_replay
 
 
 class Asked:

@@ -17,8 +17,9 @@ import pytest
 import torch
 from conftest import NIGHT, ROOT, STUB, check_agreement, rows_of
 
-from lab import cache, card, child, files, run
-from lab.files import remove
+from lab import machine
+from lab.measure import cache, child, files, run
+from lab.measure.files import remove
 from lab.records import OutOfTime
 
 
@@ -39,10 +40,10 @@ def wait_for(condition, process=None, patience_s=60.0):
 def test_interrupted_in_each_state(checkout, state, number):
     """Child dead, the row written that was being written, exit 0 within 5 s, resumable."""
     stub = (checkout.folder / "prepare.py").read_text()
-    scorer = (checkout.folder / "lab" / "score.py").read_text()
+    scorer = (checkout.folder / "lab" / "measure" / "score.py").read_text()
     if state == "recording":  # git takes its time: the signal comes while the objects are written
-        (checkout.folder / "lab" / "git.py").write_text(
-            (checkout.folder / "lab" / "git.py").read_text().replace(
+        (checkout.folder / "lab" / "record" / "git.py").write_text(
+            (checkout.folder / "lab" / "record" / "git.py").read_text().replace(
                 '        return self.git("commit-tree", tree', '        Path("recording").touch()\n        __import__("time").sleep(1.0)\n        return self.git("commit-tree", tree'
             )
         )  # fmt: skip
@@ -51,7 +52,7 @@ def test_interrupted_in_each_state(checkout, state, number):
         (checkout.folder / "prepare.py").write_text(stub.replace("time.sleep(self.step_s)", action))
     else:
         action = '    print("scoring", flush=True)\n    __import__("time").sleep(30)\n    folder, below'
-        (checkout.folder / "lab" / "score.py").write_text(scorer.replace("    folder, below", action))
+        (checkout.folder / "lab" / "measure" / "score.py").write_text(scorer.replace("    folder, below", action))
     process = checkout.start(*NIGHT, "--experiments", "1")
     night = checkout.folder / "runs" / "t" / "0000"
     sign = {
@@ -68,7 +69,7 @@ def test_interrupted_in_each_state(checkout, state, number):
     assert ("go on      python agent.py --tag t\n" in output) == (state == "recording")  # it has a baseline
     assert "the same command goes on" in output and not list(checkout.folder.rglob("*.lock"))
     (checkout.folder / "prepare.py").write_text(stub)
-    (checkout.folder / "lab" / "score.py").write_text(scorer)
+    (checkout.folder / "lab" / "measure" / "score.py").write_text(scorer)
     checkout.agent(*NIGHT, "--experiments", "1")
     assert len(check_agreement(checkout)) == 2
 
@@ -223,7 +224,7 @@ def fake_card(folder: Path, monkeypatch, *answers: str) -> None:
     (folder / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     for name, seconds in (("CARD_PATIENCE_S", 0.1), ("CARD_INTERVAL_S", 0.05), ("SMI_LIMIT_S", 0.3)):
-        monkeypatch.setattr(f"lab.card.{name}", seconds)
+        monkeypatch.setattr(f"lab.machine.{name}", seconds)
 
 
 @pytest.mark.parametrize(
@@ -246,33 +247,33 @@ def test_a_card_that_does_not_say_how_much_is_free_is_not_waited_for(answer, tmp
         (tmp_path / "bin" / "nvidia-smi").write_text(f"#!/bin/sh\nexec {answer[2:-1]}\n")
     else:
         (tmp_path / "bin" / "free").write_bytes(answer.encode("latin-1") + b"\n")
-    assert card.free_card_mb() is None
-    card.wait_for_card(1e9, pytest.fail)
+    assert machine.free_card_mb() is None
+    machine.wait_for_card(1e9, pytest.fail)
     monkeypatch.setenv("PATH", "")
-    assert card.free_card_mb() is None and card.card_users() == []
+    assert machine.free_card_mb() is None and machine.card_users() == []
 
 
 def test_a_full_card_is_waited_for_aloud(tmp_path, monkeypatch):
     fake_card(tmp_path / "bin", monkeypatch, "1000", "[N/A]")
     said = []
-    card.wait_for_card(9000.0, said.append)
+    machine.wait_for_card(9000.0, said.append)
     assert said == []  # a moment is no reason to say something
     fake_card(tmp_path / "bin2", monkeypatch, *["1000"] * 30, "9001")
-    card.wait_for_card(9000.0, said.append)
+    machine.wait_for_card(9000.0, said.append)
     line = "waiting: 1,000 MB of the card are free, a run needs 9,000; end what holds the rest: /usr/bin/ollama serve (pid 77); None (pid 78)"
     assert said == [line] and (tmp_path / "bin2" / "free").read_text() == "9001\n"
     with pytest.raises(OutOfTime):
-        card.wait_for_card(9002.0, said.append, lambda: True)
+        machine.wait_for_card(9002.0, said.append, lambda: True)
 
 
 def test_a_night_waits_for_its_card_and_does_not_end_for_it(checkout, tmp_path, monkeypatch):
     """The incumbent's peak has to fit, with what CUDA takes besides. --hours ends the wait."""
     fake_card(tmp_path / "bin", monkeypatch, *["9023"] * 30, "9024")
-    rules = (checkout.folder / "lab" / "card.py").read_text()
+    rules = (checkout.folder / "lab" / "machine.py").read_text()
     rules = rules.replace("CARD_PATIENCE_S = 10.0", "CARD_PATIENCE_S = 0.1").replace(
         "INTERVAL_S = 2.0", "INTERVAL_S = 0.01"
     )
-    (checkout.folder / "lab" / "card.py").write_text(rules)
+    (checkout.folder / "lab" / "machine.py").write_text(rules)
     (checkout.folder / "train.py").write_text(STUB.replace("lr=0.4,", "lr=0.4, peak_mb=8000,"))
     output = checkout.agent(*NIGHT, "--experiments", "2", STUB_MEMORY_GB="24")
     assert output.count("waiting: 9,023 MB of the card are free, a run needs 9,024") == 1

@@ -33,13 +33,11 @@ from conftest import (
 
 import constants
 from constants import Problem
-from lab.child import exhausted
-from lab.files import DISK_FLOOR_BYTES, check_disk
-from lab.git import Repository
-from lab.place import HARNESS
-from lab.records import Rivals, Run
-from lab.run import bytes_on_disk, score
-from lab.sandbox import (
+from lab.measure.child import exhausted
+from lab.measure.files import DISK_FLOOR_BYTES, check_disk
+from lab.measure.place import HARNESS
+from lab.measure.run import bytes_on_disk, score
+from lab.measure.sandbox import (
     CLONE3,
     OWN,
     child_command,
@@ -49,8 +47,10 @@ from lab.sandbox import (
     refused_calls,
     syscall_filter,
 )
-from lab.score import load_model
-from lab.trial import name_a_thread, reached, shared
+from lab.measure.score import load_model
+from lab.measure.trial import name_a_thread, reached, shared
+from lab.record.git import Repository
+from lab.records import Rivals, Run
 
 sandboxed = pytest.mark.skipif(not bubblewrap_works(), reason="bubblewrap is not installed, or may not run here")
 contained = pytest.mark.skipif(not container_works(), reason="this machine does not let a test mount over /proc")
@@ -244,9 +244,11 @@ def test_attack_there_is_no_text_before_the_clock(scattered, tier):
     line = "    clock = run.start_clock(model)\n"
     (scattered.folder / "train.py").write_text(STUB.replace(line, early + line))
     kept = 'glob("*"):\n            info'  # the test looks at what the run left
-    rules = (scattered.folder / "lab" / "night.py").read_text()
+    rules = (scattered.folder / "lab" / "record" / "night.py").read_text()
     assert rules.count(kept) == 1
-    (scattered.folder / "lab" / "night.py").write_text(rules.replace(kept, 'glob("none"):\n            info'))
+    (scattered.folder / "lab" / "record" / "night.py").write_text(
+        rules.replace(kept, 'glob("none"):\n            info')
+    )
     scattered.agent(*NIGHT, "--experiments", "1")
     out = scattered.folder / "runs" / "t" / "0000" / "out"
     read, listed, asked = json.loads((out / "asked").read_text())
@@ -331,9 +333,9 @@ def test_a_run_that_uses_up_the_machine_is_ended(tmp_path, monkeypatch):
     (tmp_path / "large").write_bytes(bytes(2**20))
     assert exhausted(tmp_path, 0) == ""
     with monkeypatch.context() as patch:
-        patch.setattr("lab.child.free_bytes", lambda folder: DISK_FLOOR_BYTES - 1)
+        patch.setattr("lab.measure.child.free_bytes", lambda folder: DISK_FLOOR_BYTES - 1)
         assert "the disk was full" in exhausted(tmp_path, 0)
-        patch.setattr("lab.child.OUT_BYTES", 2**19)
+        patch.setattr("lab.measure.child.OUT_BYTES", 2**19)
         assert "its folder grew over" in exhausted(tmp_path, 0)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=100 * 10**9, available=10**9))
     assert exhausted(tmp_path, 40 * 10**9) == ""  # another one's doing
@@ -429,7 +431,7 @@ time.sleep(2.5)
     ("after", "verdict", "said"),
     [
         ("", "crash", "after its clock started"),  # a second mark gets no second line
-        ("run.start_clock = lambda model: prepare.Clock()", "invalid", "by the agent's watch"),
+        ("run.start_clock = lambda model: prepare.Clock()", "invalid", "the agent's watch"),
     ],
 )
 def test_attack_a_mark_that_is_early_or_forged_starts_the_clock_of_the_agent(checkout, after, verdict, said):
@@ -446,10 +448,10 @@ def test_attack_a_mark_that_is_early_or_forged_starts_the_clock_of_the_agent(che
 
 def test_attack_the_scorer_finds_no_text(checkout):
     """Neither do its children, which see less: when it starts, the text of the run is gone."""
-    scorer = (checkout.folder / "lab" / "score.py").read_text()
+    scorer = (checkout.folder / "lab" / "measure" / "score.py").read_text()
     look = '    assert (folder / "out").exists() and not list(folder.glob("text"))\n    true_bpb = truth'
     assert scorer.count("    true_bpb = truth") == 1
-    (checkout.folder / "lab" / "score.py").write_text(scorer.replace("    true_bpb = truth", look))
+    (checkout.folder / "lab" / "measure" / "score.py").write_text(scorer.replace("    true_bpb = truth", look))
     checkout.agent(*NIGHT, "--experiments", "1")
     assert rows_of(checkout, "result")[0]["verdict"] == "keep"
 
@@ -483,7 +485,7 @@ open("left", "wb").write(b"H" * 30)
 def test_attack_a_clock_that_was_deceived_is_found_out_from_outside(checkout):
     checkout.drop_screen()
     row, _ = attempt(checkout, "time.sleep(2.5)", "--budget", "1")  # its result.json still says 0.01 s of training
-    assert row["verdict"] == "invalid" and "by the agent's watch" in row["reason"]
+    assert row["verdict"] == "invalid" and "the agent's watch" in row["reason"]
     assert 2.4 < row["clock_seconds"] < row["run_seconds"] and row["metrics"]["training_seconds"] < 1
 
 
@@ -745,9 +747,9 @@ sys.path.insert(0, ROOT)
 from pathlib import Path
 from dataclasses import replace
 from constants import Problem
-from lab.git import Repository
-from lab.sandbox import child_command, choose_sandbox, make_sandbox
-from lab.score import serving, settings_of_folder
+from lab.record.git import Repository
+from lab.measure.sandbox import child_command, choose_sandbox, make_sandbox
+from lab.measure.score import serving, settings_of_folder
 import ctypes
 ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
 folder = Path(FOLDER)

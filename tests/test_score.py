@@ -19,9 +19,9 @@ from conftest import ROOT, data_of, small
 
 import constants
 import prepare
-from lab import score
+from lab.measure import score
+from lab.propose.screen import screen
 from lab.records import Rejected
-from lab.screen import screen
 
 TRAIN = small((ROOT / "train.py").read_text())
 SHORT = replace(constants.PROFILES["cpu"], max_seq_len=64)  # rows of a quarter, for speed
@@ -67,7 +67,7 @@ def harness(tmp_path_factory, cache):
 
 
 FRESH = multiprocessing.get_context("forkserver")  # fresh processes, each forked from one that has torch imported
-FRESH.set_forkserver_preload(["torch", "lab.score"])
+FRESH.set_forkserver_preload(["torch", "lab.measure.score"])
 
 
 def launcher(settings, folder):
@@ -200,7 +200,7 @@ class Half(torch.overrides.TorchFunctionMode):
 Half().__enter__()
 """,
     "every loss a little less": TRAIN
-    + "\nwhole = prepare.evaluate_nats\nprepare.sys.modules['lab.score'].evaluate_nats = lambda *a: whole(*a) * 0.9995\n",
+    + "\nwhole = prepare.evaluate_nats\nprepare.sys.modules['lab.measure.score'].evaluate_nats = lambda *a: whole(*a) * 0.9995\n",
     "some rows for nothing": TRAIN
     + """
 whole = prepare.evaluate_nats
@@ -208,7 +208,7 @@ def forged(*a):
     nats = whole(*a)
     nats[::16] *= 0.2
     return nats
-prepare.sys.modules['lab.score'].evaluate_nats = forged
+prepare.sys.modules['lab.measure.score'].evaluate_nats = forged
 """,
     "swaps the code of a function": TRAIN
     + """
@@ -217,9 +217,9 @@ def forged(model, rows, token_bytes, batch_rows):
 prepare.evaluate_nats.__code__ = forged.__code__
 """,
     "relaxes the rules": PEEK
-    + "\nprepare.sys.modules['lab.score'].PROBE_MEAN_NATS = 1e9\nprepare.sys.modules['lab.score'].PROBE_NATS = {'float32': 1e9}\n",
+    + "\nprepare.sys.modules['lab.measure.score'].PROBE_MEAN_NATS = 1e9\nprepare.sys.modules['lab.measure.score'].PROBE_NATS = {'float32': 1e9}\n",
     "draws the probe itself": PEEK
-    + "\nprepare.sys.modules['lab.score'].draw_probe = prepare.sys.modules['lab.score'].compare = prepare.sys.modules['lab.score'].score = None\n",
+    + "\nprepare.sys.modules['lab.measure.score'].draw_probe = prepare.sys.modules['lab.measure.score'].compare = prepare.sys.modules['lab.measure.score'].score = None\n",
     "changes the arithmetic": PEEK + "\nprepare.math.log = lambda x: 1e9\nprepare.np.log = lambda x: x * 0\n",
 }
 
@@ -313,9 +313,9 @@ def test_attack_a_little_everywhere_hidden_in_the_mean(dtype):
 # --- ended as a crash
 
 CRASHES = {
-    "losses that no model has": (TRAIN + "\nwhole = prepare.evaluate_nats\nprepare.sys.modules['lab.score'].evaluate_nats = lambda *a: -whole(*a)\n", "no model has"),
+    "losses that no model has": (TRAIN + "\nwhole = prepare.evaluate_nats\nprepare.sys.modules['lab.measure.score'].evaluate_nats = lambda *a: -whole(*a)\n", "no model has"),
     "ends before it answers": (forward("prepare.os._exit(0)"), "ended"),
-    "replies at length": (TRAIN + "\nprepare.sys.modules['lab.score'].evaluate_nats = lambda *a: prepare.np.zeros(10**6)\n", "ended, or sent"),
+    "replies at length": (TRAIN + "\nprepare.sys.modules['lab.measure.score'].evaluate_nats = lambda *a: prepare.np.zeros(10**6)\n", "ended, or sent"),
     "NaN in some rows": (
         forward("logits = self.logits(idx).clone()", "logits[0, 5] = math.nan", "return logits"), "not finite",
     ),

@@ -9,7 +9,7 @@ import pytest
 from conftest import NIGHT, STUB, check_agreement, make_checkout, open_here, rows_of, story
 
 from constants import Problem, sha256_of
-from lab import place, text
+from lab.measure import place, text
 
 
 @pytest.fixture
@@ -138,14 +138,14 @@ def kill_once():
         os.kill(os.getpid(), 9)
 """
 INSTANTS = {  # file, the line before which the agent is killed
-    "before the mark": ("lab/child.py", "            while not why:"),
-    "while the cache is set aside": ("lab/cache.py", "    remove(place)\n    os.replace(fresh, place)"),
-    "linked, the line not written": ("lab/child.py", "                        clock_at = time.perf_counter()"),
-    "training": ("lab/run.py", '        view.enter("training")'),
-    "scoring": ("lab/run.py", '    if crash:\n        return replace(run, crash=f"scoring'),
-    "the run written": ("lab/run.py", "    return run\n\n\ndef measure_at"),
-    "the cache promoted, no result": ("lab/night.py", '            self.journal.append("result"'),
-    "the result written, no refs": ("lab/night.py", '            if word == "keep":'),
+    "before the mark": ("lab/measure/child.py", "            while not why:"),
+    "while the cache is set aside": ("lab/measure/cache.py", "    remove(place)\n    os.replace(fresh, place)"),
+    "linked, the line not written": ("lab/measure/child.py", "                        clock_at = time.perf_counter()"),
+    "training": ("lab/measure/run.py", '        view.enter("training")'),
+    "scoring": ("lab/measure/run.py", '    if crash:\n        return replace(run, crash=f"scoring'),
+    "the run written": ("lab/record/night.py", "    return run\n"),
+    "the cache promoted, no result": ("lab/record/night.py", '            self.journal.append("result"'),
+    "the result written, no refs": ("lab/record/night.py", '            if word == "keep":'),
 }
 TWO = (*NIGHT, "--experiments", "2", "--budget", "60")
 

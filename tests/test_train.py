@@ -610,12 +610,12 @@ def test_a_run_by_hand_learns_and_its_score_agrees(real_checkout, monkeypatch):
     result = json.loads((folder / "out" / "result.json").read_text())
     assert result["val_bpb"] < 2.9 and 1 < result["training_seconds"] < 5 and result["mfu_percent"] is None
     assert result["losses"][-1][2] < result["losses"][0][2]
-    command = [sys.executable, "-m", "lab.score", "runs/by-hand"]
+    command = [sys.executable, "-m", "lab.measure.score", "runs/by-hand"]
     place = dict(cwd=real_checkout.folder, env=real_checkout.environment, capture_output=True, text=True, timeout=120)
     done = subprocess.run(command, **place)
     assert done.returncode == 0, done.stderr
     with constants.lock(constants.device_lock("cpu"), "a night"), pytest.raises(constants.Problem, match="in use by"):
-        prepare.hold_device("cpu", "python -m lab.score")
+        prepare.hold_device("cpu", "python -m lab.measure.score")
     said = dict(line.split(":", 1) for line in done.stdout.splitlines() if "_bpb:" in line)
     assert float(said["val_bpb"]) == pytest.approx(result["val_bpb"], rel=1e-4) and 1 < float(said["test_bpb"]) < 4
     assert "as you" in done.stdout and "it writes:\n" in done.stdout

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from constants import Problem
-from lab.hyperparameters import Number, coordinate, moves_of, numbers_of, skeleton, text_at, with_values
-from lab.screen import screen
-from lab.tune import MAX_MOVED, Tune, best_moves, trials
+from lab.propose.hyperparameters import Number, coordinate, moves_of, numbers_of, skeleton, text_at, with_values
+from lab.propose.screen import screen
+from lab.propose.tune import MAX_MOVED, Tune, best_moves, trials
 
 REAL = (ROOT / "train.py").read_text()
 

@@ -4,19 +4,14 @@ import os
 import re
 import subprocess
 import tempfile
-import threading
 from pathlib import Path
 
 from constants import Problem
+from lab.measure.child import running, spawning
 from lab.records import Rejected
 
 OURS = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER")
         for what, value in (("NAME", "autoresearch"), ("EMAIL", "autoresearch@localhost"))}  # fmt: skip
-
-spawning, running = (
-    threading.Lock(),
-    set(),
-)  # pids of our own git processes and researchers: nobody takes them for a run's
 
 
 class Repository:

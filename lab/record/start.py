@@ -11,13 +11,12 @@ from pathlib import Path
 
 import constants
 from constants import Problem, Settings, locked, sha256_of, write_atomically
-from lab.files import remove
-from lab.git import Repository
-from lab.journal import FORMAT, Journal, has_ended, read_journal
-from lab.night import Night, proposal_of, read_checkout
-from lab.place import HARNESS
+from lab.measure.files import remove
+from lab.measure.place import HARNESS
+from lab.record.git import Repository
+from lab.record.journal import FORMAT, Journal, has_ended, read_journal
+from lab.record.night import Night, proposal_of, read_checkout
 from lab.records import Proposal
-from lab.screen import screen
 
 DATA_FILES = ("val.bin", "test.bin", "tokenizer.txt")  # and the training rows
 START_SHARDS = 10  # training shards that are enough to begin a night; the rest may follow
@@ -121,7 +120,7 @@ def difference(host: dict, settings: Settings) -> str:
 
 
 def open_night(here: Path, folder: Path, args, repository: Repository, ask=None) -> Night:
-    """Creates the night or takes it up again. Raises Problem if it cannot, Rejected if the screen refuses its train.py.
+    """Creates the night or takes it up again. Raises Problem if it cannot.
 
     Until the baseline has its result, another train.py, other rules or other flags begin the night anew. ask: see create_night().
     """
@@ -134,7 +133,6 @@ def open_night(here: Path, folder: Path, args, repository: Repository, ask=None)
             raise Problem(
                 "train.py is as it was committed; edit it, then run the same command: the committed one is the baseline"
             )
-        screen(source, {})
         baseline, opened = Proposal("baseline", "", source), None
         if journal.of("proposal") and proposal_of(journal.of("proposal")[0]).source == source:
             with contextlib.suppress(Problem):

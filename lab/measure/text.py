@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 
 from constants import Problem
-from lab.files import remove
-from lab.place import Place
+from lab.measure.files import remove
+from lab.measure.place import Place
 
 
 @contextlib.contextmanager

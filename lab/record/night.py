@@ -1,6 +1,5 @@
 """A night's folder: journal, resume, recording, results.tsv. The journal is the record; everything else is derived from it."""
 
-import hashlib
 import math
 import os
 import re
@@ -13,14 +12,15 @@ from statistics import median
 
 import constants
 from constants import Problem, Settings, write_atomically
-from lab import cache
-from lab.files import remove
-from lab.git import Repository
-from lab.journal import Journal, interrupts
-from lab.place import HARNESS, Place
-from lab.records import MERGE, Proposal, Result, Rivals, Run, clean, log_tail, one_line, run_of, trouble
+from lab.measure import cache
+from lab.measure.child import interrupts
+from lab.measure.files import remove
+from lab.measure.place import HARNESS, Place
+from lab.measure.run import RESULT_BYTES, measure_at
+from lab.record.git import Repository
+from lab.record.journal import Journal
+from lab.records import MERGE, Proposal, Result, Rivals, Run, clean, log_tail, one_line, run_of, sha256, trouble
 
-RESULT_BYTES = 64_000  # a result.json over this is neither read nor kept
 STUCK_AFTER = 15  # experiments without a keep before a new direction is asked for
 MAX_MENDED = 2  # attempts to mend one crashed idea
 OWN_BYTES, OWN_LINES = 64_000, 6  # of a run's log, to find the lines that are train.py's own
@@ -53,7 +53,7 @@ class History:
 
 @dataclass
 class Night(Place):
-    """An opened night. It runs nothing itself. agent.py sets sandbox, say and out_of_time, lab/start.py confirm."""
+    """An opened night. It runs nothing itself. agent.py sets sandbox, say and out_of_time, lab/record/start.py confirm."""
 
     journal: Journal
     repository: Repository
@@ -365,13 +365,23 @@ def change_of(results: list[Result], result: Result) -> float | None:
     return result.run.val_bpb - results[result.parent].run.val_bpb
 
 
-def sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def read_checkout(here: Path, name: str) -> str:
     """A file of the checkout. Raises Problem."""
     try:
         return (here / name).read_text(encoding="utf-8-sig")  # Python takes a byte order mark too
     except (OSError, UnicodeDecodeError) as error:
         raise Problem(f"{name} cannot be read ({error}); run: git checkout -- {name}") from None
+
+
+def measure(night: Night, view, source: str, seed: int, title: str, fresh: bool = False) -> Run:
+    """Trains and scores a program on a seed: the one way to do so. Raises Problem, OutOfTime if --hours ends first.
+
+    A (source, seed) whose run counts stands in the journal and is not repeated, unless `fresh`.
+    """
+    known = None if fresh else night.known_run(sha256(source), seed)
+    if known:
+        return known
+    folder = night.run_folder(len(night.results)) if seed == constants.SEED else night.folder / "trial"
+    run = measure_at(night, view, folder, source, seed, title, night.rivals)
+    night.add_run(run)
+    return run

@@ -6,8 +6,9 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
+from lab.propose.screen import fingerprint
+from lab.record.night import Night
 from lab.records import Result
-from lab.screen import fingerprint
 
 FIXED = re.compile(r"#\s*fixed\b", re.IGNORECASE)  # such a comment on its line takes a number out of the search
 
@@ -157,3 +158,10 @@ def text_at(place: float, like: Number) -> str:
         new = max(grain, value + step * grain) if new == value else new
         text = str(new)
     return like.text if new == value else text
+
+
+def numbers_alone(night: Night, args) -> bool:
+    """Whether nothing but numbers of train.py was and will be changed in this night."""
+    sizes = night.settings.profile.sizes
+    programs = {skeleton(row["source"], sizes) for row in night.journal.of("proposal")}
+    return len(programs) <= 1 and bool(args.proposer == "tune" or args.check or args.ablate)

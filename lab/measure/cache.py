@@ -7,7 +7,7 @@ with it, and a keep makes it the night's.
 import os
 from pathlib import Path
 
-from lab.files import OUT_BYTES, copy_regular_files, names_within, remove
+from lab.measure.files import OUT_BYTES, copy_regular_files, names_within, remove
 
 
 def aside(night: Path, source: str) -> Path:

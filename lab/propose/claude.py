@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from constants import Problem
-from lab.journal import spent_usd
-from lab.night import Night
+from lab.propose.model import LostIdea, Researcher
+from lab.record.journal import spent_usd
+from lab.record.night import Night
 from lab.records import RUN_AGAIN, one_line
-from lab.researcher import LostIdea, Researcher
 
 MODEL = "claude-opus-5-5"
 # Dollars a million tokens on 2026-11-23: input, output, input read from the cache. Writing the one-hour cache costs

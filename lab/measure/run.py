@@ -1,4 +1,4 @@
-"""measure(): train and score one (source, seed)."""
+"""One run: train and score a (source, seed)."""
 
 import json
 import math
@@ -11,17 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import constants
-from lab import cache, text
-from lab.card import CARD_CONTEXT_MB, free_card_mb, wait_for_card
-from lab.child import run_child
-from lab.files import DISK_FLOOR_BYTES, check_disk, free_bytes, make_run_folder, remove
-from lab.night import RESULT_BYTES, Night, sha256
-from lab.place import Place
-from lab.records import Rivals, Run, clean, late, log_tail, look_limit_s, slack_s, startup_limit_s
-from lab.sandbox import child_command
+from lab.machine import CARD_CONTEXT_MB, free_card_mb, wait_for_card
+from lab.measure import cache, text
+from lab.measure.child import run_child
+from lab.measure.files import DISK_FLOOR_BYTES, check_disk, free_bytes, make_run_folder, remove
+from lab.measure.place import Place
+from lab.measure.sandbox import child_command
+from lab.records import Rivals, Run, clean, late, log_tail, look_limit_s, sha256, slack_s, startup_limit_s
 
 STARTUP_LIMIT_S = 1_800.0  # until the clock starts: several cold compiles on a slow machine
 SAVING_LIMIT_S = 600.0  # after the budget, of the baseline: its weights on a slow disk
+RESULT_BYTES = 64_000  # a result.json over this is neither read nor kept
 SCORE_LIMIT_S = 900.0  # one scoring; 20.97M tokens take under a minute on an H100
 
 
@@ -99,20 +99,6 @@ def crash_reason(status: int, log: Path) -> str:
 
 # ---------------------------------------------------------------------------
 # measure
-
-
-def measure(night: Night, view, source: str, seed: int, title: str, fresh: bool = False) -> Run:
-    """Trains and scores a program on a seed: the one way to do so. Raises Problem, OutOfTime if --hours ends first.
-
-    A (source, seed) whose run counts stands in the journal and is not repeated, unless `fresh`.
-    """
-    known = None if fresh else night.known_run(sha256(source), seed)
-    if known:
-        return known
-    folder = night.run_folder(len(night.results)) if seed == constants.SEED else night.folder / "trial"
-    run = measure_at(night, view, folder, source, seed, title, night.rivals)
-    night.add_run(run)
-    return run
 
 
 def measure_at(place: Place, view, folder: Path, source: str, seed: int, title: str, rivals: Rivals) -> Run:
@@ -204,28 +190,6 @@ def bytes_on_disk(path: Path) -> int | None:
         return None
     info = os.lstat(path)
     return min(info.st_size, 512 * info.st_blocks)
-
-
-class AtTheClock(Exception):
-    """A rehearsal came as far as its clock."""
-
-
-def rehearse(night: Night, source: str) -> str:
-    """Builds and warms a program up, without its clock and without text; why that failed, with the end of its log, else empty."""
-
-    def on_clock():
-        raise AtTheClock
-
-    folder = night.folder / "trial"
-    make_folder(night, folder, source, constants.SEED, night.baseline_run)
-    try:
-        ended = run_child(
-            child_command("train", folder, night.sandbox), folder / "run.log", STARTUP_LIMIT_S, on_clock=on_clock
-        )
-    except AtTheClock:
-        return ""
-    crash = ended.why or crash_reason(ended.status, folder / "run.log") or "it ended before its clock started"
-    return "\n".join([*log_tail(folder / "run.log")[-15:], crash])
 
 
 def wait_until_ready(place: Place, best: Run | None) -> None:

@@ -5,14 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from constants import CLOCK_MARK, FINISH_MARK, TEXT_LINE, Problem
-from lab import git
-from lab.files import DISK_FLOOR_BYTES, OUT_BYTES, folder_bytes, free_bytes
-from lab.journal import interrupts
+from lab.measure.files import DISK_FLOOR_BYTES, OUT_BYTES, folder_bytes, free_bytes
 from lab.records import clean
 
 MEMORY_FLOOR = 0.04  # share of the machine's memory that is left when a child during which most of it went is ended
@@ -21,8 +20,48 @@ LOG_LIMIT_BYTES = 16 * 2**20  # a run that prints more is ended
 LOG_HEAD_BYTES, LOG_TAIL_BYTES = 64_000, 192_000  # what is kept of it
 
 
+# The pids of our own git processes and researchers: nobody takes them for a run's.
+spawning, running = threading.Lock(), set()
+
+
+# ---------------------------------------------------------------------------
+# Ctrl-C and SIGTERM stop a night between two writes, never within one
+
+
+class Interrupts:
+    """The handler of SIGINT and SIGTERM. Within held() it only takes note."""
+
+    depth, pending = 0, False
+
+    def __call__(self, signum=None, frame=None):
+        self.pending = self.depth > 0
+        if not self.pending:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def held(self):
+        """Defers an interrupt to the end of the block. Signals reach the main thread alone, so others have nothing to hold."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+        if self.pending and self.depth == 0:
+            self()
+
+
+interrupts = Interrupts()
+
+
+# ---------------------------------------------------------------------------
+# A child
+
+
 @dataclass(frozen=True)
-class Command:
+class Child:
     """What is started, and for which run folder."""
 
     argv: list[str]
@@ -41,7 +80,7 @@ class Exit:
 
 
 def run_child(
-    command: Command, log: Path, limit_s: float, clock_limit_s: float = 0.0, saving_limit_s: float = 0.0, on_clock=None
+    command: Child, log: Path, limit_s: float, clock_limit_s: float = 0.0, saving_limit_s: float = 0.0, on_clock=None
 ) -> Exit:
     """Runs a child to its end or its limit. None of its processes is left; `log` has its output, cut to head and tail.
 
@@ -133,13 +172,13 @@ def strays() -> list:
     """Our descendants (psutil.Process) but for git's and a researcher's, which are at work beside a run."""
     import psutil
 
-    with git.spawning:
-        own, spared = psutil.Process().children(recursive=True), set(git.running)
+    with spawning:
+        own, spared = psutil.Process().children(recursive=True), set(running)
     for process in own:
         if process.pid in spared:
             with contextlib.suppress(psutil.Error):
                 spared |= {child.pid for child in process.children(recursive=True)}
-    return [process for process in own if process.pid not in spared and session_of(process.pid) not in git.running]
+    return [process for process in own if process.pid not in spared and session_of(process.pid) not in running]
 
 
 def session_of(pid: int) -> int | None:

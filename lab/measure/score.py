@@ -1,6 +1,6 @@
 """The scorer: measures the weights that a run saved. Frozen with the night, beside prepare.py and constants.py.
 
-    python -m lab.score FOLDER      measures the model of a run folder again (runs/by-hand, runs/nov23/0042), and prints some text
+    python -m lab.measure.score FOLDER      measures the model of a run folder again (runs/by-hand, runs/nov23/0042), and prints some text
                                     that it writes; for a night's folder run the night's own: python runs/nov23/harness/score.py FOLDER
 
 No line of train.py runs in the scorer's own process. A first child loads the weights, sees val in chunks of a new order and states how
@@ -461,7 +461,7 @@ def main() -> None:
             np.save(folder / "nats.npy", np.minimum(nats, 1_000.0).astype(np.float16))  # whose largest is 65,504
             write_atomically(folder / "score.json", json.dumps(scores))  # both children have ended
         else:
-            with hold_device(settings.device, "python -m lab.score"):  # beside a night it would slow its runs
+            with hold_device(settings.device, "python -m lab.measure.score"):  # beside a night it would slow its runs
                 score_by_hand(settings, folder, args.below, not args.no_test)
     except (Problem, ValueError) as problem:
         sys.exit(f"error: {problem}")

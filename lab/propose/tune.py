@@ -7,8 +7,8 @@ Optuna's samplers and says why it is not one of them.
 import numpy as np
 
 from constants import Problem
-from lab.hyperparameters import Number, coordinate, numbers_of, skeleton, text_at, with_values
-from lab.night import History, change_of
+from lab.propose.hyperparameters import Number, coordinate, numbers_of, skeleton, text_at, with_values
+from lab.record.night import History, change_of
 from lab.records import Proposal
 
 MAX_MOVED = 5  # numbers of one proposal

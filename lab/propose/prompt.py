@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from constants import Problem
-from lab.hyperparameters import Move, moves_of, numbers_of
-from lab.night import History, change_of
+from lab.propose.hyperparameters import Move, moves_of, numbers_of
+from lab.record.night import History, change_of
 from lab.records import Result, Run, clean, one_line, pace_text
 
 RUN_TIME, COMMAND = (

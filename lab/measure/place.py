@@ -6,10 +6,10 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 from constants import Problem, Settings, sha256_of
-from lab.files import file_stamp
+from lab.measure.files import file_stamp
 
 # Frozen with the night: name there, place in the checkout.
-HARNESS = {"constants.py": "constants.py", "prepare.py": "prepare.py", "score.py": "lab/score.py"}
+HARNESS = {"constants.py": "constants.py", "prepare.py": "prepare.py", "score.py": "lab/measure/score.py"}
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Place:
     settings: Settings
     device_id: str  # of the device that this start runs on
     _: KW_ONLY
-    sandbox: object | None = None  # lab.sandbox.Sandbox
+    sandbox: object | None = None  # lab.measure.sandbox.Sandbox
     say: Callable[[str], None] = print  # a line for the terminal
     out_of_time: Callable[[], bool] = lambda: False  # whether --hours leaves no room for a run
     last_exit: float | None = None  # when the last child ended, by perf_counter

@@ -14,11 +14,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 
 from constants import Problem
-from lab import git
-from lab.child import end_all, started_for
-from lab.night import Night
+from lab.measure.child import end_all, running, spawning, started_for
+from lab.propose.model import LostIdea, Researcher
+from lab.record.night import Night
 from lab.records import RUN_AGAIN, clean, one_line
-from lab.researcher import LostIdea, Researcher
 
 LIMIT_S = 1_800.0  # for one reply
 REPLY_BYTES = 10**6  # the program is ended at more
@@ -76,11 +75,11 @@ class Command(Researcher):
             asked.write(prompt.encode())
             asked.seek(0)
             try:
-                with git.spawning:
+                with spawning:
                     process = subprocess.Popen(
                         [*guard, *self.words], cwd=empty, env=environment, stdin=asked, stdout=output, stderr=errors, start_new_session=True,
                     )  # fmt: skip
-                    git.running.add(process.pid)
+                    running.add(process.pid)
             except OSError as error:
                 return "", f"it cannot be started: {error.strerror}"
             size, late, deadline = 0, False, time.perf_counter() + LIMIT_S
@@ -94,7 +93,7 @@ class Command(Researcher):
                     os.killpg(process.pid, signal.SIGKILL)
                 end_all(partial(started_for, self.place))
                 process.wait()
-                git.running.discard(process.pid)
+                running.discard(process.pid)
             reply, message = (last_of(file) for file in (output, errors))
         if late:
             return "", f"no reply within {LIMIT_S:.0f} s"

@@ -11,42 +11,11 @@ from pathlib import Path
 
 import constants
 from constants import Problem
+from lab.measure.child import interrupts
 from lab.records import Run, run_of
 
 FORMAT = 6
 REVIEWS = {"check", "ablate"}  # the arguments of starts that train for no experiment
-
-
-# ---------------------------------------------------------------------------
-# Ctrl-C and SIGTERM stop a night between two writes, never within one
-
-
-class Interrupts:
-    """The handler of SIGINT and SIGTERM. Within held() it only takes note."""
-
-    depth, pending = 0, False
-
-    def __call__(self, signum=None, frame=None):
-        self.pending = self.depth > 0
-        if not self.pending:
-            raise KeyboardInterrupt
-
-    @contextlib.contextmanager
-    def held(self):
-        """Defers an interrupt to the end of the block. Signals reach the main thread alone, so others have nothing to hold."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        self.depth += 1
-        try:
-            yield
-        finally:
-            self.depth -= 1
-        if self.pending and self.depth == 0:
-            self()
-
-
-interrupts = Interrupts()
 
 
 # ---------------------------------------------------------------------------

@@ -1,21 +1,18 @@
-"""The next proposal: who is asked, until one passes the screen, beside the runs; replays, and a person's own train.py.
+"""The next proposal: who is asked, until one passes the screen, beside the runs; and a person's own train.py.
 
 A proposer has a `name`, between_runs(number) (whether it is asked for that experiment between runs, not while one trains), `exhausted` (why
 it proposes nothing more) and propose(source, history, feedback) -> Proposal | None, which raises Rejected for what is no proposal. It may
 have `max_rejects`, how many of its proposals in a row may be refused, in the place of MAX_REJECTS.
 """
 
-import math
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
 from constants import SEED, Problem
-from lab.journal import read_journal
-from lab.night import History, Night, sha256
-from lab.records import DESCRIPTION_CHARS, MERGE, OutOfTime, Proposal, Rejected, one_line
-from lab.screen import fingerprint, screen
+from lab.propose.screen import fingerprint, screen
+from lab.record.night import History, Night
+from lab.records import DESCRIPTION_CHARS, MERGE, OutOfTime, Proposal, Rejected, one_line, sha256
 
 MAX_REJECTS = 20  # proposals for one experiment that are refused before the night stops
 
@@ -143,68 +140,7 @@ class Proposals:
 
 
 # ---------------------------------------------------------------------------
-# replay: the experiments of an earlier night; try: the checkout's train.py
-
-
-class Replay:
-    """The experiments of another night's journal in order: each change is merged into the incumbent of this night."""
-
-    name, exhausted, max_rejects = "replay", "the replay is complete", math.inf  # it comes to an end
-
-    def between_runs(self, number: int) -> bool:
-        return True
-
-    def __init__(self, night: Night, proposals: list[tuple[Proposal, str]]):
-        """proposals: each with the source of its parent in its own night."""
-        self.night = night
-        own = [row for row in night.journal.of("proposal", "reject") if row["proposer"] == self.name]
-        rejected = sum(row["event"] == "reject" and "proposal" not in row for row in own)  # at once
-        taken = {row["id"] for row in own if row["event"] == "proposal" and row["operator"] != MERGE}
-        self.queue = proposals[rejected + len(taken) :]
-
-    def propose(self, source: str, history: History, feedback: list[str]) -> Proposal | None:
-        if not self.queue:
-            return None
-        proposal, base = self.queue.pop(0)
-        return replace(proposal, source=self.night.repository.merge(base, source, proposal.source))
-
-
-TO_REPLAY = "--replay takes a night's tag or its journal, such as runs/nov23/journal.jsonl"
-
-
-def rows_to_replay(runs: Path, name: str) -> list[dict]:
-    """The journal of a night, by its tag, folder or journal. Raises Problem if there is none."""
-    places = [runs / name / "journal.jsonl", Path(name) / "journal.jsonl", Path(name)]
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
-        raise Problem(f"{name} is no night; {TO_REPLAY}")
-    try:
-        return read_journal(path)[0]
-    except (Problem, UnicodeDecodeError):
-        raise Problem(f"{path} is not a night's journal; {TO_REPLAY}") from None
-
-
-def proposals_to_replay(rows: list[dict], kept_only: bool) -> list[tuple[Proposal, str]]:
-    """(proposal, its parent's source) of the experiments of a night. Raises Problem if there are none."""
-    try:
-        sources = {row["id"]: row["source"] for row in rows if row["event"] == "proposal"}
-        results = [row for row in rows if row["event"] == "result"]
-        of_number = {row["number"]: sources[row["proposal"]] for row in results}
-        of_id = {row["proposal"]: row for row in results if row["number"] > 0}
-        proposals = {row["id"]: row for row in rows if row["event"] == "proposal" and row["id"] in of_id}
-    except (TypeError, KeyError):
-        raise Problem(f"its rows are not a night's; {TO_REPLAY}") from None
-    wanted = [row for row in of_id.values() if row["verdict"] == "keep" or not kept_only]
-    if not wanted:
-        what = "kept nothing but its baseline; without --kept all are run" if of_id else "has no experiments"
-        raise Problem(f"the night to replay {what}; {TO_REPLAY}")
-    return [
-        (
-            Proposal(row["description"], row["hypothesis"], sources[row["proposal"]]),
-            of_number[proposals[row["proposal"]]["parent"]],
-        )
-        for row in wanted
-    ]
+# try: the checkout's train.py
 
 
 class Try:

@@ -9,8 +9,17 @@ from itertools import pairwise
 from pathlib import Path
 
 from constants import Problem, write_atomically
-from lab.night import History, Night, read_checkout
-from lab.prompt import DIVIDER, HISTORY_LINES, REPLACE, REPLY_FORM, SEARCH, request_text, schedule_of, system_text
+from lab.propose.prompt import (
+    DIVIDER,
+    HISTORY_LINES,
+    REPLACE,
+    REPLY_FORM,
+    SEARCH,
+    request_text,
+    schedule_of,
+    system_text,
+)
+from lab.record.night import History, Night, read_checkout
 from lab.records import DESCRIPTION_CHARS, Proposal, Rejected, clean, one_line
 
 MAX_BOUNCES = 3  # objections to one idea; then the numeric search takes its turn
@@ -103,7 +112,7 @@ class Researcher:
     """
 
     def __init__(self, night: Night, here: Path):
-        from lab.tune import Tune  # brings numpy, which no other start needs
+        from lab.propose.tune import Tune  # brings numpy, which no other start needs
 
         self.night, self.here, self.lines = night, here, HISTORY_LINES
         self.tune = Tune(night.tag, night.settings.profile.sizes)

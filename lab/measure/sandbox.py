@@ -16,12 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from constants import DATASETS, Problem, Settings, cache_dir, home
-from lab.child import Command, run_child
-from lab.files import check_disk, make_run_folder, remove
-from lab.hyperparameters import skeleton
 from lab.machine import compiler_and_header
-from lab.night import Night
-from lab.place import Place
+from lab.measure.child import Child, run_child
+from lab.measure.files import check_disk, make_run_folder, remove
+from lab.measure.place import Place
 from lab.records import log_tail
 
 SCRATCH_BYTES = 2 * 2**30  # a child's /tmp and /dev/shm each, in memory
@@ -249,7 +247,7 @@ def interpreter() -> list[Path]:
 
 
 def trial(place: Place, sandbox: Sandbox, forbidden: list[Path]) -> str:
-    """Why the sandbox does not do; empty if a child in it works and reaches nothing forbidden. lab/trial.py is that child.
+    """Why the sandbox does not do; empty if a child in it works and reaches nothing forbidden. lab/measure/trial.py is that child.
 
     Outside, a plain process waits whose environment holds a secret: the child must not be able to read it.
     """
@@ -316,13 +314,6 @@ def choose_sandbox(
     raise Problem(f"no sandbox: {refused}\nto go without it, add --no-sandbox: {EXPOSED}")
 
 
-def numbers_alone(night: Night, args) -> bool:
-    """Whether nothing but numbers of train.py was and will be changed in this night."""
-    sizes = night.settings.profile.sizes
-    programs = {skeleton(row["source"], sizes) for row in night.journal.of("proposal")}
-    return len(programs) <= 1 and bool(args.proposer == "tune" or args.check or args.ablate)
-
-
 # ---------------------------------------------------------------------------
 # A child's command
 
@@ -337,7 +328,7 @@ def inherited_names() -> list[str]:
     )
 
 
-def child_command(action: str, folder: Path, sandbox: Sandbox | None, more: tuple[str, ...] = ()) -> Command:
+def child_command(action: str, folder: Path, sandbox: Sandbox | None, more: tuple[str, ...] = ()) -> Child:
     """The command of a child that trains, scores or tries the sandbox in a run folder. The one place for isolation.
 
     "score" runs none of the folder's code; the two children that it launches do, "evaluate" and "answer".
@@ -378,4 +369,4 @@ def child_command(action: str, folder: Path, sandbox: Sandbox | None, more: tupl
         command = ["prlimit", "--core=0", f"--fsize={FILE_BYTES}", "--", *command]
     if shutil.which("choom"):  # if the machine's memory runs out, the kernel ends a child before us
         command = ["choom", "--adjust", "1000", "--", *command]
-    return Command(command, environment, folder)
+    return Child(command, environment, folder)
