@@ -12,7 +12,7 @@ from messages_server import ODD, MessagesServer
 
 import lab.propose.model
 from constants import Problem
-from lab.propose.claude import PRICES, Claude, credentials_of, take_secrets, usd_of
+from lab.propose.claude import PRICES, Claude, Message, credentials_of, take_secrets, usd_of
 from lab.propose.model import parse_reply
 from lab.propose.prompt import DIVIDER, REPLACE, SEARCH
 from lab.record.journal import spent_usd
@@ -97,9 +97,33 @@ def test_a_reply_is_parsed():
     assert parse_reply(reply("x", ("e", "f")), source.rstrip("\n"))[0].source == "a\n\nb\nd\nf\n"
 
 
+HONEST = (
+    """# x[..., 0] holds the previous token
+# q[..., :half], the rest passes unchanged
+# previous token's embedding, x[..., 1:]
+# (B, T, ...) -> remaining dims are flattened
+# the rest of the model is float32
+# the rest of the model's parameters go to AdamW
+# Muon for matrices, AdamW for the rest...
+# same code as in the paper, fused
+# existing code path for ROCm
+# unchanged code: torch.compile keeps its graph
+# other layers
+#"""
+    + 20_000 * "-"
+)
+
+
 @pytest.mark.parametrize(
     "line",
     [
+        "# rest unchanged",
+        "# same as before",
+        "# remaining lines as above",
+        "# ... (other layers)",
+        "# other methods here",
+        "# Rest of training loop stays as is",
+        "    ...",
         "# ... existing code ...",
         "    # ...",
         "# ... (rest of the class unchanged)",
@@ -113,7 +137,9 @@ def test_a_line_that_stands_for_others_is_refused(line):
     with pytest.raises(Rejected, match="stands for lines that it leaves out"):
         parse_reply(reply("x", ("a", f"b\n{line}")), "a\nc\n")
     assert parse_reply(reply("x", (f"a\n{line}", f"b\n{line}")), f"a\n{line}\n")[0].source == f"b\n{line}\n"
-    honest = "x = 1  # 8 layers ... 0.002\n# the rest moves nothing: variety for `tune`\n# same width as before\n..."
+    honest = (
+        "x = 1  # 8 layers ... 0.002\n# the rest moves nothing: variety for `tune`\n# same width as before\n" + HONEST
+    )
     assert parse_reply(reply("x", ("a", honest)), "a\n")[0].source == honest + "\n"
 
 
@@ -283,6 +309,76 @@ def test_a_server_that_will_never_reply_ends_the_night_in_its_own_words(night, a
     problem, server, _ = night([answer], 9)
     assert isinstance(problem, Problem) and said in str(problem) and "same command" in str(problem)
     assert len(server.requests) <= 10
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (429, "Quota exceeded for quota metric 'Generate requests per minute'"),
+        (429, "Resource has been exhausted (e.g. check quota)."),
+        (503, "upstream retry budget exceeded"),
+        (503, "Too many tokens, please wait before trying again."),
+        (500, "internal error while processing request {max_tokens: 32000}"),
+    ],
+)
+def test_what_waiting_mends_is_waited_out_and_shortens_nothing(night, status, words):
+    _, server, here = night([*[("status", (status, [], words))] * 4, numbered()], 1)
+    assert here.results[1].description == "idea 0" and {body["max_tokens"] for body in server.requests} == {32_000}
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (("status", (415, [], "unsupported")), "refused 3 ideas in a row"),
+        (("status", (501, [], "not here")), "refused 3 ideas in a row"),
+        (("json", {"type": "message", "content": 5}), "never with a whole reply"),
+        (("json", {"type": "error", "error": {"type": [], "message": "x"}}), "never with a whole reply"),
+    ],
+)
+def test_an_answer_that_is_none_does_not_go_on_for_ever(night, answer, said):
+    problem, server, _ = night([answer], 9)
+    assert isinstance(problem, Problem) and said in str(problem) and len(server.requests) <= 10
+
+
+def test_a_reply_that_pauses_for_ever_is_one_idea(night):
+    _, server, here = night([*[("pause", "a")] * 6, numbered()], 2)
+    assert [result.operator for result in here.results[1:]] == ["tune", "improve"] and len(server.requests) == 7
+
+
+def test_counts_that_cannot_be_are_not_reported_and_another_word_for_the_end_is_one(night):
+    text = [{"type": "text", "text": add("idea", 1)}]
+    for usage in ({"input_tokens": -(10**7), "output_tokens": 9}, {"input_tokens": 10**400, "output_tokens": True}):
+        message = Message()
+        message.take({"type": "message", "content": text, "stop_reason": "stop", "usage": usage})
+        assert not message.counted and all(0 <= count < 10**9 for count in message.usage.values())
+    whole = {
+        "type": "message",
+        "content": text,
+        "stop_reason": "stop",
+        "usage": {"input_tokens": 9, "output_tokens": 9},
+    }
+    _, _, here = night([("json", whole)], 1)
+    assert here.results[1].description == "idea 1"
+
+
+def test_blocks_are_put_together_by_their_index_and_sent_back_as_they_came():
+    message = Message()
+    start = {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}}
+    for index, block in enumerate(
+        ({"type": "thinking", "thinking": ""}, {"type": "text", "text": ""}, start, {"type": "text", "text": ""})
+    ):
+        message.take({"type": "content_block_start", "index": index, "content_block": block})
+    for index, delta in ((1, {"type": "text_delta", "text": "A"}), (0, {"type": "thinking_delta", "thinking": "hm"}),
+                         (0, {"type": "signature_delta", "signature": "S"}), (1, {"type": "text_delta", "text": "a"})):  # fmt: skip
+        message.take({"type": "content_block_delta", "index": index, "delta": delta})
+    thought = {"type": "thinking", "thinking": "hm", "signature": "S"}
+    assert message.content == [thought, {"type": "text", "text": "Aa"}, start] and message.text == "Aa"
+
+
+@pytest.mark.parametrize("listed", [[None], [5], ["a"]])
+def test_a_list_of_models_of_another_shape_is_none(night, listed, monkeypatch):
+    outcome, server, _ = night([numbered()], 1, model="b", listed=listed)
+    assert ("does not know the model b" in str(outcome)) == (listed == ["a"]) == (server.requests == [])
 
 
 def test_a_server_that_refuses_ideas_later_is_gone_on_with(night):

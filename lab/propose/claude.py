@@ -29,10 +29,27 @@ LONG_PROMPTS = {"claude-haiku-5-5": (100_000, 5.0)}  # from so many tokens on, e
 REPLY_TOKENS, LEAST_REPLY_TOKENS = 32_000, 8_000  # of one reply, thinking included; where the context is small
 TIMEOUT_S = 600.0  # without a byte from the server
 MAX_LOST = 3  # ideas that a model loses in a row before another of --model is asked first, or the night ends if none ever replied
+MAX_PAUSES = 5  # of one reply
+BROKEN_OFF = (
+    "refusal",
+    "tool_use",
+    "max_tokens",
+    "length",
+    "pause_turn",
+    "model_context_window_exceeded",
+)  # stop reasons of no whole reply
+GATEWAYS = (408, 502, 504, 524)  # statuses of a server in between: the one behind it may have begun
 MAX_BROKEN = 10  # answers that are no whole reply before the night ends, if there never was one
-NO_MONEY = re.compile(r"\b(budget|quota|credits?|insufficient_quota)\b", re.IGNORECASE)
+NO_MONEY = re.compile(
+    r"(?<!thinking )(?<!retry )(?<!token )(?<!error )\b(budget|quota|credits?|insufficient_quota)\b", re.IGNORECASE
+)
+PASSES = re.compile(
+    r"per (second|minute|hour)|rate limit|retry|try(ing)? again|resource has been exhausted", re.IGNORECASE
+)  # by waiting
 TOO_LONG = re.compile(
-    r"max_tokens|context (size|length|window)|maximum context|(prompt|input) is too long|too many tokens", re.IGNORECASE
+    r"max_tokens\b.*\b(too large|too high|exceed\w*|greater|larger|maximum|at most|must be)|(exceed\w*|maximum|too large)\b.*max_tokens|"
+    r"context (size|length|window)|maximum context|(prompt|input) is too long",
+    re.IGNORECASE,
 )
 STATUS_OF = {  # of the errors that come within a stream
     "invalid_request_error": 400, "authentication_error": 401, "billing_error": 402, "permission_error": 403, "not_found_error": 404,
@@ -157,7 +174,8 @@ class Claude(Researcher):
         from anthropic import APIError
 
         try:
-            return [model.id for model in self.client.models.list(limit=1000)]
+            first = self.client.models.list(limit=1000).data or []  # some servers repeat it for ever
+            return [model.id for model in first if isinstance(model.id, str)]
         except (APIError, ValueError, TypeError, AttributeError):
             return []
 
@@ -215,11 +233,11 @@ class Claude(Researcher):
                 self.wait_out(failures, failed.told(), failed.delay_s)
                 continue
             text, self.status = text + message.text, ""
-            if message.stop == "pause_turn":
+            if message.stop == "pause_turn" and len(more) < MAX_PAUSES:
                 more.append({"role": "assistant", "content": message.content})
-            elif message.stop == "max_tokens" and effort == "high":  # it thought for too long
+            elif message.stop in ("max_tokens", "length") and effort == "high":  # it thought for too long
                 effort, text, more = "medium", "", []
-            elif message.stop in ("end_turn", "stop_sequence"):
+            elif message.stop in ("end_turn", "stop_sequence") or (text and message.stop not in BROKEN_OFF):
                 self.replied = True
                 return text
             elif message.stop == "model_context_window_exceeded" and self.shorten():
@@ -248,12 +266,20 @@ class Claude(Researcher):
                     message.take(event)
         except Failed as failed:  # an error within the stream
             return failed
-        except (APIError, HTTPError, ValueError, TypeError, RuntimeError) as error:
+        except (
+            APIError,
+            HTTPError,
+            ValueError,
+            TypeError,
+            RuntimeError,
+            LookupError,
+            ArithmeticError,
+            AttributeError,
+        ) as error:
             status = getattr(error, "status_code", None)
-            answered = status is not None and status >= 400  # and so not begun; what broke off may have cost all
-            return Failed(
-                status, error_text(error), retry_after(error), begun=not answered, broken=isinstance(error, ValueError)
-            )
+            begun = status is None or status < 400 or status in GATEWAYS  # what broke off may have cost all
+            broken = not isinstance(error, (APIError, HTTPError))
+            return Failed(status, error_text(error), retry_after(error), begun, broken)
         if message.stop is None:
             return Failed(None, "its reply broke off" if message.content else "its answer has no text", broken=True)
         return None
@@ -261,7 +287,7 @@ class Claude(Researcher):
     def adapt(self, failed: "Failed") -> bool:
         """Does without what another server of the same protocol does not take, aloud; True if that is worth another try."""
         message, dropped = failed.message, ""
-        if failed.status in (None, 401, 402, 429) or NO_MONEY.search(message):
+        if failed.status in (None, 401, 402, 429) or failed.no_money or PASSES.search(message):
             return False
         if TOO_LONG.search(message):
             return self.shorten(message)
@@ -292,13 +318,14 @@ class Claude(Researcher):
         status, message = failed.status, failed.message
         if status == 401:
             raise Problem(f"the API refuses the key ({message}); check {' or '.join(SECRETS)}, {RUN_AGAIN}")
-        if status == 402 or (status and NO_MONEY.search(message)):
+        if status == 402 or failed.no_money:
             raise Problem(f"the API account has no credit or budget left ({message}); add some, {RUN_AGAIN}")
         if status == 404:
             raise Problem(
                 f"the API does not know the model {model} or the path ({message}); choose one with --model, {RUN_AGAIN}"
             )
-        if "content filter" in message or status in (400, 403, 405, 413, 422):
+        refused = status and 400 <= status < 500 and status not in (408, 409, 425, 429)
+        if "content filter" in message or refused or status == 501:
             raise Refused(f"the server does not take the request: {message}")
         self.broken += failed.broken
         if self.broken >= MAX_BROKEN and not self.replied:
@@ -321,6 +348,13 @@ class Failed(Exception):
     begun: bool = True  # whether it may have cost something
     broken: bool = False  # whether there was an answer, which is no whole reply
 
+    @property
+    def no_money(self) -> bool:
+        """Whether there is none left, which no waiting mends; a limit by the minute is none such."""
+        return bool(
+            self.status and self.delay_s is None and NO_MONEY.search(self.message) and not PASSES.search(self.message)
+        )
+
     def told(self) -> str:
         return f"{self.status or ''} {self.message}".strip()
 
@@ -329,10 +363,15 @@ class Failed(Exception):
 class Message:
     """A reply as far as it has come. The SDK's own accumulator takes no stream that lacks an event or a count."""
 
-    content: list[dict] = field(default_factory=list)  # its blocks, as they are sent back after pause_turn
+    blocks: dict[int, dict] = field(default_factory=dict)  # by index
     stop: str | None = None  # why it ended; None for what is not whole
     usage: dict[str, int] = field(default_factory=dict)  # what was reported last, by the names of COUNTS
     final: int = 0  # tokens of the reply as reported after it
+
+    @property
+    def content(self) -> list[dict]:
+        """Its blocks, as they are sent back after pause_turn."""
+        return [block for block in self.blocks.values() if block.get("type") != "text" or block.get("text")]
 
     @property
     def text(self) -> str:
@@ -352,25 +391,34 @@ class Message:
         if kind == "message_start":
             self.count(inner(inner(event, "message"), "usage"))
         elif kind == "message":
-            self.content = [block for block in event.get("content") or () if isinstance(block, dict)]
+            self.blocks = dict(enumerate(block for block in event.get("content") or () if isinstance(block, dict)))
             self.final = self.count(inner(event, "usage"))
             self.end(event.get("stop_reason"))
         elif kind == "content_block_start":
-            self.content.append({"type": "text", "text": ""} | inner(event, "content_block"))
+            self.blocks[self.index(event, len(self.blocks))] = {"type": "text"} | inner(event, "content_block")
         elif kind == "content_block_delta":
             delta = inner(event, "delta")
             name = {"text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature"}.get(
                 delta.get("type")
             )
-            if name and not (self.content and (name == "text") == (self.content[-1]["type"] == "text")):
-                self.content.append({"type": "text" if name == "text" else "thinking"})
             if name:
-                self.content[-1][name] = (self.content[-1].get(name) or "") + str(delta.get(name) or "")
+                self.add("text" if name == "text" else "thinking", name, str(delta.get(name) or ""), event)
         elif kind == "message_delta":
             self.stop = inner(event, "delta").get("stop_reason") or self.stop
             self.final = self.count(inner(event, "usage"))
         elif kind == "message_stop":
             self.end(self.stop)
+
+    def add(self, kind: str, name: str, words: str, event: dict) -> None:
+        """Adds to the block that a delta belongs to, by its index, else the last one; servers leave out blocks and indices."""
+        place = self.index(event, max(self.blocks, default=0))
+        if self.blocks.get(place, {"type": kind}).get("type") != kind:
+            place = max(self.blocks) + 1
+        block = self.blocks.setdefault(place, {"type": kind})
+        block[name] = (block.get(name) or "") + words
+
+    def index(self, event: dict, other: int) -> int:
+        return event["index"] if isinstance(event.get("index"), int) else other
 
     def end(self, stop: str | None) -> None:
         """It ended in order, whether or not it says why."""
@@ -378,8 +426,12 @@ class Message:
 
     def count(self, usage: dict) -> int:
         """Takes what is reported; the tokens of the reply in it."""
-        self.usage |= {name: usage[key] for name, key in COUNTS.items() if type(usage.get(key)) is int}
+        self.usage |= {name: usage[key] for name, key in COUNTS.items() if is_count(usage.get(key))}
         return self.usage.get("output", 0) if COUNTS["output"] in usage else 0
+
+
+def is_count(value) -> bool:
+    return type(value) is int and 0 <= value < 10**9
 
 
 def inner(outer: dict, name: str) -> dict:
@@ -393,7 +445,7 @@ def events_of(response):
 
     Each says its own type: no `event:` line is needed.
     """
-    kind = response.headers.get("content-type", "").partition(";")[0].strip()
+    kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         texts = [b"".join(response.iter_bytes())]
     elif kind == "text/event-stream":
@@ -401,6 +453,8 @@ def events_of(response):
     else:
         raise ValueError(f"the server answers with {kind or 'something'}, not with a reply of the Messages API")
     for text in texts:
+        if not text.strip():
+            continue
         event = {"type": "message_stop"} if text == b"[DONE]" else json.loads(text)
         if isinstance(event, dict):
             yield event

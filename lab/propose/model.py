@@ -30,11 +30,13 @@ MAX_DRAWS = 8  # of the numeric search that are refused; then the model is asked
 PATIENCE_S = 60.0  # longest pause between two attempts if the server names none
 OUTAGE_REMINDER_S = 3_600.0  # between two lines about an outage, the first at its third failure
 BLOCK = re.compile(rf"^{SEARCH}[ \t]*\n(.*?)^{DIVIDER}[ \t]*\n(.*?)^{REPLACE}[ \t]*$", re.MULTILINE | re.DOTALL)
-PLACEHOLDER = re.compile(  # a comment that is nothing but dots, or dots and such a word, or `rest of the file`
-    r"^\s*(#|//)\W*((\.{3}|\u2026)\W*$|.*(\.{3}|\u2026).*\b(existing|rest|remain\w*|unchanged|omitted|previous|as before)\b|"
-    r".*\b(existing|rest|remain\w*|unchanged|omitted|previous|as before)\b.*(\.{3}|\u2026)|"
-    r"(the )?(rest|remainder) of (the )?(code|file|class|function|method|script|model)\b|(existing|unchanged|same) code\b|unchanged\W*$)",
-    re.IGNORECASE,
+BESIDE_DOTS = re.compile(
+    r"(the )?(rest|remainder|existing|remaining|other|unchanged|previous|same|omitted)\b[\w ]{0,40}"
+)
+ALONE = re.compile(
+    r"(existing|same|unchanged) code|(the )?(rest|remainder) of (the )?(code|file|class|function|method|script|model|loop|module)|"
+    r"((the )?(rest|remainder)( of [\w ]{1,30})?|(existing|remaining|other) [\w ]{1,30}) ((stays|remains|is|are) )?"
+    r"(unchanged|the same|as is|as before|as above|omitted|here)|unchanged|(same )?as before"
 )
 MARK = re.compile(rf"^({SEARCH}|{REPLACE})[ \t]*$", re.MULTILINE)
 
@@ -89,11 +91,22 @@ def replaced(source: str, search: str, replacement: str, number: int) -> str:
             f"block {number}: its SEARCH lines match {count} times, not once; copy whole lines exactly:\n{search}"
         )
     for line in set(replacement.split("\n")) - set(search.split("\n")):
-        if PLACEHOLDER.search(line):
+        if stands_for_others(line):
             raise Rejected(
                 f"block {number}: the line `{line.strip()}` stands for lines that it leaves out; write them, or search for fewer"
             )
     return text.replace(f"\n{search}", f"\n{replacement}", 1)[1:]
+
+
+def stands_for_others(line: str) -> bool:
+    """Whether a line is a placeholder: dots alone, a comment of dots and such a word, or one that says nothing else."""
+    line = line.strip()
+    if not line.startswith(("#", "//")) or len(line) > 120:
+        return line in ("...", "\u2026")
+    body = line.lstrip("#/ ").strip("([{}]) ")
+    words = body.strip(" .,:;!-=*()[]{}\u2026").lower()
+    dots = any(body.startswith(mark) or body.endswith(mark) for mark in ("...", "\u2026"))
+    return bool((dots and (not words or BESIDE_DOTS.fullmatch(words))) or ALONE.fullmatch(words))
 
 
 def first_line(text: str) -> str:
