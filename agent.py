@@ -28,7 +28,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # also where PYT
 
 import constants
 from constants import CONFIRM_SEED, SEED, Problem, locked
-from lab.arguments import choose_tag, parse_arguments, restore_arguments, restore_setting
+from lab.arguments import choose_tag, parse_arguments, restore_arguments, restore_fixed, restore_setting
 from lab.check import CHECK_SEEDS, ablate, check, rehearsal
 from lab.measure import cache
 from lab.measure.child import end_processes, guard_this_process, interrupts
@@ -351,7 +351,7 @@ def start_and_work(args, secrets: dict) -> None:
     if not args.demo:
         rows = read_journal(folder / "journal.jsonl")[0]
         restore_arguments(args, rows, bool(credentials_of(secrets)))
-        restore_setting(args, rows, ("profile", "dataset", "budget"))  # also before the baseline has its result
+        restore_fixed(args, folder / "harness" / "night.json")  # also before the baseline has its result
     replayed = []
     if args.replay:
         rows = rows_to_replay(RUNS, args.replay)
@@ -415,9 +415,6 @@ def main() -> None:
             start_and_work(args, secrets)
     except (Problem, Rejected) as problem:
         sys.exit(f"error: {problem}")
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(f"error: what read this output has ended; {RUN_AGAIN}")
     except OSError as error:
         sys.exit(f"error: {constants.file_trouble(error, f'free space, {RUN_AGAIN}')}")
     except subprocess.CalledProcessError as error:

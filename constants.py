@@ -203,6 +203,9 @@ def file_trouble(error: OSError, when_full: str) -> str:
     if error.errno in FULL:
         reason = "" if error.errno == errno.ENOSPC else f" ({error.strerror})"
         return f"the disk of {error.filename or cache_dir()} is full{reason}; {when_full}"
+    if error.errno == errno.EPIPE:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else its last flush complains too
+        return "what read this output has ended; then run the same command again"
     if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
         raise error
     places = "runs/ and AUTORESEARCH_CACHE have to be folders that you may write to"

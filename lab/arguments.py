@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import math
 import re
 from datetime import datetime
@@ -162,6 +163,15 @@ def restore_setting(args, rows: list[dict], names: tuple[str, ...]) -> None:
     """The setting of a replay or a rehearsal is that with which the other night began, unless given."""
     for name in names:
         setattr(args, name, getattr(args, name) or first_start(rows).get(name))
+
+
+def restore_fixed(args, rules: Path) -> None:
+    """Profile, dataset and budget that a night was opened with, however they were chosen, unless given."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        stored = json.loads(rules.read_text())
+        fixed = {"profile": stored["profile"]["name"], "dataset": stored["dataset"], "budget": stored["budget_s"]}
+        for name, value in fixed.items():
+            setattr(args, name, getattr(args, name) or value)
 
 
 def restore_arguments(args, rows: list[dict], key: bool) -> None:

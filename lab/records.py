@@ -146,9 +146,11 @@ def trouble(run: Run, baseline: Run | None, budget_s: float) -> str:
 
 def unlike(run: Run, baseline: Run) -> str:
     """Which difference of its probe is far above that of the baseline, which is rounding alone; empty if none is."""
+    rows = baseline.probe.get("rows") or 1
+    by_chance = 6 * baseline.probe.get("last_abs_nats", 0.0) / rows**0.5  # of a mean of as many differences with a sign
     for name, least in LEAST_CHANGE.items():
         found, usual = abs(run.probe.get(name, 0.0)), abs(baseline.probe.get(name, 0.0))
-        if found > max(least, 10 * usual):
+        if not found <= max(least, 10 * usual, by_chance):
             where = "its predictions at the edge of the probe change when the target tokens are hidden"
             return f"{where} ({name} {found:.5f}; the baseline's {usual:.5f})"
     return ""

@@ -272,6 +272,9 @@ for name, number in {calls!r}.items():
 libc, null = ctypes.CDLL(None, use_errno=True), os.stat("/dev/null")
 for pid in (1, os.getppid()):
     found += [f"limits of {{pid}}"] if libc.prlimit(pid, 7, bytes(16), None) == 0 else []
+before = os.sched_getaffinity(0)
+libc.sched_setaffinity(os.getpid(), 8, (1).to_bytes(8, "little"))  # answers that it is done, as libraries ask for it
+found += ["the cores of a thread"] if os.sched_getaffinity(0) != before else []
 found += ["a hint of a file"] if libc.fcntl(os.open(sys.executable, os.O_RDONLY), 1036, ctypes.byref(ctypes.c_ulong(2))) == 0 else []
 for change in (lambda: os.utime("/dev/full", ns=(7, 7)), lambda: os.chmod("/dev/full", 0o600), lambda: os.setxattr("/dev/full", "user.x", b"1")):
     try:

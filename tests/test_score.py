@@ -335,14 +335,12 @@ def test_attack_that_ends_as_a_crash(harness, name):
     assert said in scored(harness, source)
 
 
-@pytest.mark.parametrize(
-    ("kind", "told"), [("ValueError", "ValueError"), ("type('stolen', (Exception,), {})", "an exception of its own")]
-)
-def test_attack_text_in_the_words_of_an_exception(harness, kind, told):
+@pytest.mark.parametrize("kind", ["ValueError", "type('stolen', (Exception,), {})"])
+def test_attack_text_in_the_words_of_an_exception(harness, kind):
     """They would reach the log, and with it the next prompt."""
     counted = "self.calls = self.__dict__.get('calls', 0) + 1"
     source = forward(counted, f"if self.calls > 2: raise {kind}(f'stolen {{idx}}')", "return self.logits(idx)")
-    assert scored(harness, source) == f"the model answers random tokens, but fails on text: {told}"
+    assert scored(harness, source) == "the model answers random tokens, but fails on text"
 
 
 def test_the_reason_names_the_weights_that_do_not_fit_before_anything_else(harness):

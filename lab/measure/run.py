@@ -77,7 +77,7 @@ def read_result(path: Path, memory_gb: float | None, budget_s: float) -> dict:
 
 OUTSIDE = re.compile(  # crashes that need not be the program's fault: the system ended it, or the driver lost the card
     r"killed by SIG(KILL|TERM|HUP|INT|QUIT|PWR)\b|(CUDA|HIP) error: .*(unknown error|busy or unavailable|is lost|ECC error|"
-    r"no \S+ device is detected|not yet initialized|shutting down|launch failure|launch timed out)|No (CUDA|HIP) GPUs are available"
+    r"no \S+ device is detected|not yet initialized|shutting down|launch failure|launch timed out)|No (CUDA|HIP) GPUs are available|while it ran$"
 )
 
 
@@ -129,7 +129,6 @@ def measure_at(place: Place, view, folder: Path, source: str, seed: int, title: 
         if not late(run, baseline, budget_s) and from_outside(scored):
             scored = score(place, run, folder, rivals)
         run = scored
-    place.last_exit = time.perf_counter()
     view.end()
     place.check_unchanged()
     if run.crash and free_bytes(place.folder) < DISK_FLOOR_BYTES:
@@ -170,6 +169,7 @@ def train(
         ended = run_child(command, folder / "run.log", *limits, on_clock)
     finally:
         text.take_back(place, folder)
+        place.last_exit = time.perf_counter()
     crash, metrics = ended.why or crash_reason(ended.status, folder / "run.log"), {}
     if not crash:
         try:
@@ -199,7 +199,7 @@ def wait_until_ready(place: Place, best: Run | None) -> None:
     """
     place.check_unchanged()
     check_disk(place.folder)
-    peak_mb = best.metrics.get("reserved_vram_mb") if best else None
+    peak_mb = best and (best.metrics.get("reserved_vram_mb") or best.metrics.get("peak_vram_mb"))
     if peak_mb is not None:
         needed_mb = min(peak_mb + CARD_CONTEXT_MB, 0.98 * (best.free_mb or math.inf))
         wait_for_card(needed_mb, place.say, place.out_of_time)
@@ -238,6 +238,7 @@ def score(place: Place, run: Run, folder: Path, rivals: Rivals) -> Run:
         *(("--no-test",) if run.seed == constants.CONFIRM_SEED else ()),
     )
     ended = run_child(child_command("score", folder, None, more), log, limit_s)
+    place.last_exit = time.perf_counter()
     crash = ended.why or crash_reason(ended.status, log)
     if crash.startswith("time-out") and baseline:
         crash += f": the baseline's took {baseline.scoring_seconds:.0f} s, and twice that is allowed"

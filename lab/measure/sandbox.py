@@ -159,7 +159,8 @@ lsetxattr 189 6, fsetxattr 190 7, setxattrat 463 463, removexattr 197 14, lremov
 file_setattr 469 469
 """
 MADE_UP = "chmod 90 -, fchmod 91 52, fchmodat 268 53, fchmodat2 452 452, chown 92 -, fchown 93 55, lchown 94 -, fchownat 260 54"
-OF_OTHERS = "prlimit64 302 261, sched_setaffinity 203 122, sched_setscheduler 144 119, sched_setparam 142 118, sched_setattr 314 274"
+OF_OTHERS = "prlimit64 302 261"
+OF_THREADS = "sched_setaffinity 203 122, sched_setscheduler 144 119, sched_setparam 142 118, sched_setattr 314 274"
 ARCHITECTURES = {
     "x86_64": (1, 0xC000003E, 56, 72),
     "aarch64": (2, 0xC00000B7, 220, 25),
@@ -178,23 +179,27 @@ def syscall_filter(machine: str) -> bytes | None:
     """The classic BPF program for `bwrap --seccomp`; None for an architecture that it does not know.
 
     It refuses (EPERM) what carries text from one child to the next although no file does: keyrings, the page cache, times; what reaches
-    other processes, of OF_OTHERS with any process number but 0; new namespaces, in which memory would not be limited; the calls of
+    other processes, of OF_OTHERS with any number but 0; new namespaces, in which memory would not be limited; the calls of
     other architectures. clone3, whose flags a filter cannot see, answers ENOSYS, so that libraries take clone. What would change
-    the owner or mode of a file, such as /dev/null, which is the machine's, answers that it is done (MADE_UP): compilers ask for it.
+    the owner or mode of a file, such as /dev/null, which is the machine's, answers that it is done (MADE_UP): compilers ask for it. So does the
+    pinning of a thread (OF_THREADS), which libraries name by its number and do without.
     """
     if machine not in ARCHITECTURES:
         return None
     _, arch, clone, fcntl = ARCHITECTURES[machine]
     load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06  # BPF_LD|W|ABS, JMP|JEQ, JGE, JSET, RET
-    always, made_up, of_others = (refused_calls(machine, table).values() for table in (SYSCALLS, MADE_UP, OF_OTHERS))
+    tables = (SYSCALLS, MADE_UP, OF_OTHERS, OF_THREADS)
+    always, made_up, of_others, of_threads = (refused_calls(machine, table).values() for table in tables)
     steps = [("", load, 4, "", ""), ("", equal, arch, "", "refuse")]
     steps += [("", load, 0, "", ""), ("", at_least, 0x40000000, "refuse", "")]
     steps += [("", equal, number, "refuse", "") for number in always]
     steps += [("", equal, number, "done", "") for number in made_up]
     steps += [("", equal, number, "of others", "") for number in of_others]
+    steps += [("", equal, number, "of threads", "") for number in of_threads]
     steps += [("", equal, CLONE3, "unknown", ""), ("", equal, fcntl, "fcntl", ""), ("", equal, clone, "", "allow")]
     steps += [("", load, 16, "", ""), ("", any_bit, NEW_NAMESPACES, "refuse", "allow")]  # of its first argument
     steps += [("of others", load, 16, "", ""), ("", equal, 0, "allow", "refuse")]
+    steps += [("of threads", load, 16, "", ""), ("", equal, 0, "allow", "done")]
     steps += [("fcntl", load, 24, "", ""), *(("", equal, hint, "refuse", "") for hint in SET_HINTS)]
     answers = {"allow": 0x7FFF0000, "refuse": 0x50000 | 1, "unknown": 0x50000 | 38, "done": 0x50000}
     steps += [(label, answer, value, "", "") for label, value in answers.items()]

@@ -114,8 +114,9 @@ class Command(Researcher):
 
 def telling(lines: list[str]) -> str:
     """The last line that names an error, else the last: under a stack trace stands nothing that helps."""
+    raised = [line for line in lines if re.match(r"\S*Error\b", line)]
     named = [line for line in lines if re.search(r"error\b", line, re.IGNORECASE) and not line.startswith("    at ")]
-    return one_line((named or lines or [""])[-1])
+    return one_line((raised or named or lines or [""])[-1])
 
 
 def last_of(file) -> str:

@@ -4,6 +4,7 @@ import ast
 import builtins
 import hashlib
 import io
+import re
 import tokenize
 
 from lab.records import Rejected
@@ -20,7 +21,7 @@ REFUSED = {  # name or attribute: why
         "inspect testing _testing collect_env f2py distutils bottleneck _pytesttester hipify benchmark tensorboard viz importlib machinery "
         "find_spec module_from_spec exec_module load_library",
         "the environment decides nothing here; `run` has what a run may know": "environ getenv putenv",
-        "reaches into the harness": "builtins __builtins__ __dict__ __globals__ __closure__ __code__ __subclasses__ __bases__ __base__ __mro__ mro "
+        "reaches into the harness": "builtins __builtins__ __dict__ __globals__ __closure__ __code__ __subclasses__ __bases__ __base__ __class__ __mro__ mro "
         "__self__ __func__ __loader__ __spec__ _C _rows open_rows settings_by_hand",
         "walks the frames of its caller": "_getframe f_back f_locals f_globals tb_frame gi_frame cr_frame",
         "finds objects of the harness": "get_objects get_referrers get_referents",
@@ -39,7 +40,7 @@ REFUSED = {  # name or attribute: why
     for name in names.split()
 }
 HELD = frozenset(
-    "start last recent events stopped_s expired progress seconds seed clock".split()
+    "start last recent events stopped_s expired progress seconds seed clock finish report batches start_clock".split()
 )  # no edit assigns them
 
 
@@ -75,7 +76,7 @@ def screen(source: str, tried: dict[str, str]) -> None:
 
 def check_rules(tree: ast.Module) -> None:
     """Raises Rejected for imports, names, literals and assignments that the rules refuse."""
-    kernels = triton_names(tree)
+    kernels, harness = names_from(tree, "triton"), names_from(tree, "prepare") | names_from(tree, "constants")
     for node in ast.walk(tree):
         at = f"line {getattr(node, 'lineno', '?')}"
         for name in names_of(node, kernels):
@@ -98,7 +99,8 @@ def check_rules(tree: ast.Module) -> None:
                     f"{at}: assignment to `{node.attr}` is refused: clock, time and seed belong to the harness"
                 )
         changed = isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load)
-        if changed and ast.unparse(node.value).split(".")[0] in ("prepare", "constants"):
+        changed = changed or (isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load))
+        if changed and re.split(r"\W", ast.unparse(node.value), maxsplit=1)[0] in harness:
             raise Rejected(f"{at}: assignment to `{ast.unparse(node)}` is refused: the harness is not edited")
 
 
@@ -114,19 +116,20 @@ def names_of(node: ast.AST, kernels: set[str]) -> list[str]:
     if isinstance(node, ast.Name):
         return [node.id] if hasattr(builtins, node.id) or node.id.startswith("__") else []
     if isinstance(node, ast.Attribute):
-        owner = node.value.id if isinstance(node.value, ast.Name) else ""
+        owner = ast.unparse(node.value).split(".")[0] if isinstance(node.value, (ast.Name, ast.Attribute)) else ""
         allowed = (node.attr == "load" and owner in kernels) or (node.attr == "seed" and owner == "run")
         return [] if allowed else [node.attr]
     return node.kwd_attrs if isinstance(node, ast.MatchClass) else []
 
 
-def triton_names(tree: ast.Module) -> set[str]:
-    """What triton's modules are called here."""
+def names_from(tree: ast.Module, package: str) -> set[str]:
+    """What a package, its modules and what they hold are called here."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.asname for alias in node.names if alias.name.startswith("triton.") and alias.asname}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "triton":
+            found = [alias for alias in node.names if alias.name.split(".")[0] == package]
+            names |= {alias.asname or package for alias in found}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package:
             names |= {alias.asname or alias.name for alias in node.names}
     return names
 
