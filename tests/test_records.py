@@ -23,7 +23,7 @@ RUN = Run(
     saving_seconds=1.0,
     weights_bytes=100,
     parts=PARTS,
-    probe={"last_mean_nats": 5e-5, "last_abs_nats": 1e-4},
+    probe={"rows": 1_024, "last_mean_nats": 5e-5, "last_abs_nats": 1e-4},
 )  # it started for 19 s, and its clock half a second after the line
 
 
@@ -74,6 +74,9 @@ def test_a_start_may_take_half_as_long_again_and_a_tenth_of_the_budget():
 def test_a_probe_is_held_against_that_of_the_baseline_only_above_rounding():
     silent = replace(RUN, probe={"last_mean_nats": 0.0, "last_abs_nats": 0.0})
     assert unlike(replace(RUN, probe=dict.fromkeys(RUN.probe, 9e-5)), silent) == ""
+    lucky = replace(RUN, probe={"rows": 1_024, "last_mean_nats": 0.0, "last_abs_nats": 5e-3})  # its mean is 0 by chance
+    assert unlike(replace(RUN, probe={"last_mean_nats": 4e-4, "last_abs_nats": 5e-3}), lucky) == ""
+    assert unlike(replace(RUN, probe={"last_mean_nats": float("nan")}), silent)
     assert "0.00160" in unlike(
         replace(RUN, probe={"last_mean_nats": 1.6e-3}), silent
     )  # look-ahead within the old tolerance
