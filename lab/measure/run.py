@@ -122,6 +122,7 @@ def measure_at(place: Place, view, folder: Path, source: str, seed: int, title: 
     run = train(place, view, folder, source, seed, title, rivals)
     if reason := from_outside(run):
         cold = not baseline or "before its clock" in reason or reason.startswith("started")
+        remove(folder)  # it may be what fills the disk
         run = train(place, view, folder, source, seed, title, rivals, cold)
     if not run.crash:
         view.enter("scoring")

@@ -30,22 +30,16 @@ REPLY_TOKENS, LEAST_REPLY_TOKENS = 32_000, 8_000  # of one reply, thinking inclu
 TIMEOUT_S = 600.0  # without a byte from the server
 MAX_LOST = 3  # ideas that a model loses in a row before another of --model is asked first, or the night ends if none ever replied
 MAX_PAUSES = 5  # of one reply
-BROKEN_OFF = (
-    "refusal",
-    "tool_use",
-    "max_tokens",
-    "length",
-    "pause_turn",
-    "model_context_window_exceeded",
-)  # stop reasons of no whole reply
+# Stop reasons of what is no whole reply.
+BROKEN_OFF = frozenset("refusal tool_use max_tokens length pause_turn model_context_window_exceeded".split())
 GATEWAYS = (408, 502, 504, 524)  # statuses of a server in between: the one behind it may have begun
 MAX_BROKEN = 10  # answers that are no whole reply before the night ends, if there never was one
 NO_MONEY = re.compile(
     r"(?<!thinking )(?<!retry )(?<!token )(?<!error )\b(budget|quota|credits?|insufficient_quota)\b", re.IGNORECASE
 )
-PASSES = re.compile(
+PASSES = re.compile(  # by waiting
     r"per (second|minute|hour)|rate limit|retry|try(ing)? again|resource has been exhausted", re.IGNORECASE
-)  # by waiting
+)
 TOO_LONG = re.compile(
     r"max_tokens\b.*\b(too large|too high|exceed\w*|greater|larger|maximum|at most|must be)|(exceed\w*|maximum|too large)\b.*max_tokens|"
     r"context (size|length|window)|maximum context|(prompt|input) is too long",
@@ -266,16 +260,7 @@ class Claude(Researcher):
                     message.take(event)
         except Failed as failed:  # an error within the stream
             return failed
-        except (
-            APIError,
-            HTTPError,
-            ValueError,
-            TypeError,
-            RuntimeError,
-            LookupError,
-            ArithmeticError,
-            AttributeError,
-        ) as error:
+        except Exception as error:  # also what a stream of another shape does to our reading
             status = getattr(error, "status_code", None)
             begun = status is None or status < 400 or status in GATEWAYS  # what broke off may have cost all
             broken = not isinstance(error, (APIError, HTTPError))
