@@ -389,9 +389,15 @@ def test_a_server_that_refuses_ideas_later_is_gone_on_with(night):
     )
 
 
-@pytest.mark.parametrize("status", [400, 500])
-@pytest.mark.parametrize("words", ["max_tokens is too large: 32000", "This model's maximum context length is 16384 tokens",
-                                   "request exceeds the available context size", "prompt is too long: 70000 tokens"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (400, "max_tokens is too large: 32000"),
+        (500, "This model's maximum context length is 16384 tokens"),
+        (400, "request exceeds the available context size"),
+        (400, "prompt is too long: 70000 tokens"),
+    ],
+)
 def test_a_smaller_context_is_met_by_shorter_replies_then_by_a_shorter_history(night, capsys, status, words):
     """Which is said once, and kept."""
     small = lambda body: ("status", (status, [], words)) if body["max_tokens"] > 8_000 else add("idea", len(server_of))  # noqa: E731
