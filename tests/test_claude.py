@@ -275,18 +275,16 @@ def test_a_model_that_the_servers_list_lacks_is_named_with_those_that_it_has(nig
     assert server.requests == [] and here.results == []
 
 
-@pytest.mark.parametrize("odd", [*(odd for odd in ODD if odd != "empty"), "json"])
-def test_a_reply_is_taken_however_another_server_sends_it(checkout, night, odd):
+def test_a_reply_is_taken_however_another_server_sends_it(checkout, night):
     """Without an event, a count or a name that the API always has, with some that it has not, or whole."""
-    reason, server, here = night([(odd, add("idea", 1))], 1)
-    assert reason == "the one experiment is done" and here.results[1].description == "idea 1"
-    assert len(server.requests) == 1 and not rows_of(checkout, "reject")
-    call = rows_of(checkout, "call")[-1]
-    assert (
-        call["at_least"]
-        == ("bound_usd" in call)
-        == (odd in ("no usage", "zeros", "no message_start", "no message_delta"))
-    )
+    kinds = [*(odd for odd in ODD if odd != "empty"), "json"]
+    _, server, here = night([*((odd, add("idea", odd)) for odd in kinds), numbered()], len(kinds))
+    assert [result.description for result in here.results[1:]] == [f"idea {odd}" for odd in kinds]
+    assert len(server.requests) == len(kinds) and not rows_of(checkout, "reject")
+    calls = {row["number"] - 1: row for row in rows_of(checkout, "call")}
+    uncounted = {"no usage", "zeros", "no message_start", "no message_delta"}
+    assert {kinds[number] for number, call in calls.items() if call["at_least"]} == uncounted
+    assert {kinds[number] for number, call in calls.items() if "bound_usd" in call} == uncounted
 
 
 @pytest.mark.parametrize(
@@ -311,19 +309,19 @@ def test_a_server_that_will_never_reply_ends_the_night_in_its_own_words(night, a
     assert len(server.requests) <= 10
 
 
-@pytest.mark.parametrize(
-    ("status", "words"),
-    [
+def test_what_waiting_mends_is_waited_out_and_shortens_nothing(night):
+    troubles = [
         (429, "Quota exceeded for quota metric 'Generate requests per minute'"),
         (429, "Resource has been exhausted (e.g. check quota)."),
         (503, "upstream retry budget exceeded"),
         (503, "Too many tokens, please wait before trying again."),
         (500, "internal error while processing request {max_tokens: 32000}"),
-    ],
-)
-def test_what_waiting_mends_is_waited_out_and_shortens_nothing(night, status, words):
-    _, server, here = night([*[("status", (status, [], words))] * 4, numbered()], 1)
-    assert here.results[1].description == "idea 0" and {body["max_tokens"] for body in server.requests} == {32_000}
+    ]
+    ideas = numbered()
+    script = [reply for status, words in troubles for reply in (("status", (status, [], words)), ideas)]
+    _, server, here = night(script, len(troubles))
+    assert [result.description for result in here.results[1:]] == [f"idea {n}" for n in range(5)]
+    assert len(server.requests) == 10 and {body["max_tokens"] for body in server.requests} == {32_000}
 
 
 @pytest.mark.parametrize(
