@@ -366,9 +366,8 @@ def start_and_work(args, secrets: dict) -> None:
             if pids := end_processes(str(folder)):
                 print(f"ended what an earlier start had left running: pid {', '.join(map(str, pids))}")
             fleet = start_fleet(args, folder, locks)
-            night = open_night(HERE, folder, args, repository, fleet and fleet.ask)
-            if not night.results:
-                screen(night.baseline.source, {})
+            check_new = partial(screen, tried={})
+            night = open_night(HERE, folder, args, repository, fleet and fleet.ask, check_new)
             if fleet:
                 fleet.open(night, *sandbox_of(night, args))
             else:

@@ -472,7 +472,7 @@ def words_in(body) -> str:
 
 
 def error_text(error: Exception) -> str:
-    return words_in(getattr(error, "body", None)) or one_line(str(error))[:300] or type(error).__name__
+    return words_in(getattr(error, "body", None)) or words_in(str(error)) or type(error).__name__
 
 
 def retry_after(error) -> float | None:

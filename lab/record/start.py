@@ -119,10 +119,11 @@ def difference(host: dict, settings: Settings) -> str:
     return next((f"{name} {old}, here it is {new}" for name, old, new in pairs if old != new), "")
 
 
-def open_night(here: Path, folder: Path, args, repository: Repository, ask=None) -> Night:
+def open_night(here: Path, folder: Path, args, repository: Repository, ask=None, check=lambda source: None) -> Night:
     """Creates the night or takes it up again. Raises Problem if it cannot.
 
     Until the baseline has its result, another train.py, other rules or other flags begin the night anew. ask: see create_night().
+    check(source) may refuse a new baseline, before anything is made or given up.
     """
     journal, checkout = Journal(folder / "journal.jsonl"), read_checkout(here, "train.py")
     if journal.of("result"):
@@ -133,6 +134,7 @@ def open_night(here: Path, folder: Path, args, repository: Repository, ask=None)
             raise Problem(
                 "train.py is as it was committed; edit it, then run the same command: the committed one is the baseline"
             )
+        check(source)
         baseline, opened = Proposal("baseline", "", source), None
         if journal.of("proposal") and proposal_of(journal.of("proposal")[0]).source == source:
             with contextlib.suppress(Problem):
