@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,30 +31,42 @@ import constants
 from constants import CONFIRM_SEED, SEED, Problem, locked
 from lab.arguments import choose_tag, parse_arguments, restore_arguments, restore_fixed, restore_setting
 from lab.check import CHECK_SEEDS, ablate, check, rehearsal
-from lab.measure import cache
-from lab.measure.child import end_processes, guard_this_process, interrupts
+from lab.measure.child import end_processes, guard_this_process
 from lab.measure.files import remove
+from lab.measure.run import clear_caches, rows_of_the_night
 from lab.measure.sandbox import choose_sandbox, inherited_names
-from lab.measure.text import rows_of_the_night
-from lab.propose.ahead import Proposals, Try
+from lab.propose.ahead import Proposals, Try, rebased
 from lab.propose.claude import MODEL, Claude, credentials_of, take_secrets
 from lab.propose.command import Command
-from lab.propose.hyperparameters import numbers_alone
 from lab.propose.model import Researcher
 from lab.propose.replay import Replay, proposals_to_replay, rows_to_replay
-from lab.propose.screen import fingerprint, screen
+from lab.propose.screen import screen
+from lab.propose.tune import Tune, numbers_alone
 from lab.record.git import Repository
 from lab.record.journal import night_runs, read_journal, seconds_of, seconds_of_earlier_starts
-from lab.record.night import CRASHING_AFTER, Night, measure, only_crashes, read_checkout
-from lab.record.start import journal_start, open_night, renew_demo
-from lab.records import RUN_AGAIN, OutOfTime, Proposal, Rejected, Result, Run, Verdict, clean, log_tail, trouble
+from lab.record.night import Night, make_run_here, measure, read_checkout
+from lab.record.start import journal_start, open_night, renew_demo, stored_settings
+from lab.records import (
+    RUN_AGAIN,
+    OutOfTime,
+    Proposal,
+    Rejected,
+    Result,
+    Run,
+    Verdict,
+    clean,
+    log_tail,
+    only_crashes,
+    trouble,
+)
 from lab.view import View, print_summary
 
 HERE = Path(__file__).resolve().parent
 RUNS = Path(os.path.realpath(HERE / "runs"))
 TEST_ALARM = 0.01  # bpb, or x incumbent if more: a gain on val that exceeds the gain on test by this is not believed
 UNEVEN = 0.1  # share of tokens by which two runs of the baseline may differ; more, and it is measured again
-MAX_CRASHES = 2 * CRASHING_AFTER  # crashes in a row before the night stops
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, the end of a job, a closed terminal
+MAX_CRASHES = 20  # crashes in a row before the night stops
 
 
 # ---------------------------------------------------------------------------
@@ -97,73 +110,44 @@ def second_look(challenger: Run, incumbent: Run, why_not) -> Verdict:
 # One experiment
 
 
-def experiment(night: Night, proposal: Proposal):
-    """Train, score and judge one proposal: yields what to measure (source, seed, title, fresh), gets the Run; returns the Result.
+def experiment(night: Night, proposal: Proposal, measure) -> Result:
+    """Measure one proposal, judge it, record it. Runs in a thread; measure(source, seed, title, fresh=False) -> Run blocks.
 
-    The incumbent is that of the moment in which a run arrives: with several workers another may have won meanwhile.
+    With several workers another experiment may be kept meanwhile: then this one is put on top of it, and measured once more.
     """
-    source, program = proposal.source, fingerprint(proposal.source)
-    night.tried.setdefault(program, f"an experiment that runs now: {proposal.description}")
-    run = yield source, SEED, proposal.description, False
     while True:
-        best, second = night.incumbent, None
-        verdict = judge(run, best and best.run, night.baseline_run, night.settings.budget_s)
-        if verdict.word != "keep" or not best or not night.confirm:
-            break
-        fresh = night.settings.profile.name == "cpu"  # whose pace drifts: a stored run may be of a faster hour
-        why = f"{run.number} is lower than {best.run.number}, so"
-        challenger = yield source, CONFIRM_SEED, f"{why} on the second seed: {proposal.description}", fresh
-        incumbent = yield night.source(best), CONFIRM_SEED, f"{why} the incumbent on the second seed", fresh
-        verdict = second_look(challenger, incumbent, night.trouble)
-        second = (challenger.val_bpb, incumbent.val_bpb)
-        if verdict.word != "keep" or night.incumbent is best:
-            break
-    return Result(
-        len(night.results), proposal.parent if best else None, best.number if best else None, proposal.id, proposal.description,
-        proposal.hypothesis, proposal.operator, proposal.mends, verdict, run, second, commit="", fingerprint=program,
-    )  # fmt: skip
+        parent = night.parent_of(proposal)  # what it was made on; None for the baseline
+        run = measure(proposal.source, SEED, proposal.description)
+        verdict, second = judge(run, parent and parent.run, night.baseline_run, night.settings.budget_s), None
+        if verdict.word == "keep" and parent and parent is night.incumbent and night.confirm:
+            fresh = night.settings.profile.name == "cpu"  # whose pace drifts: a stored run may be of a faster hour
+            why = f"{run.number} is lower than {parent.run.number}, so"
+            second = (
+                measure(proposal.source, CONFIRM_SEED, f"{why} on the second seed: {proposal.description}", fresh),
+                measure(night.source(parent), CONFIRM_SEED, f"{why} the incumbent on the second seed", fresh),
+            )
+            verdict = second_look(*second, night.trouble)
+        with night.deciding:  # one verdict after the other
+            if verdict.word != "keep" or night.incumbent is parent:
+                return night.record(proposal, run, verdict, second)
+            try:
+                proposal = rebased(night, proposal, len(night.results))
+            except Rejected as refused:
+                late = f"lower than experiment {parent.number}, on which it was made, but {night.incumbent.number} was kept meanwhile: {refused}"
+                return night.record(proposal, run, Verdict("discard", late), second)
+            night.forget(run)
 
 
-def noise(night: Night):
-    """The baseline on the second seed, as experiment(): a scale for what comes; returns None."""
-    second = yield night.baseline.source, CONFIRM_SEED, "the baseline on the second seed, to know the noise", False
+def noise(night: Night, measure) -> None:
+    """The baseline on the second seed: a scale for what comes."""
+    second = measure(night.baseline.source, CONFIRM_SEED, "the baseline on the second seed, to know the noise")
     first = night.results[0].run if night.results else None
     tokens = [run.metrics.get("total_tokens_M") for run in (first, second) if run]
     if len(tokens) == 2 and all(tokens) and abs(tokens[1] / tokens[0] - 1) > UNEVEN:
         night.say(
             f"the baseline's two runs read {tokens[0]:.2f} and {tokens[1]:.2f} million tokens: was the machine busy? It is run once more"
         )
-        yield night.baseline.source, CONFIRM_SEED, "the baseline on the second seed, once more", True
-
-
-class Alone:
-    """The crew of one: this process measures. lab/fleet.py has another."""
-
-    def __init__(self, measure):
-        self.measure, self.work = measure, []
-
-    @property
-    def free(self) -> int:
-        """How many experiments may begin at once."""
-        return 1 - len(self.work)
-
-    @property
-    def running(self) -> list[Proposal]:
-        return [proposal for proposal, _ in self.work if proposal]
-
-    def start(self, proposal: Proposal | None, steps) -> None:
-        self.work.append((proposal, steps))
-
-    def wait(self):
-        """Yields (proposal, what its generator returns) of each that has ended."""
-        run = None
-        while self.work:
-            proposal, steps = self.work[0]
-            try:
-                run = self.measure(*steps.send(run))
-            except StopIteration as end:
-                self.work.clear()
-                yield proposal, end.value
+        measure(night.baseline.source, CONFIRM_SEED, "the baseline on the second seed, once more", True)
 
 
 # ---------------------------------------------------------------------------
@@ -176,101 +160,95 @@ class Limits:
 
     experiments: int | None  # after so many, the baseline not counted
     hours: float | None  # of all its starts
-    began: float  # this start, by perf_counter, less what earlier ones took
+    end: float = math.inf  # by perf_counter: when they are used up
     workers: int = 1
+    reason: str = ""  # why no other experiment may begin
 
-    def mean_s(self, night: Night) -> float:
-        """Seconds of an experiment, with its second seed."""
-        if not night.results:
-            return night.settings.budget_s
-        return seconds_of(night_runs(list(night.journal.rows))) / len(night.results)
-
-    def left_s(self) -> float:
-        return math.inf if self.hours is None else 3600 * self.hours - (time.perf_counter() - self.began)
-
-    def out_of_time(self, night: Night) -> bool:
-        return self.left_s() < self.mean_s(night)
-
-    def reached(self, night: Night, running: int = 0) -> str:
-        """Why no other experiment may start; empty if one may. running: how many are under way."""
-        done = len(night.results) + running - 1
-        if self.experiments is not None and done >= self.experiments:
-            return (
-                f"all {self.experiments} experiments are done" if self.experiments > 1 else "the one experiment is done"
+    def left(self, night: Night, running: int = 0) -> int | None:
+        """About how many more experiments may begin while so many run; None: no limit."""
+        begun = len(night.results) + running
+        by_number = math.inf if self.experiments is None else self.experiments + 1 - begun
+        runs = night_runs(list(night.journal.rows))
+        mean_s = seconds_of(runs) / len(night.results) if night.results else night.settings.budget_s
+        by_time, night.until = math.inf, self.end - mean_s
+        if self.hours is not None:
+            by_time = self.workers * int((self.end - time.perf_counter()) / mean_s) - running
+        if by_number <= 0:
+            self.reason = (
+                "the one experiment is done"
+                if self.experiments == 1
+                else f"all {self.experiments} experiments are done"
             )
-        return f"{self.hours:g} hours are used up" if done >= 0 and self.out_of_time(night) else ""
-
-    def larger(self, night: Night) -> str | None:
-        """The flag that has the night go on, if it ended by one of these limits; else None."""
-        if self.experiments is not None and len(night.results) > self.experiments:
-            return f"--experiments {2 * self.experiments}"
-        return f"--hours {2 * self.hours:g}" if self.out_of_time(night) else None
-
-    def about_left(self, night: Night) -> int | None:
-        """How many experiments may still begin, about; None without a limit."""
-        done = len(night.results)
-        left = [] if self.experiments is None else [self.experiments + 1 - done]
-        left += [] if self.hours is None else [self.workers * int(self.left_s() / self.mean_s(night))]
-        return min(left, default=None)
-
-    def room_for_another(self, night: Night, running: int) -> bool:
-        """Whether one more experiment may follow those that run."""
-        enough = self.experiments is not None and len(night.results) + running > self.experiments
-        return not enough and self.left_s() > 2 * self.mean_s(night)
+        elif by_time <= 0:
+            self.reason = f"{self.hours:g} hours are used up"
+        least = min(by_number, by_time)
+        return None if least == math.inf else max(0 if begun else 1, least)
 
 
-def run_night(night: Night, proposer, limits: Limits, crew, view, second_seed: bool = True) -> str:
+@contextlib.contextmanager
+def threads(night: Night, count: int):
+    """Threads that measure. What raises in the block, Ctrl-C too, ends what they run; they are waited for."""
+    with ThreadPoolExecutor(count) as pool:
+        try:
+            yield pool
+        except BaseException:
+            night.stop.set()
+            raise
+
+
+def run_night(night: Night, proposer, limits: Limits, measure, room, view, second_seed: bool = True) -> str:
     """Run experiments until a limit is reached; returns the reason. Raises Problem if the night cannot go on.
 
-    second_seed: whether the baseline is measured on it as well, so that a reader knows how large the noise is. Workers without
-    other work do so beside the baseline, which otherwise would have the machine to itself, unlike all that it is compared with.
+    room(): how many experiments may run at once. second_seed: whether the baseline is measured on it as well, so that a reader knows
+    how large the noise is. Workers without other work do so beside the baseline, which otherwise would have the machine to itself,
+    unlike all that it is compared with.
     """
-    proposals, night.out_of_time = Proposals(night, proposer), lambda: limits.out_of_time(night)
-    night.left_s, night.about_left = limits.left_s, lambda: limits.about_left(night)
-    noise_known = bool(night.noise_text)
-    refuse_failed_baseline(night)
-    try:
+    proposals, running = Proposals(night, proposer, partial(limits.left, night)), {}
+    second_seed, noise_said = second_seed and night.baseline_second is None, bool(night.noise_text)
+    refuse_to_go_on(night)
+    with threads(night, room()) as pool:
         while True:
-            reason = limits.reached(night, len(crew.running))
-            if second_seed and crew.free and not reason and (night.results or crew.running):
-                second_seed, at_once = False, 1 if night.results else crew.free
-                for _ in range(at_once if night.baseline_second is None else 0):
-                    crew.start(None, noise(night))
-            proposal = proposals.take(crew.running) if crew.free and not reason else None
-            if proposal:
-                crew.start(proposal, experiment(night, proposal))
-                if limits.room_for_another(night, len(crew.running)):
-                    proposals.ahead(crew.running)
-            elif not crew.work:
-                if reason or proposals.exhausted:
-                    return reason or proposer.exhausted
-                proposals.pause(night.out_of_time)
-            for proposal, result in crew.wait():
-                if proposal:
-                    view.finished(night.record(result, proposal.source))
-                if not noise_known and night.noise_text:
-                    noise_known = True
+            for future in [future for future in running if future.done()]:
+                proposal = running.pop(future)
+                try:
+                    result = future.result()
+                except OutOfTime as spent:
+                    view.say(f"{'':6}--hours ended while {spent}")
+                    continue
+                if result:
+                    view.finished(result)
+                if night.noise_text and not noise_said:
+                    noise_said = True
                     view.say(f"{'':6}{night.noise_text}")
-                refuse_failed_baseline(night)
-                refuse_crashes_in_a_row(night)
-                if proposer.name == "try" and proposal and result.number:
-                    return proposer.exhausted
-    except OutOfTime as wait:
-        return f"{limits.hours:g} hours are used up, the last of them {wait}"
+                refuse_to_go_on(night)
+            under_way = [proposal for proposal in running.values() if proposal]
+            more, free = limits.left(night, len(under_way)) != 0, room() - len(running)
+            proposal = None
+            if more and free > 0:
+                if second_seed and (night.results or under_way):
+                    second_seed = False
+                    for _ in range(1 if night.results else free):
+                        running[pool.submit(noise, night, measure)] = None
+                    continue
+                proposal = proposals.take(under_way)
+            if proposal:
+                running[pool.submit(experiment, night, proposal, measure)] = proposal
+                proposals.ahead([*under_way, proposal])
+            elif running:
+                wait(running, timeout=0.2 if more and free > 0 else None, return_when=FIRST_COMPLETED)
+            elif not more or proposals.exhausted:
+                return proposer.exhausted if more else limits.reason
+            else:
+                proposals.pause()  # nothing runs, and the next one is still being made
 
 
-def refuse_failed_baseline(night: Night) -> None:
-    """Raises Problem, and ends the night, if its baseline has no number that counts."""
-    if not night.results or night.results[0].verdict.word == "keep":
-        return
-    reason = f"the baseline failed: {night.results[0].verdict.reason}"
-    night.journal.append("end", reason=reason)
-    log = "\n".join(log_tail(night.run_folder(0) / "run.log")[-15:])
-    raise Problem(f"{reason}\n{log}\nmend train.py, then run the same command with --tag NEW")
-
-
-def refuse_crashes_in_a_row(night: Night) -> None:
-    """Raises Problem if nothing but crashes came of late."""
+def refuse_to_go_on(night: Night) -> None:
+    """Raises Problem if the baseline has no number that counts, which ends the night, or nothing but crashes came of late."""
+    if night.results and night.results[0].verdict.word != "keep":
+        reason = f"the baseline failed: {night.results[0].verdict.reason}"
+        night.journal.append("end", reason=reason)
+        log = "\n".join(log_tail(night.run_folder(0) / "run.log")[-15:])
+        raise Problem(f"{reason}\n{log}\nmend train.py, then run the same command with --tag NEW")
     if only_crashes(night.results, MAX_CRASHES):
         raise Problem(
             f"{MAX_CRASHES} experiments crashed in a row; read {night.folder}/results.tsv and the last run.log"
@@ -290,32 +268,35 @@ def make_proposer(night: Night, args, secrets: dict, replayed):
     if args.command:
         return Command(night, HERE, args.command, secrets)
     if args.proposer == "claude":
-        return Claude(night, HERE, credentials_of(secrets), args.model or MODEL, args.max_usd, args.price)
-    from lab.propose.tune import Tune  # brings numpy, which no other start needs
-
+        return Claude(night, HERE, credentials_of(secrets), args.model or MODEL, args.max_usd)
     return Tune(night.tag, night.settings.profile.sizes)
 
 
-def at_work(night: Night, args, proposer, fleet) -> tuple[str, str | None]:
-    """What the command asks for, with the device locked; returns why it ended, and the flag with which a night goes on."""
+def at_work(night: Night, args, proposer, fleet) -> str:
+    """What the command asks for, with the device locked; returns why it ended."""
     shown = night.keeps[-1:] if args.describe else night.results if proposer else []
     with View(night, proposer, shown, args.workers if fleet else 0) as view:
         night.say = view.say
-        measured = partial(measure, night, view.lanes[0])
+        make_run = partial(fleet.make_run, view.lanes) if fleet else partial(make_run_here, night, view.lanes[0])
+        measured = partial(measure, night, make_run)
         if args.check or args.ablate:
-            why = (
-                check(night, args.seeds or CHECK_SEEDS, measured, view.say)
-                if args.check
-                else ablate(night, measured, view.say)
-            )
-            cache.clear(night.folder)
-            return why, None
-        earlier_s = seconds_of_earlier_starts(night.journal.rows)
-        experiments, hours = (None, None) if args.describe else (args.experiments, args.hours)
-        limits = Limits(experiments, hours, time.perf_counter() - earlier_s, args.workers if fleet else 1)
+            with threads(night, 1) as pool:
+                task = partial(check, night, args.seeds or CHECK_SEEDS) if args.check else partial(ablate, night)
+                why = pool.submit(task, measured, view.say).result()
+            clear_caches(night.folder)
+            return why
+        limits = limits_of(night, args)
         second_seed = not args.demo and (not args.describe or bool(args.confirm))
-        crew = fleet.shown_by(view) if fleet else Alone(measured)
-        return run_night(night, proposer, limits, crew, view, second_seed), limits.larger(night)
+        return run_night(night, proposer, limits, measured, lambda: fleet.room if fleet else 1, view, second_seed)
+
+
+def limits_of(night: Night, args) -> Limits:
+    """The limits of this start. A --try has none: it proposes once."""
+    if args.describe:
+        return Limits(None, None)
+    earlier_s = seconds_of_earlier_starts(night.journal.rows)
+    end = math.inf if args.hours is None else time.perf_counter() + 3600 * args.hours - earlier_s
+    return Limits(args.experiments, args.hours, end, args.workers or 1)
 
 
 def start_fleet(args, folder: Path, locks: contextlib.ExitStack):
@@ -324,9 +305,7 @@ def start_fleet(args, folder: Path, locks: contextlib.ExitStack):
         return None
     from lab.fleet import Fleet
 
-    rules = folder / "harness" / "night.json"
-    stored = constants.Settings.of(rules.read_text()) if rules.is_file() else None
-    fleet = Fleet(args.workers, args.profile, folder.name, stored)
+    fleet = Fleet(args.workers, args.profile, folder.name, stored_settings(folder))
     locks.callback(fleet.close)
     return fleet
 
@@ -351,7 +330,7 @@ def start_and_work(args, secrets: dict) -> None:
     if not args.demo:
         rows = read_journal(folder / "journal.jsonl")[0]
         restore_arguments(args, rows, bool(credentials_of(secrets)))
-        restore_fixed(args, folder / "harness" / "night.json")  # also before the baseline has its result
+        restore_fixed(args, stored_settings(folder))  # also before the baseline has its result
     replayed = []
     if args.replay:
         rows = rows_to_replay(RUNS, args.replay)
@@ -379,11 +358,11 @@ def start_and_work(args, secrets: dict) -> None:
                 remove(folder)
             raise
         try:
-            why, more = at_work(night, args, proposer, fleet)
+            why = at_work(night, args, proposer, fleet)
             if proposer and not args.describe:
                 night.journal.append("end", reason=why)
         except KeyboardInterrupt:
-            why, more = "interrupted; the same command goes on", ""
+            why = "interrupted; the same command goes on"
         finally:
             if isinstance(proposer, Researcher):
                 proposer.stopped = True
@@ -391,9 +370,16 @@ def start_and_work(args, secrets: dict) -> None:
                 fleet.close()
             end_processes(str(folder))  # a researcher that is still thinking
     if proposer:
-        print_summary(night, why, proposer, None if args.demo or args.describe else more)
+        print_summary(night, why, proposer, goes_on=not (args.demo or args.describe))
     else:
         print(f"\n{why}.")
+
+
+def interrupt(number, frame) -> None:
+    """The handler of SIGNALS: the first one ends the night in order, and no other comes between."""
+    for other in SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def main() -> None:
@@ -403,8 +389,9 @@ def main() -> None:
     secrets = take_secrets()
     os.environ.pop("PYTHONSAFEPATH", None)
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi and torch number the cards alike
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupts)
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks
+            signal.signal(number, interrupt)
     try:
         if args.dry:
             rows = read_journal(RUNS / (args.tag or "try") / "journal.jsonl")[0]

@@ -74,7 +74,8 @@ DATASETS = ("climbmix", "sotu")  # or a path
 # The run
 
 TIME_BUDGET_S = 300.0  # seconds of training, warm-up, evaluation and saving excluded
-COMPILE_FROM_S = 60.0  # seconds: under this budget a cold torch.compile costs more than the training it speeds up
+COMPILE_FROM_S = 60.0  # seconds: under this budget a cold torch.compile costs more than the training it speeds up,
+SHORT_SCORING = 4  # and a run is scored on every fourth row alone: it shows the loop, not a result
 CLOCK_MARK = (
     "<<autoresearch 5d1c: built, ready for the text>>"  # what a run prints before its clock; nobody prints it by chance
 )
@@ -111,6 +112,7 @@ class Settings:
     threads: int
     torch: str
     flash_attention: dict[str, str]  # versions of the installed packages
+    score_every: int = 1  # 4: every fourth row of val and test is scored
     # of a night
     tag: str = ""
     head: str = ""  # commit of the checkout when it began
@@ -125,15 +127,21 @@ class Settings:
         """Of what lab.machine.machine() says, the name of a profile, and the other fields."""
         host = dict(host)
         own = {name: host.pop(name) for name in ("sizes", "dtype", "peak_tflops", "memory_gb")}
-        compiles = host.pop("compiler") and budget_s >= COMPILE_FROM_S
+        long = budget_s >= COMPILE_FROM_S
         return Settings(
-            profile=replace(PROFILES[profile], **own), budget_s=budget_s, compile=compiles, **host, **others
-        )
+            profile=replace(PROFILES[profile], **own), budget_s=budget_s, compile=host.pop("compiler") and long,
+            score_every=1 if long else SHORT_SCORING, **host, **others,
+        )  # fmt: skip
 
     @staticmethod
     def of(text: str) -> "Settings":
         values = json.loads(text)
         return Settings(**{**values, "profile": Profile(**values["profile"])})
+
+    @property
+    def flags(self) -> dict:
+        """What a night fixes of the command line, by the flags' names."""
+        return {"profile": self.profile.name, "dataset": self.dataset, "budget": self.budget_s}
 
     @property
     def device_text(self) -> str:
@@ -148,6 +156,7 @@ class Settings:
         return (
             f"profile {self.profile.name}, dataset {self.dataset}, {self.device_text}{memory}, {self.profile.dtype}, "
             f"{'compiled' if self.compile else 'eager'}, {counted(self.threads, 'thread')}, {self.budget_s:g} s a run"
+            f"{', scored on a quarter of the text' if self.score_every > 1 else ''}"
         )
 
 

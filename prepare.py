@@ -1090,9 +1090,8 @@ def evaluate_bpb(model, rows: np.ndarray, token_bytes, batch_rows: int = 8) -> f
 
 def scored_rows(split: str, settings: Settings) -> np.ndarray:
     """The (N, T+1) rows on which a split is measured."""
-    return open_rows(Path(settings.data, f"{split}.bin"), settings.profile)[
-        : getattr(settings.profile, f"{split}_rows")
-    ]
+    rows = open_rows(Path(settings.data, f"{split}.bin"), settings.profile)
+    return rows[: getattr(settings.profile, f"{split}_rows") : settings.score_every]
 
 
 def try_device(device: str) -> None:

@@ -5,13 +5,11 @@ machine      what this computer is: profile, sizes, compiler, free memory of the
 measure/     one run: train and score a source on a seed
   score        the scorer and its two children; frozen with the night: it imports constants and prepare alone
   files        what a child may have made: copied, counted, deleted
-  cache        compile caches: what a run begins with, and what of its own is kept
   child        one child process, watched and ended with all that it started
   place        where runs are made: folder, device, sandbox, rows
-  text         the training rows, in a run's folder while its clock runs
   trial        what a new sandbox has to prove, run inside it
   sandbox      what a child sees of the computer
-  run          train, score, read what came out
+  run          train, score, read what came out; the text at the clock; the compile cache
 record/      what a night knows and keeps
   git          commits, refs and merges by plumbing
   journal      rows of JSON, appended whole or not at all
@@ -19,16 +17,16 @@ record/      what a night knows and keeps
   start        a new night, or one that goes on
 propose/     the next idea
   screen       what is refused before any training time is spent
-  hyperparameters   the numbers at the top of train.py
   ahead        the next proposal, made while experiments run; --try
   replay       an earlier night again
-  tune         the numeric search
+  tune         the numbers of train.py, and the search over them
   prompt       what a model sees
   model        what its reply means, whose turn it is, outages
   claude       the Messages API
   command      any program
-worker, fleet   several devices at once, on Ray
+fleet        several devices at once, on Ray
 check        --check, --ablate, --dry
 arguments    the command line
+progress     the picture of a night
 view         the terminal
 """

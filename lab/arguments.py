@@ -2,14 +2,13 @@
 
 import argparse
 import contextlib
-import json
 import math
 import re
 from datetime import datetime
 from pathlib import Path
 
 import constants
-from constants import Problem
+from constants import Problem, Settings
 from lab.check import CHECK_SEEDS
 from lab.propose.claude import MODEL
 from lab.record.journal import first_start, has_ended, last_start, read_journal
@@ -37,13 +36,6 @@ def parse_arguments(description_text: str) -> argparse.Namespace:
         if not text.strip():
             raise argparse.ArgumentTypeError('takes a few words on what changed, such as --try "deeper, narrower"')
         return text
-
-    def price(text: str) -> tuple[float, float]:
-        with contextlib.suppress(ValueError):
-            prices = tuple(map(float, text.split(",")))
-            if len(prices) == 2 and all(0 <= value < math.inf for value in prices):
-                return prices
-        raise argparse.ArgumentTypeError(f"takes two numbers, such as 3,15, not {text!r}")
 
     parser = argparse.ArgumentParser(
         usage="python agent.py [options]",
@@ -78,15 +70,7 @@ def parse_arguments(description_text: str) -> argparse.Namespace:
     one.add_argument("--check", type=tag_name, metavar="TAG", help="baseline and winner on fresh seeds: the true gain")
     one.add_argument("--ablate", type=tag_name, metavar="TAG", help="each kept change reverted: which carry weight")
     more = parser.add_argument_group("more on that")
-    more.add_argument(
-        "--model", metavar="ID[,ID]", help=f"the model that claude asks ({MODEL}), and who takes an idea that it loses"
-    )
-    more.add_argument(
-        "--price",
-        type=price,
-        metavar="IN,OUT",
-        help="$ a million tokens, for a model or a price that lab/propose/claude.py lacks",
-    )
+    more.add_argument("--model", metavar="ID", help=f"the model that claude asks ({MODEL})")
     more.add_argument("--because", metavar="WHY", help="with --try: why it should be better")
     more.add_argument(
         "--dry", action="store_true", default=None, help="with --try: only screen and build it, in seconds"
@@ -165,22 +149,19 @@ def restore_setting(args, rows: list[dict], names: tuple[str, ...]) -> None:
         setattr(args, name, getattr(args, name) or first_start(rows).get(name))
 
 
-def restore_fixed(args, rules: Path) -> None:
+def restore_fixed(args, stored: Settings | None) -> None:
     """Profile, dataset and budget that a night was opened with, however they were chosen, unless given."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        stored = json.loads(rules.read_text())
-        fixed = {"profile": stored["profile"]["name"], "dataset": stored["dataset"], "budget": stored["budget_s"]}
-        for name, value in fixed.items():
-            setattr(args, name, getattr(args, name) or value)
+    for name, value in (stored.flags if stored else {}).items():
+        setattr(args, name, getattr(args, name) or value)
 
 
 def restore_arguments(args, rows: list[dict], key: bool) -> None:
     """Flags that were not given come from the night's last start. key: whether the API can be asked. Raises Problem if nobody proposes."""
-    stored, of_claude = last_start(rows), args.max_usd or args.model or args.price
+    stored, of_claude = last_start(rows), args.max_usd or args.model
     for start in (row["arguments"] for row in rows if row["event"] == "night"):
-        stored = stored | {name: start[name] for name in ("model", "price", "max_usd") if name in start}
+        stored = stored | {name: start[name] for name in ("model", "max_usd") if name in start}
     named = args.proposer or args.command or args.replay or args.describe or args.check or args.ablate
-    names = "experiments hours no_sandbox model price max_usd confirm kept" + ("" if named else " proposer replay")
+    names = "experiments hours no_sandbox model max_usd confirm kept" + ("" if named else " proposer replay")
     names += "" if args.describe or args.check or args.ablate else " workers"
     for name in names.split():
         if getattr(args, name) is None:
@@ -206,5 +187,5 @@ def restore_arguments(args, rows: list[dict], key: bool) -> None:
     if args.proposer != "claude":
         if of_claude:
             other = "--command" if args.command else f"--proposer {args.proposer}"
-            raise Problem(f"--max-usd, --model and --price go with --proposer claude, not with {other}; leave them out")
-        args.max_usd = args.model = args.price = None
+            raise Problem(f"--max-usd and --model go with --proposer claude, not with {other}; leave them out")
+        args.max_usd = args.model = None

@@ -57,7 +57,7 @@ def check(night: Night, seeds: int, measure, say) -> str:
 
 def ablate(night: Night, measure, say) -> str:
     """Each kept change reverted alone, against three runs of the incumbent; says for each whether it matters. Returns why it ended."""
-    keeps = night.ancestry
+    keeps = night.keeps
     if len(keeps) < 2:
         raise Problem(f"night {night.tag} kept nothing but its baseline: there is nothing to revert; {REVIEW}")
     sources = [night.source(result) for result in keeps]
@@ -155,7 +155,7 @@ def rehearse(night: Night, source: str) -> str:
     def on_clock():
         raise AtTheClock
 
-    folder = night.folder / "trial"
+    folder = night.folder / "dry"
     make_folder(night, folder, source, SEED, night.baseline_run)
     try:
         ended = run_child(

@@ -1,48 +1,56 @@
-"""Several cards: the experiments of one night on Ray's workers, each with a device, a sandbox and rows of its own.
+"""Several cards: the runs of one night on Ray's workers, each with a device, a sandbox and rows of its own.
 
-Journal, git and all decisions stay with the agent; a worker gets a source and a seed and returns the Run with its files.
+Journal, git and all decisions stay with the agent. Fleet.measure hands a source and a seed to an idle worker, in a process of Ray's on its
+node, and returns the Run.
 """
 
 import contextlib
+import io
+import itertools
 import os
+import queue
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
-from constants import DATASETS, Problem, Settings, cache_dir, counted, device_lock, locked
+from constants import DATASETS, SEED, Problem, Settings, cache_dir, counted, device_lock, lock, locked
 from lab.machine import cores
-from lab.measure import cache
-from lab.measure.files import names_within, packed, unpack
-from lab.measure.place import HARNESS
+from lab.measure.child import end_processes, guard_this_process
+from lab.measure.files import names_within, packed, remove, unpack
+from lab.measure.place import HARNESS, Place
+from lab.measure.run import (
+    RESULT_BYTES,
+    cache_aside,
+    clear_caches,
+    measure_at,
+    rows_of_the_night,
+    set_cache_aside,
+)
+from lab.measure.sandbox import Sandbox, choose_sandbox
 from lab.record.night import Night
-from lab.record.start import difference
-from lab.records import OutOfTime, Proposal, Run, one_line, sha256
-from lab.worker import HERE, Worker
+from lab.record.start import difference, survey, with_hashes
+from lab.records import OutOfTime, Rivals, Run, Stopped, one_line, sha256
 
+HERE = Path(__file__).resolve().parent.parent  # on a worker Ray's copy of the checkout
 READY_LIMIT_S = 120.0  # of a worker, its like of an earlier start ended
 START_LIMIT_S = 3_600.0  # its node's data prepared
 STATE_LIMIT_S = 2.0  # how long a worker may take to say what it does
 CLOSE_LIMIT_S = 20.0  # of a worker, to end what it runs
+# of a run's folder: what comes back of every run on the night's seed
+RETURNED = "train.py run.json run.log score.log score.json nats.npy out/result.json".split()
 
 
-@dataclass
-class Work:
-    """An experiment under way: the generator of its runs, the one that is wanted now, the worker that makes it."""
-
-    proposal: Proposal | None
-    steps: object
-    worker: int | None = None
-    wanted: tuple | None = None
-    answer: object | None = None  # Ray's reference to (Run, files)
-    lost: int = 0  # how often a worker died of it, or with it
+# ---------------------------------------------------------------------------
+# In the agent
 
 
 class Fleet:
-    """The workers of a night, as run_night() wants its crew: started here or in the cluster of RAY_ADDRESS. Raises Problem."""
+    """The workers of a night, started here or in the cluster of RAY_ADDRESS. Raises Problem."""
 
     def __init__(self, count: int, profile: str | None, tag: str, stored: Settings | None):
         """stored: of a night that goes on."""
@@ -68,7 +76,7 @@ class Fleet:
             except (ConnectionError, OSError, RuntimeError, ValueError) as error:
                 raise Problem(f"Ray does not start: {error}") from None
         signal.signal(signal.SIGTERM, ours)  # which Ray has replaced
-        self.ray, self.stored, self.night, self.view, self.work, self.looked = ray, stored, None, None, [], 0.0
+        self.ray, self.stored, self.night, self.packed = ray, stored, None, (None, None)
         has = ray.cluster_resources()
         usual = os.environ.get("AUTORESEARCH_PROFILE") or ("gpu" if has.get("GPU") else "cpu")
         self.profile = profile or (stored.profile.name if stored else usual)
@@ -86,8 +94,7 @@ class Fleet:
         if self.profile == "cpu" and not address:
             self.held = locked(device_lock("cpu"), "the CPU", f"agent.py, tag {tag}")
         self.workers = {i: kind.remote(i, tag, share, bool(self.held)) for i in range(1, count + 1)}
-        self.compiled, self.sent = (None, None), dict.fromkeys(self.workers)
-        self.of_all("ready", limit_s=READY_LIMIT_S)
+        self.of_all("phase", limit_s=READY_LIMIT_S)
 
     def of_all(self, method: str, *args, limit_s: float = START_LIMIT_S) -> dict[int, object]:
         """What each worker answers; one that cannot go on is left out, with a line. Raises Problem if none is left."""
@@ -141,120 +148,89 @@ class Fleet:
         night.sandbox = min(
             (box for box, _ in answers), key=lambda box: (box is not None, box and not box.shared_processes)
         )
-        self.night = night
+        self.night, self.idle = night, queue.Queue()
+        for number in self.workers:
+            self.idle.put(number)
 
-    # --- as a crew
-
-    def shown_by(self, view) -> "Fleet":
-        self.view = view
-        return self
+    # --- measuring
 
     @property
-    def running(self) -> list[Proposal]:
-        return [work.proposal for work in self.work if work.proposal]
+    def room(self) -> int:
+        """How many runs may be made at once."""
+        return len(self.workers)
 
-    @property
-    def free(self) -> int:
-        return max(0, len(self.workers) - len(self.work))
-
-    def start(self, proposal: Proposal | None, steps) -> None:
-        self.work.append(Work(proposal, steps))
-
-    def wait(self):
-        """Yields (proposal, what its generator returned) of the experiments that end within half a second, each judged in its turn."""
-        for work in [work for work in self.work if work.answer is None]:
-            yield from self.go_on(work, None)
-        answers = [work.answer for work in self.work if work.answer is not None]
-        ended, _ = self.ray.wait(answers, timeout=0.05 if self.free else 0.5) if answers else ([], [])
-        for work in [work for work in self.work if work.answer in ended]:
-            run = self.received(work)
-            if work in self.work:
-                yield from self.go_on(work, run)
-        self.look()
-
-    def go_on(self, work: Work, run: Run | None):
-        """Hands out the next run of an experiment, or yields its end. What the journal knows already is not repeated."""
-        try:
-            if run or not work.wanted:
-                work.wanted = work.steps.send(run)
-            while run := self.known(*work.wanted):
-                work.wanted = work.steps.send(run)
-        except StopIteration as end:
-            self.work.remove(work)
-            yield work.proposal, end.value
-            return
-        work.worker = work.worker or self.idle_worker()
-        if work.worker:
-            source, seed, title, _ = work.wanted
-            call = self.workers[work.worker].measure.remote
-            work.answer = call(source, seed, title, self.night.rivals, self.night.left_s(), self.cache_for(work.worker))
-            self.lane(work).begin(title, None)
-
-    def idle_worker(self) -> int | None:
-        """One that answers; those that do not are left out, so that no experiment is lost with them."""
-        taken = {work.worker for work in self.work}
-        for number in [number for number in self.workers if number not in taken]:
+    def make_run(self, lanes, source: str, seed: int, title: str) -> Run:
+        """Has an idle worker make a run; if that one is lost, another, once. Blocks; many threads may be here. Raises OutOfTime, Stopped."""
+        for _ in range(2):
+            number = self.idle_worker()
+            lane = lanes[number - 1]
+            with self.night.deciding:  # nobody is kept meanwhile
+                rivals, incumbent = self.night.rivals, self.files_of_incumbent()
+            left_s = self.night.until - time.perf_counter()
+            answer = self.workers[number].measure.remote(source, seed, title, rivals, left_s, incumbent)
+            lane.begin(title, None)
             try:
-                self.ray.get(self.workers[number].ready.remote(), timeout=STATE_LIMIT_S)
-                return number
+                run, files = self.answer(number, answer, lane)
+            except OutOfTime:
+                self.idle.put(number)
+                raise
             except self.ray.exceptions.RayError as error:
                 self.leave_out(number, error)
-        return None
+                continue
+            finally:
+                lane.end()
+            self.idle.put(number)
+            if files:
+                place = self.night.arrived(run.source)
+                unpack(files, place)
+                if (place / "cache").exists():
+                    set_cache_aside(self.night.folder, run.source, place / "cache")
+            return run
+        return Run(
+            sha256(source),
+            seed,
+            None,
+            None,
+            "its worker was lost, and so was a second one",
+            "",
+            {},
+            0.0,
+            None,
+            None,
+            None,
+        )
 
-    def known(self, source: str, seed: int, title: str, fresh: bool) -> Run | None:
-        return None if fresh else self.night.known_run(sha256(source), seed)
+    def idle_worker(self) -> int:
+        """One that answers; those that do not are left out, so that no run is lost with them."""
+        while True:
+            if self.night.stop.is_set():
+                raise Stopped
+            with contextlib.suppress(queue.Empty):
+                number = self.idle.get(timeout=0.05)
+                try:
+                    self.ray.get(self.workers[number].phase.remote(), timeout=STATE_LIMIT_S)
+                    return number
+                except self.ray.exceptions.RayError as error:
+                    self.leave_out(number, error)
 
-    def received(self, work: Work) -> Run | None:
-        """The run that has ended, journalled, its files kept; None if it has to be made again, on another worker."""
-        answer, work.answer = work.answer, None
-        self.lane(work).end()
-        try:
-            run, files = self.ray.get(answer)
-        except OutOfTime:
-            self.work.remove(work)
-            return None
-        except self.ray.exceptions.RayError as error:
-            self.leave_out(work.worker, error)
-            work.worker, work.lost = None, work.lost + 1
-            crash = "its worker was lost, and so was a second one"
-            lost = Run(sha256(work.wanted[0]), work.wanted[1], None, None, crash, "", {}, 0.0, None, None, None)
-            return lost if work.lost > 1 else None
-        if files:
-            place = self.night.arrived(run.source)
-            unpack(files, place)
-            if (place / "cache").exists():
-                cache.set_aside(self.night.folder, run.source, place / "cache")
-        self.night.add_run(run)
-        return run
+    def answer(self, number: int, answer, lane) -> tuple[Run, dict]:
+        """What a worker returns; its phase is shown meanwhile."""
+        while not self.ray.wait([answer], timeout=0.5)[0]:
+            if self.night.stop.is_set():
+                raise Stopped
+            with contextlib.suppress(self.ray.exceptions.RayError):
+                phase = self.ray.get(self.workers[number].phase.remote(), timeout=STATE_LIMIT_S)
+                if phase and phase != lane.phase:
+                    lane.enter(phase)
+        return self.ray.get(answer)
 
-    def cache_for(self, number: int):
-        """The night's compile cache and nats of the incumbent, if this worker has not got those of the present one."""
+    def files_of_incumbent(self):
+        """Ray's reference to the night's compile cache and the incumbent's nats, which travel once to each node; None before the baseline."""
         folder, best = self.night.folder, self.night.incumbent
-        if not best or self.sent[number] == best.number:
-            return None
-        if self.compiled[0] != best.number:
+        if best and self.packed[0] != best.number:
             names = ["nats.npy", *(f"cache/{name}" for name in names_within(folder / "cache"))]
-            self.compiled = best.number, self.ray.put(packed(folder, names))
-        self.sent[number] = best.number
-        return self.compiled[1]
-
-    def lane(self, work: Work):
-        return self.view.lanes[work.worker - 1]
-
-    def look(self) -> None:
-        """Shows what each worker does, at most twice a second."""
-        if time.monotonic() - self.looked < 0.5:
-            return
-        self.looked = time.monotonic()
-        for work in self.work:
-            if work.answer is not None:
-                with contextlib.suppress(self.ray.exceptions.RayError):
-                    state = self.workers[work.worker].state.remote()
-                    phase, lines = self.ray.get(state, timeout=STATE_LIMIT_S)
-                    lane = self.lane(work)
-                    lane.lines = lambda lines=lines: lines
-                    if phase and phase != lane.phase:
-                        lane.enter(phase)
+            self.packed = best.number, self.ray.put(packed(folder, names))
+        return self.packed[1]
 
     def close(self) -> None:
         """Ends the workers and what they run."""
@@ -266,3 +242,116 @@ class Fleet:
         self.ray.shutdown()
         if self.held:
             self.held.close()
+
+
+# ---------------------------------------------------------------------------
+# On a node
+
+
+class Worker:
+    """One device of a fleet, in a process of Ray's on its node; what a run tells its phases. Raises Problem."""
+
+    def __init__(self, number: int, tag: str, share: int, alone: bool):
+        """share: how many cores are its own; 0: it has a card. alone: no worker of another night or cluster is on this machine."""
+        guard_this_process()
+        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+        self.number, self.share, self.alone, self.cores = number, share, alone, None
+        self.folder = cache_dir() / "fleet" / f"{tag}-{number}"
+        self.held, self.closed, self.doing, self.incumbent = contextlib.ExitStack(), False, "", None
+        # Its like of an earlier start may still be about to end.
+        self.held.enter_context(lock(self.folder.with_suffix(".lock"), f"worker {number}", wait=True))
+        end_processes(str(self.folder))
+
+    def phase(self) -> str:
+        """What its run does; empty if there is none."""
+        return self.doing
+
+    def take_cores(self) -> None:
+        """Binds this thread, and so its children, to cores that no other worker of this machine has."""
+        if self.share and not hasattr(os, "sched_setaffinity"):
+            raise Problem("on this system cores cannot be shared out: --workers needs cards here")
+        if self.share and self.cores is None:
+            if not self.alone:
+                self.held.enter_context(locked(device_lock("cpu"), "the CPU", f"worker {self.number}", shared=True))
+            for slot in itertools.count():
+                with contextlib.suppress(BlockingIOError):
+                    name = f"cpu-{socket.gethostname()}-{slot}"
+                    self.held.enter_context(lock(device_lock(name), f"worker {self.number}"))
+                    break
+            here = cores()
+            self.cores = {here[(slot * self.share + i) % len(here)] for i in range(self.share)}
+        if self.cores:
+            os.sched_setaffinity(0, self.cores)
+
+    def survey(self, *flags: str) -> dict:
+        self.take_cores()
+        self.host = survey(HERE, *flags)
+        if not self.share:
+            name = self.host["device_name"]
+            note = f"worker {self.number}"
+            self.held.enter_context(locked(device_lock(self.host["device_id"]), f"the device {name}", note))
+        return self.host
+
+    def hashed(self) -> dict:
+        return with_hashes(self.host)
+
+    def open(self, settings: Settings, harness: dict[str, bytes], *sandbox) -> tuple[Sandbox | None, str]:
+        """Its place in this night; the sandbox that its trial child proved, and what there is to say about it."""
+        self.take_cores()
+        if other := difference(self.host, settings):
+            raise Problem(f"the night has {other}")
+        remove(self.folder)
+        unpack(harness, self.folder / "harness")
+        settings = replace(settings, data=self.host["data"])
+        (self.folder / "harness" / "night.json").write_text(settings.json())
+        self.place = Place(self.folder, settings, self.host["device_id"], say=self.enter)
+        with contextlib.redirect_stdout(io.StringIO()) as notes:
+            self.held.enter_context(rows_of_the_night(self.place))
+            self.place.sandbox = choose_sandbox(self.place, *sandbox)
+        return self.place.sandbox, notes.getvalue()
+
+    def measure(self, source: str, seed: int, title: str, rivals: Rivals, left_s: float, files) -> tuple[Run, dict]:
+        """The Run, and of one on the night's seed the files; those of a win include its weights and what it compiled.
+
+        files: the night's compile cache and the incumbent's nats.
+        """
+        self.take_cores()
+        if rivals.incumbent and self.incumbent != rivals.incumbent.source:
+            self.incumbent = rivals.incumbent.source
+            unpack(files, self.folder / "incumbent")
+            for name in ("cache", "nats.npy"):
+                if (brought := self.folder / "incumbent" / name).exists():
+                    remove(self.folder / name)
+                    os.replace(brought, self.folder / name)
+        self.place.until = time.perf_counter() + left_s
+        if seed == SEED:
+            clear_caches(self.folder)
+        folder = self.folder / ("run" if seed == SEED else "second")
+        run = measure_at(self.place, self, folder, source, seed, title, rivals)
+        if seed != SEED:
+            return replace(run, worker=self.number), {}
+        files = packed(folder, RETURNED)
+        if len(files.get("out/result.json", b"")) > RESULT_BYTES:
+            del files["out/result.json"]
+        if run.val_bpb is not None and (not rivals.incumbent or run.val_bpb < rivals.incumbent.val_bpb):
+            made = cache_aside(self.folder, run.source)
+            files |= packed(folder, ["out/model.pt"])
+            files |= {f"cache/{name}": raw for name, raw in packed(made, names_within(made)).items()}
+        return replace(run, worker=self.number), files
+
+    def begin(self, title: str, folder: Path) -> None:
+        if self.closed:
+            raise Problem("the night has ended")
+        self.doing = "starting"
+
+    def enter(self, phase: str) -> None:
+        self.doing = phase
+
+    def end(self) -> None:
+        self.doing = ""
+
+    def close(self) -> None:
+        self.closed = True
+        end_processes(str(self.folder))
+        self.held.close()
+        remove(self.folder)

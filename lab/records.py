@@ -1,14 +1,18 @@
 """The records of a night, and the pure rules about them: which run counts, and what a child's text may hold."""
 
+import ast
 import hashlib
 import math
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-MERGE = "merge"  # the operator of an experiment that adds an earlier gain to the incumbent
 DESCRIPTION_CHARS = 200  # of a proposal's description: it is the title of a commit
 RUN_AGAIN = "then run the same command: it goes on where it stopped"
+
+
+class Stopped(Exception):
+    """The night ends while this was under way: its child is ended, nothing of it is recorded."""
 
 
 class Rejected(Exception):
@@ -23,6 +27,11 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def fingerprint(source: str) -> str:
+    """What tells programs apart: the syntax tree, so that comments and layout make no new idea."""
+    return sha256(ast.dump(ast.parse(source)))
+
+
 @dataclass(frozen=True)
 class Proposal:
     """A proposed train.py and its description. Not run yet."""
@@ -30,8 +39,8 @@ class Proposal:
     description: str
     hypothesis: str
     source: str
-    operator: str = ""  # improve, explore, tune or merge; empty if nobody asked for one of them
-    mends: int | None = None  # the experiment that it mends (a crash, a near-miss of `explore`) or adds (merge)
+    operator: str = ""  # improve, explore or tune; empty if nobody asked for one of them
+    mends: int | None = None  # the experiment that it mends: a crash, a near-miss of `explore`
     id: int = 0  # counts the proposals of a night
     proposer: str = ""
     parent: int | None = None  # the experiment that it was made against
@@ -59,6 +68,7 @@ class Run:
     probe: dict[str, float] = field(default_factory=dict)  # what the scorer's probe measured
     free_mb: float | None = None  # free memory of the card before it started
     worker: int | None = None  # which of several
+    id: int | None = None  # counts the runs of a night, once its row is written
 
     @property
     def number(self) -> str:
@@ -92,11 +102,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished experiment: the journal's `result` row."""
+    """A finished experiment: the journal's `result` row, which names its runs by their ids."""
 
     number: int
-    parent: int | None  # the incumbent that it was made on; None for the baseline
-    rival: int | None  # the incumbent when it was judged: with one worker the same
+    parent: int | None  # the experiment that it was made on and judged against; None for the baseline
     proposal: int  # its id
     description: str
     hypothesis: str
@@ -104,24 +113,44 @@ class Result:
     mends: int | None
     verdict: Verdict
     run: Run
-    second: tuple[float | None, float | None] | None  # val_bpb on the second seed, its own and the incumbent's
+    second: tuple[Run, Run] | None  # on the second seed, its own and the incumbent's
     commit: str
     fingerprint: str  # of the program: no proposal repeats it
 
     def row(self) -> dict:
-        """One flat dict, as the journal has it: `verdict` is the word, `reason` its reason; the run's fields stand beside them."""
-        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("verdict", "run")}
-        return {**own, "verdict": self.verdict.word, "reason": self.verdict.reason, **asdict(self.run)}
+        """One flat dict, as the journal has it: `verdict` is the word, `reason` its reason, runs are ids."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        second = self.second and [run.id for run in self.second]
+        return own | {"verdict": self.verdict.word, "reason": self.verdict.reason, "run": self.run.id, "second": second}
 
     @staticmethod
-    def of(row: dict) -> "Result":
-        own = {field.name: row[field.name] for field in fields(Result) if field.name not in ("verdict", "run")}
-        second = None if row["second"] is None else tuple(row["second"])
-        return Result(**{**own, "second": second}, verdict=Verdict(row["verdict"], row["reason"]), run=run_of(row))
+    def of(row: dict, runs: dict[int, Run]) -> "Result":
+        own = {field.name: row[field.name] for field in fields(Result)}
+        second = row["second"] and tuple(runs[id] for id in row["second"])
+        return Result(
+            **own | {"verdict": Verdict(row["verdict"], row["reason"]), "run": runs[row["run"]], "second": second}
+        )
+
+
+def runs_of(rows: list[dict]) -> dict[int, Run]:
+    """All runs of a night, by their ids."""
+    return {row["id"]: run_of(row) for row in rows if row["event"] == "run"}
+
+
+def only_crashes(results: list[Result], count: int) -> bool:
+    """Whether the last `count` experiments, and no fewer, all crashed."""
+    return [result.verdict.word for result in results[-count:]] == ["crash"] * count
+
+
+def change_of(results: list[Result], result: Result) -> float | None:
+    """val_bpb against the experiment that it was made on; None without one, or without a number that its verdict believes."""
+    if result.parent is None or result.run.val_bpb is None or result.verdict.word not in ("keep", "discard"):
+        return None
+    return result.run.val_bpb - results[result.parent].run.val_bpb
 
 
 def run_of(row: dict) -> Run:
-    """The Run in a `run` or `result` row."""
+    """The Run in a `run` row."""
     return Run(**{field.name: row[field.name] for field in fields(Run)})
 
 

@@ -10,12 +10,13 @@ import constants
 from constants import counted
 from lab.machine import speed_advice, speed_text
 from lab.measure.files import folder_bytes
+from lab.progress import save_progress
 from lab.propose.claude import Claude
 from lab.propose.model import Researcher
 from lab.propose.prompt import OPERATORS, beside_text, step_text, verdict_counts
 from lab.record.journal import night_runs, seconds_of
 from lab.record.night import Night
-from lab.records import MERGE, Result, log_tail, one_line, pace_text, run_of
+from lab.records import Result, log_tail, one_line, pace_text
 
 STYLES = {"keep": "green", "discard": "", "crash": "red", "invalid": "magenta"}
 
@@ -104,18 +105,17 @@ class View:
 
     def expected_s(self, phase: str) -> float | None:
         """How long a phase will take, by the last run that counted; None for the first."""
-        known = self.night.journal.of("run")
         if phase == "training":
             return self.night.settings.budget_s
-        if not known:
+        last = next((run for run in reversed(self.night.runs.values()) if self.night.counts(run)), None)
+        if last is None:
             return None
-        last = run_of(known[-1])
         return last.scoring_seconds if phase == "scoring" else last.run_seconds - (last.clock_seconds or 0.0)
 
     def finished(self, result: Result) -> None:
         """The line of a finished experiment, and the reason of its verdict; after the baseline, what the night runs on."""
         word, bpb = result.verdict.word, result.run.val_bpb
-        other = None if result.rival is None else self.night.results[result.rival].run
+        other = None if result.parent is None else self.night.results[result.parent].run
         rival, pace = (other.val_bpb, pace_text(result.run, other)) if other else (None, "")
         number = result.run.number or "-"
         change = "-" if bpb is None or rival is None else f"{bpb - rival:+.6f}"
@@ -161,8 +161,8 @@ class View:
         return Text("\n".join("  ".join(line)[:width] for line in lines), style="cyan")
 
 
-def print_summary(night: Night, why: str, proposer, more: str | None) -> None:
-    """Best, gain, verdicts, where things are, and the next commands. more: the flags with which it goes on; None if it does not."""
+def print_summary(night: Night, why: str, proposer, goes_on: bool) -> None:
+    """Best, gain, verdicts, where things are, and the next commands."""
     results, best, tag, rows = night.results, night.incumbent, night.tag, night.journal.rows
     print(f"\n{why}.")
     if not best:
@@ -195,19 +195,26 @@ def print_summary(night: Night, why: str, proposer, more: str | None) -> None:
         print(
             f"worker {worker}: {counted(len(own), 'run')}, busy {busy:.0f} s of {busy + waited:.0f} s ({busy / (busy + waited):.0%})"
         )
-    for operator in (*OPERATORS, MERGE):
+    for operator in OPERATORS:
         own = [result for result in results if result.operator == operator]
         kept = [result for result in own if result.verdict.word == "keep"]
         if own:
-            gain = sum(results[result.rival].run.val_bpb - result.run.val_bpb for result in kept)
+            gain = sum(results[result.parent].run.val_bpb - result.run.val_bpb for result in kept)
             print(f"{operator}: {counted(len(own), 'experiment')}, {len(kept)} kept, together {gain:.6f}")
     if isinstance(proposer, Claude):
         print(proposer.bill)
     if night.settings.budget_s < constants.COMPILE_FROM_S:
         print(f"runs of {night.settings.budget_s:g} s show the loop, not a result: early differences are mostly noise")
     place = os.path.relpath(night.folder)
+    try:
+        points = [vars(result) | vars(result.run) | {"verdict": result.verdict.word} for result in results]
+        save_progress(night.folder / "progress.png", points, f"night {tag}")
+        picture = f"{place}/progress.png"
+    except (ImportError, OSError) as error:
+        picture = f"could not be drawn: {one_line(str(error))}"
     print(f"this night takes {folder_bytes(night.folder) / 1e6:,.1f} MB in {place}\n")
     print(f"log        {place}/results.tsv")
+    print(f"picture    {picture}")
     print("review     analysis.ipynb, in any notebook program")
     print(f"history    git log --oneline HEAD..autoresearch/{tag}")
     if proposer.name == "try":
@@ -216,10 +223,10 @@ def print_summary(night: Night, why: str, proposer, more: str | None) -> None:
             print(f"put back   git checkout autoresearch/{tag} -- train.py")
     elif best.number:
         print(f"take home  git checkout autoresearch/{tag} -- train.py")
-    if more is not None:
-        again = f"python agent.py --tag {tag}"
-        if proposer.name == "command":  # which the journal does not hold: there may be a key in it
-            again = "the same command, with" if more else "the same command"
-        print(f"go on      {again} {more}".rstrip())
+    if goes_on:  # the journal does not hold a program's arguments: there may be a key in them
+        again = "the same command" if proposer.name == "command" else f"python agent.py --tag {tag}"
+        print(
+            f"go on      {again}{'  (with a larger --experiments or --hours)' if why.endswith(('done', 'used up')) else ''}"
+        )
     if best.number:
         print(f"is it so?  python agent.py --check {tag}")

@@ -5,12 +5,14 @@ processes (kills, interrupts, the command line) start the program as its user do
 """
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,12 +33,12 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 import constants  # noqa: E402 (after the path)
-from agent import Alone, Limits, run_night  # noqa: E402
+from agent import Limits, run_night  # noqa: E402
 from lab.measure.place import HARNESS  # noqa: E402
 from lab.propose.tune import Tune  # noqa: E402
 from lab.record.git import Repository  # noqa: E402
 from lab.record.journal import FORMAT, Journal  # noqa: E402
-from lab.record.night import Night, proposal_of  # noqa: E402
+from lab.record.night import Night, measure, proposal_of  # noqa: E402
 from lab.records import (  # noqa: E402
     Proposal,
     Run,
@@ -148,6 +150,8 @@ def make_checkout(folder: Path, cache: Path, stub: bool) -> Checkout:
         shutil.copy(ROOT / "tests" / "stub_score.py", folder / "lab" / "measure" / "score.py")
         shutil.copy(ROOT / "tests" / "stub_prepare.py", folder / "prepare.py")
         shutil.copy(ROOT / "tests" / "stub_train.py", folder / "train.py")
+        drawing = "def save_progress(path, results, title):\n    path.touch()\n"  # matplotlib takes a second
+        (folder / "lab" / "progress.py").write_text(drawing)
     checkout = Checkout(folder, cache)
     checkout.git("init", "-q", "-b", "main")
     checkout.git("add", "-A")
@@ -168,6 +172,13 @@ def real_checkout(tmp_path, cache):
     for name in ("val.bin", "test.bin"):
         os.truncate(data_of(tmp_path / "cache") / name, 64 * 257 * 2)
     return make_checkout(tmp_path / "checkout", tmp_path / "cache", stub=False)
+
+
+def wait_for(condition, process=None, patience_s=60.0):
+    deadline = time.monotonic() + patience_s
+    while not condition():
+        assert time.monotonic() < deadline and (process is None or process.poll() is None)
+        time.sleep(0.002)
 
 
 # ---------------------------------------------------------------------------
@@ -222,14 +233,16 @@ def model_of(source: str) -> dict:
     return namespace["build_model"](None)
 
 
-def fake_measure(night: Night, before=lambda source, seed: None, journal: bool = True):
+def fake_measure(night: Night, before=lambda source, seed: None):
     """The closed form of stub_score.py as a `measure`, memoised and journalled like the real one. `before` is called for each run."""
+    return partial(measure, night, fake_run(night, before))
+
+
+def fake_run(night: Night, before=lambda source, seed: None):
+    """The same, neither memoised nor journalled."""
     from stub_score import truth
 
-    def measure(source: str, seed: int, title: str = "", fresh: bool = False) -> Run:
-        known = None if fresh else night.known_run(sha256(source), seed)
-        if known:
-            return known
+    def make_run(source: str, seed: int, title: str) -> Run:
         before(source, seed)
         metrics = {"training_seconds": 300.0, "num_steps": 1000, "total_tokens_M": 10.0, "backend": "sdpa"}
         run = Run(sha256(source), seed, None, None, "", "", metrics, 320.0, 301.0, 20.0, 0.1, saving_seconds=0.1)
@@ -244,20 +257,28 @@ def fake_measure(night: Night, before=lambda source, seed: None, journal: bool =
             run = replace(run, val_bpb=val_bpb, test_bpb=true_bpb if claim else None, distrust=caught or "")
         except Exception as error:
             run = replace(run, crash=f"{type(error).__name__}: {error}", metrics={}, scoring_seconds=None)
-        if journal:
-            night.add_run(run)
         return run
 
-    return measure
+    return make_run
 
 
 def run_here(
-    night: Night, experiments: int | None = 6, proposer=None, hours=None, second_seed=False, measure=None, view=None
+    night: Night,
+    experiments: int | None = 6,
+    proposer=None,
+    hours=None,
+    second_seed=False,
+    measure=None,
+    view=None,
+    workers=1,
 ) -> str:
     """Runs a night of this process to its end; returns the reason."""
     proposer = proposer or Tune(night.tag, "cpu")
-    limits = Limits(experiments, hours, time.perf_counter())
-    return run_night(night, proposer, limits, Alone(measure or fake_measure(night)), view or Quiet(), second_seed)
+    end = math.inf if hours is None else time.perf_counter() + 3600 * hours
+    limits = Limits(experiments, hours, end, workers)
+    return run_night(
+        night, proposer, limits, measure or fake_measure(night), lambda: workers, view or Quiet(), second_seed
+    )
 
 
 class Script:
@@ -294,8 +315,11 @@ def better(lr: float, **more) -> tuple[str, str]:
 
 
 def rows_of(checkout, event=None, tag="t"):
+    """The rows of a night's journal; those of results with the fields of their run."""
     lines = (checkout.folder / "runs" / tag / "journal.jsonl").read_text().splitlines(keepends=True)
     rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the agent may be writing the last one
+    runs = {row["id"]: row for row in rows if row["event"] == "run"}
+    rows = [runs[row["run"]] | row if row["event"] == "result" else row for row in rows]
     return [row for row in rows if event in (None, row["event"])]
 
 
@@ -326,7 +350,8 @@ def check_agreement(checkout, tag="t"):
             assert best is None or row["val_bpb"] < best
             best = row["val_bpb"]
         elif row["verdict"] == "discard":
-            assert row["val_bpb"] >= best or row["reason"].startswith("not confirmed")
+            parent = results[row["parent"]]["val_bpb"]
+            assert row["val_bpb"] >= parent or row["reason"].startswith(("not confirmed", "lower than experiment"))
         source = checkout.git("cat-file", "blob", f"{row['commit']}:train.py") + "\n"
         assert sha256(source) == row["source"]
     return results

@@ -1,6 +1,7 @@
 """Several workers: the rules of a night in which experiments overlap, a worker that is lost, and a real night on Ray."""
 
 import os
+import queue
 import signal
 import sys
 import threading
@@ -19,138 +20,105 @@ from conftest import (
     better,
     check_agreement,
     fake_measure,
+    fake_run,
     open_here,
     rows_of,
     run_here,
     settings_for,
+    wait_for,
 )
 
-from agent import Alone, Limits, experiment, run_night
-from constants import SEED, Problem
+from agent import Limits, experiment, run_night
+from constants import Problem
 from lab.fleet import Fleet
 from lab.measure.files import packed, unpack
+from lab.record.night import measure
 from lab.record.start import difference
-from lab.records import Proposal, sha256
+from lab.records import Proposal, Stopped, sha256
 from lab.view import View
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason='Ray is not installed: pip install -e ".[ray]"')
 NARROWER = ("        width=64,", "        width=32,")
 
 
-class Several(Alone):
-    """A crew of several in this process: all begin, then that one ends whose change comes first in `order`."""
+class Turns:
+    """A measure for several threads: all experiments of `order` begin, then they end in this order."""
 
-    def __init__(self, measure, count: int, order: list[int]):
-        super().__init__(measure)
-        self.count, self.order, self.calls = count, [f"change {number}" for number in order], 0
-        self.others = set(threading.enumerate())  # of nights of other tests, which may wait for ever
+    def __init__(self, night, order: list[int], before=lambda source, seed: None):
+        self.night, self.order, self.begun = night, [f"change {number}" for number in order], set()
+        self.measure = fake_measure(night, before)
 
-    @property
-    def free(self):
-        return self.count - len(self.work)
-
-    def wait(self):
-        self.calls += 1
-        being_made = any(
-            "(body)" in thread.name for thread in set(threading.enumerate()) - self.others
-        )  # of Proposals.begin()
-        if self.free and (being_made or self.calls < 20):  # another may still begin
-            time.sleep(0.005)
-            return
-        self.calls = 0
-        names = [proposal.description if proposal else "" for proposal, _ in self.work]
-        first = min(range(len(names)), key=lambda i: self.order.index(names[i]) if names[i] in self.order else 99)
-        (proposal, steps), run = self.work.pop(first), None
-        try:
-            while True:
-                run = self.measure(*steps.send(run))
-        except StopIteration as end:
-            yield proposal, end.value
+    def __call__(self, source: str, seed: int, title: str, fresh: bool = False):
+        self.begun.add(title)
+        if title in self.order:
+            earlier = set(self.order[: self.order.index(title)])
+            wait_for(lambda: self.begun >= set(self.order) and earlier <= {r.description for r in self.night.results})
+        return self.measure(source, seed, title, fresh)
 
 
 def run_several(night, changes, order, count=2, proposer=None, experiments=None):
-    proposer = proposer or Script(*changes)
-    crew = Several(fake_measure(night), count, order)
-    return run_night(night, proposer, Limits(experiments, None, time.perf_counter()), crew, Quiet(), False)
+    return run_here(night, experiments, proposer or Script(*changes), measure=Turns(night, order), workers=count)
 
 
-def test_what_overtook_is_the_one_to_beat(checkout):
-    """Both begin on the baseline; the larger gain ends first, so the smaller one, lower than its parent, is a discard."""
+def outcomes(night) -> list[tuple]:
+    return [(result.description, result.verdict.word, result.parent) for result in night.results[1:]]
+
+
+def test_a_win_on_an_earlier_incumbent_is_measured_again_on_top_of_the_present_one(checkout):
+    """Both begin on the baseline; change 2 is kept first. Every keep is its parent plus one change."""
     night = open_here(checkout)
     run_several(night, [NARROWER, better(0.2)], order=[2, 1])
-    words = [(result.verdict.word, result.parent, result.rival) for result in night.results]
-    assert words == [("keep", None, None), ("keep", 0, 0), ("discard", 0, 1)] and night.lacking() is None
+    assert outcomes(night) == [("change 2", "keep", 0), ("change 1", "keep", 1)]
+    assert "lr=0.2," in (source := night.source(night.incumbent)) and "width=32," in source
+    assert len(rows_of(checkout, "run")) == 4 and [row["id"] for row in rows_of(checkout, "result")] == [0, 1, 3]
     check_agreement(checkout)
 
 
-def test_a_keep_that_the_winner_lacks_is_the_next_experiment(checkout):
+def test_a_win_that_does_not_go_on_top_of_the_present_one_is_a_discard_that_says_so(checkout):
     night = open_here(checkout)
-    run_several(night, [NARROWER, better(0.2)], order=[1, 2])
-    words = [(result.verdict.word, result.parent, result.rival) for result in night.results]
-    assert words == [("keep", None, None), ("keep", 0, 0), ("keep", 0, 1), ("keep", 2, 2)]
-    merged = night.results[3]
-    assert (merged.description, merged.operator, merged.mends) == ("experiment 1 on top of 2: change 1", "merge", 1)
-    assert "lr=0.2," in (source := night.source(merged)) and "width=32," in source and night.lacking() is None
+    run_several(night, [better(0.3), better(0.2)], order=[2, 1])
+    assert outcomes(night) == [("change 2", "keep", 0), ("change 1", "discard", 0)]
+    reason = night.results[2].verdict.reason
+    assert (
+        reason.startswith("lower than experiment 0, on which it was made, but 1 was kept meanwhile: ")
+        and "same lines" in reason
+    )
     check_agreement(checkout)
 
 
-def test_a_merge_comes_before_what_waits(checkout):
+def test_what_is_not_lower_than_its_parent_is_not_measured_again(checkout):
     night = open_here(checkout)
-
-    class Ahead(Script):
-        def between_runs(self, number):
-            return False
-
-    decays = [("        decay=0.1,", f"        decay={decay},") for decay in (0.2, 0.3)]
-    run_several(night, [], order=[1, 2, 3], proposer=Ahead(NARROWER, better(0.2), *decays))
-    assert [result.description for result in night.results[1:4]] == ["change 1", "change 2", "change 3"]
-    assert night.results[4].operator == "merge" and night.results[5].description == "change 4"
+    run_several(night, [("width=64,", "width=99,"), better(0.2)], order=[2, 1])
+    assert (
+        outcomes(night) == [("change 2", "keep", 0), ("change 1", "discard", 0)] and len(rows_of(checkout, "run")) == 3
+    )
+    change = checkout.git("show", "--format=", night.results[2].commit, "--", "train.py")
+    assert "+        width=99," in change and "lr=" not in change.replace(" lr=0.4", "")
 
 
-def test_the_commit_of_what_was_overtaken_shows_its_own_change(checkout):
-    night = open_here(checkout)
-    run_several(night, [NARROWER, better(0.2)], order=[2, 1])
-    overtaken = night.results[2]
-    assert checkout.git("rev-parse", f"{overtaken.commit}^") == night.results[0].commit
-    assert "made on experiment 0, before 1 was kept" in checkout.git("log", "-1", "--format=%B", overtaken.commit)
-    change = checkout.git("show", "--format=", overtaken.commit, "--", "train.py")
-    assert "+        width=32," in change and "lr=" not in change.replace(" lr=0.4", "")
-
-
-def test_what_was_trained_before_a_kill_is_judged_and_not_trained_anew(checkout):
-    """It was made on the baseline, its run is journalled, then another was kept: it is not rebased, so that its run still counts."""
+def test_a_win_that_was_cut_off_before_its_second_run_goes_on_after_a_kill(checkout):
+    """It was put on top of the incumbent and not yet measured there: its row says so."""
     night = open_here(checkout)
     run_here(night, 0)
     proposals = [Proposal("narrower", "", night.baseline.source.replace(*NARROWER), proposer="script", parent=0)]
     proposals += [Proposal("faster", "", night.baseline.source.replace(*better(0.2)), proposer="script", parent=0)]
     narrower, faster = (night.add_proposal(proposal, 1) for proposal in proposals)
-    measure = fake_measure(night)
-    measure(narrower.source, SEED)
-    crew = Several(measure, 1, [])
-    crew.start(faster, experiment(night, faster))
-    for proposal, result in crew.wait():
-        night.record(result, proposal.source)
-    trained = len(rows_of(checkout, "run"))
+    experiment(night, faster, fake_measure(night))
+
+    class Killed(Exception):
+        pass
+
+    def measure(source, seed, title, fresh=False):
+        if "lr=0.2" in source:
+            raise Killed
+        return fake_measure(night)(source, seed, title, fresh)
+
+    with pytest.raises(Killed):
+        experiment(night, narrower, measure)
     again = open_here(checkout)
     run_several(again, [], order=[], experiments=2)
-    assert again.results[2].description == "narrower" and again.results[2].parent == 0 and again.results[2].rival == 1
-    assert len(rows_of(checkout, "run")) == trained
-
-
-def test_a_keep_that_conflicts_goes_back_to_the_proposer(checkout):
-    night, told = open_here(checkout), []
-
-    class Told(Script):
-        def propose(self, source, history, feedback):
-            told.append(feedback)
-            return super().propose(source, history, feedback)
-
-    last = ("        decay=0.1,", "        decay=0.2,")
-    run_several(night, [], order=[1, 2, 3], proposer=Told(better(0.3), better(0.2), last))
-    (row,) = rows_of(checkout, "reject")
-    assert row["description"] == "experiment 1 on top of 2: change 1" and "in the same lines" in row["reason"]
-    assert [f"{row['description']}: {row['reason']}"] in told
-    assert [result.verdict.word for result in night.results[:3]] == 3 * ["keep"]
+    assert outcomes(again) == [("faster", "keep", 0), ("narrower", "keep", 1)]
+    check_agreement(checkout)
 
 
 def test_the_next_is_proposed_knowing_what_runs_and_the_limit_counts_it(checkout):
@@ -169,28 +137,34 @@ def test_the_next_is_proposed_knowing_what_runs_and_the_limit_counts_it(checkout
 
 def test_the_baseline_is_measured_with_all_workers_at_work(checkout):
     """As all that it is compared with: alone it would have memory and bandwidth to itself."""
-    night, at_once = open_here(checkout), []
-    crew = Several(fake_measure(night, lambda source, seed: at_once.append((seed, len(crew.work)))), 3, [])
-    view = Quiet()
-    run_night(night, Script(better(0.2)), Limits(None, None, time.perf_counter()), crew, view, True)
-    assert at_once[:2] == [(1, 2), (2, 2)] and night.noise is not None
+    night, view, together = open_here(checkout), Quiet(), threading.Barrier(3, timeout=30)
+    seeds, run = [], fake_measure(night)
+
+    def measure(source, seed, title, fresh=False):
+        seeds.append(seed)
+        if len(seeds) <= 3:
+            together.wait()
+        return run(source, seed, title, fresh)
+
+    run_here(night, None, Script(better(0.2)), second_seed=True, measure=measure, view=view, workers=3)
+    assert sorted(seeds[:3]) == [1, 2, 2] and night.noise is not None
     assert [line for line in view.lines if "two seeds" in line] == [f"      {night.noise_text}"]
 
 
-def test_a_night_of_one_worker_lacks_nothing(checkout):
+def test_what_a_thread_raises_ends_the_night_and_what_the_others_run(checkout):
     night = open_here(checkout)
-    run_here(night, 6, Script(better(0.2), NARROWER, better(0.4), better(0.1), better(0.3)))
-    assert night.lacking() is None and all(result.parent == result.rival for result in night.results)
 
+    def measure(source, seed, title, fresh=False):
+        if title == "change 1":
+            raise Problem("the disk is full")
+        if title == "change 2":
+            assert night.stop.wait(30)
+            raise Stopped
+        return fake_measure(night)(source, seed, title, fresh)
 
-def test_a_merge_that_was_cut_off_is_run_after_a_kill(checkout):
-    """The keep is recorded, the merge not yet proposed: the next start knows that it is missing."""
-    night = open_here(checkout)
-    run_several(night, [NARROWER, better(0.2)], order=[1, 2], experiments=2)
-    again = open_here(checkout)
-    assert again.lacking().number == 1
-    run_several(again, [], order=[])
-    assert again.results[3].operator == "merge" and again.results[3].verdict.word == "keep"
+    with pytest.raises(Problem, match="the disk is full"):
+        run_here(night, None, Script(better(0.3), better(0.2)), measure=measure, workers=2)
+    assert len(night.results) == 1
 
 
 # --- a fleet without Ray
@@ -203,11 +177,10 @@ class Lost(Exception):
 class FakeRay:
     """Ray's few calls: an answer is a function, called when it is got."""
 
-    exceptions, calls = SimpleNamespace(RayError=Lost, GetTimeoutError=TimeoutError), 0
+    exceptions = SimpleNamespace(RayError=Lost, GetTimeoutError=TimeoutError)
 
     def wait(self, answers, timeout):
-        self.calls += 1
-        return (answers, []) if timeout > 0.1 or self.calls % 20 == 0 else ([], time.sleep(0.005) or answers)
+        return answers, []
 
     def get(self, answer, timeout=None):
         return answer()
@@ -222,34 +195,33 @@ class FakeRay:
 def fake_fleet(night, behaviours):
     """behaviours: of each worker, what its runs do: "works", or "dies" at its first one."""
     fleet = object.__new__(Fleet)
-    fleet.ray, fleet.night, fleet.work, fleet.compiled, fleet.looked = FakeRay(), night, [], (None, None), 0.0
-    fleet.view = View(night, None, [], len(behaviours))
-    local, ran = fake_measure(night, journal=False), []
+    fleet.ray, fleet.night, fleet.packed, fleet.idle = FakeRay(), night, (None, None), queue.Queue()
+    local, ran = fake_run(night), []
 
     def run(number, behaviour, source, seed, title, *others):
         if behaviour == "dies":
             raise Lost("the node is gone\nand more")
         ran.append((number, sha256(source), seed))
-        run = local(source, seed, title, fresh=True)
         files = {"train.py": source.encode(), "run.log": b"log", "out/result.json": b"{}"}
-        return run, files if seed == 1 else {}
+        return local(source, seed, title), files if seed == 1 else {}
 
     def worker(number, behaviour):
-        measure = SimpleNamespace(remote=lambda *args: partial(run, number, behaviour, *args))
-        nothing = SimpleNamespace(remote=lambda: lambda: None)
-        state = SimpleNamespace(remote=lambda: lambda: ("training", ["line"]))
-        return SimpleNamespace(measure=measure, state=state, ready=nothing, close=nothing)
+        make_run = SimpleNamespace(remote=lambda *args: partial(run, number, behaviour, *args))
+        phase, close = (SimpleNamespace(remote=lambda: lambda: "training") for _ in range(2))
+        return SimpleNamespace(measure=make_run, phase=phase, close=close)
 
     fleet.workers = {i: worker(i, behaviour) for i, behaviour in enumerate(behaviours, 1)}
-    fleet.sent = dict.fromkeys(fleet.workers)
+    for number in fleet.workers:
+        fleet.idle.put(number)
     return fleet, ran
 
 
 def run_fleet(night, behaviours, changes, second_seed=True):
     (fleet, ran), view = fake_fleet(night, behaviours), Quiet()
-    night.say = view.say
-    limits = Limits(None, None, time.perf_counter(), len(behaviours))
-    return run_night(night, Script(*changes), limits, fleet, view, second_seed), view.lines, ran
+    lanes = View(night, None, [], len(behaviours)).lanes
+    night.say, limits = view.say, Limits(None, None, workers=len(behaviours))
+    measured = partial(measure, night, partial(fleet.make_run, lanes))
+    return run_night(night, Script(*changes), limits, measured, lambda: fleet.room, view, second_seed), view.lines, ran
 
 
 def test_an_experiment_whose_worker_dies_is_run_elsewhere(checkout):
@@ -350,9 +322,5 @@ def test_a_night_of_two_workers_on_ray(checkout: Checkout):
     output = checkout.agent("--tag", "t", "--experiments", "9")
     results = check_agreement(checkout)
     assert len(results) == 10 and results[: len(before)] == before
-    assert (
-        {row["worker"] for row in results} == {1, 2}
-        and "worker 2: " in output
-        and "% " not in output.split("worker 2: ")[0][:0]
-    )
+    assert {row["worker"] for row in results} == {1, 2} and "worker 2: " in output
     assert not list((checkout.cache / "fleet").glob("t-*[0-9]")) and of_ray() == []

@@ -9,12 +9,12 @@ from conftest import ROOT
 
 ORDER = [  # each module may import what stands before it, and the folders stand in this order too
     "constants", "lab.records", "lab.machine", "prepare", "train", "lab.measure.score",
-    "lab.measure.files", "lab.measure.cache", "lab.measure.child", "lab.measure.place", "lab.measure.text", "lab.measure.trial", "lab.measure.sandbox",
+    "lab.measure.files", "lab.measure.child", "lab.measure.place", "lab.measure.trial", "lab.measure.sandbox",
     "lab.measure.run",
     "lab.record.git", "lab.record.journal", "lab.record.night", "lab.record.start",
-    "lab.propose.screen", "lab.propose.hyperparameters", "lab.propose.ahead", "lab.propose.replay", "lab.propose.tune", "lab.propose.prompt",
+    "lab.propose.screen", "lab.propose.ahead", "lab.propose.replay", "lab.propose.tune", "lab.propose.prompt",
     "lab.propose.model", "lab.propose.claude", "lab.propose.command",
-    "lab.worker", "lab.fleet", "lab.check", "lab.arguments", "lab.view", "agent",
+    "lab.fleet", "lab.check", "lab.arguments", "lab.progress", "lab.view", "agent",
 ]  # fmt: skip
 # which import all others at once
 ALL = [

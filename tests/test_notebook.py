@@ -30,6 +30,31 @@ def run(seed, source, bpb):
     }  # fmt: skip
 
 
+OF_A_RUN = "source val_bpb test_bpb metrics run_seconds scoring_seconds idle_seconds".split()
+
+
+def journal_of(rows):
+    """The rows with their runs apart and named by ids, as a journal has them; `second` was a pair of val_bpb."""
+    journal = [{"event": "night"}]
+
+    def add(row) -> int:
+        count = sum(row["event"] == "run" for row in journal)
+        journal.append(row | {"id": count})
+        return count
+
+    for row in rows:
+        if row["event"] == "result":
+            facts = {name: row[name] for name in OF_A_RUN}
+            second = row["second"] and [add(run(2, row["source"], bpb)) for bpb in row["second"]]
+            rest = {name: value for name, value in row.items() if name not in OF_A_RUN}
+            journal.append(rest | {"run": add({"event": "run", "seed": 1, **facts}), "second": second})
+        elif row["event"] == "run":
+            add(row)
+        else:
+            journal.append(row)
+    return journal
+
+
 def proposal(number, source):
     return {"event": "proposal", "id": number, "source": source}
 
@@ -74,7 +99,9 @@ def execute(*places):
         cells = nbformat.read(ROOT / "analysis.ipynb", as_version=4).cells
         if choice:
             cells[1].source = choice
-        fresh = nbformat.v4.new_code_cell(f"%reset -f\nimport os; os.chdir({str(folder)!r})")
+        fresh = nbformat.v4.new_code_cell(
+            f"%reset -f\nimport os, sys; os.chdir({str(folder)!r}); sys.path.insert(0, {str(ROOT)!r})"
+        )
         parts.append([fresh, *cells])
         for number, cell in enumerate(parts[-1]):
             cell.id = f"cell-{len(parts)}-{number}"
@@ -99,7 +126,7 @@ def test_the_notebook_reads_nights_of_every_kind(tmp_path):
     for kind, (rows, _) in NIGHTS.items():
         night = tmp_path / kind / "runs" / "nov23"
         night.mkdir(parents=True)
-        lines = [json.dumps(row) for row in ({"event": "night"}, *rows)]
+        lines = [json.dumps(row) for row in journal_of(rows)]
         (night / "journal.jsonl").write_text("\n".join(lines) + '\n{"event": "res')  # one is being written
     done = dict(zip(NIGHTS, execute(*((tmp_path / kind, None) for kind in NIGHTS)), strict=True))
     for kind, outputs in done.items():

@@ -1,5 +1,6 @@
 """Which runs count, and what is left of a child's text."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -91,11 +92,14 @@ def test_the_pace_is_tokens_against_the_other_runs(own, theirs, text):
 
 
 def test_a_result_comes_back_from_its_row():
-    result = Result(
-        3, 2, 2, 7, "wider", "because", "improve", None, Verdict("keep", "lower"), RUN, (1.0, None), "abc", "def"
-    )
-    assert Result.of(result.row()) == result
-    assert Result.of(replace(result, second=None).row()).second is None
+    runs = {id: replace(RUN, id=id) for id in range(3)}
+    verdict, second = Verdict("keep", "lower"), (runs[1], runs[2])
+    result = Result(3, 2, 7, "wider", "because", "improve", None, verdict, runs[0], second, "abc", "def")
+    row = json.loads(json.dumps(result.row()))
+    assert Result.of(row, runs) == result and (row["verdict"], row["reason"]) == ("keep", "lower")
+    assert (row["run"], row["second"]) == (0, [1, 2])
+    alone = replace(result, second=None)
+    assert Result.of(alone.row(), runs) == alone
 
 
 def test_text_of_a_child_is_made_harmless():

@@ -15,20 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NIGHT, ROOT, STUB, check_agreement, rows_of
+from conftest import NIGHT, ROOT, STUB, check_agreement, rows_of, wait_for
 
 from lab import machine
-from lab.measure import cache, child, files, run
+from lab.measure import child, files, run
+from lab.measure.child import started_for
 from lab.measure.files import remove
 from lab.records import OutOfTime
-
-
-def wait_for(condition, process=None, patience_s=60.0):
-    deadline = time.monotonic() + patience_s
-    while not condition():
-        assert time.monotonic() < deadline and (process is None or process.poll() is None)
-        time.sleep(0.002)
-
 
 # --- interrupts, one at a time
 
@@ -74,15 +67,29 @@ def test_interrupted_in_each_state(checkout, state, number):
     assert len(check_agreement(checkout)) == 2
 
 
-def test_a_second_interrupt_stops_at_once(checkout):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_signals_that_follow_the_first_one_change_nothing(checkout, number):
+    """Ctrl-C twice; a terminal that closes, and the shell that ends its jobs: nothing lost, nothing left running."""
     checkout.slow(30)
     process = checkout.start(*NIGHT)
     wait_for(lambda: (checkout.folder / "runs" / "t" / "0000" / "run.log").exists(), process)
     start = time.monotonic()
+    process.send_signal(number)
     process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=10)
-    assert time.monotonic() - start < 5
+    output, _ = process.communicate(timeout=10)
+    assert time.monotonic() - start < 5 and process.returncode == 0
+    assert "the same command goes on" in output and "Traceback" not in output
+    assert not started_for(str(checkout.folder / "runs" / "t"))
+
+
+def test_a_night_under_nohup_outlives_its_terminal(checkout):
+    checkout.slow(0.3)
+    checkout.within = ["nohup"]
+    process = checkout.start(*NIGHT, "--experiments", "1")
+    wait_for(lambda: (checkout.folder / "runs" / "t" / "0000" / "run.log").exists(), process)
+    process.send_signal(signal.SIGHUP)
+    output, _ = process.communicate(timeout=60)
+    assert "the one experiment is done" in output and len(check_agreement(checkout)) == 2
 
 
 # --- crashes
@@ -470,9 +477,9 @@ def test_a_compile_cache_with_paths_longer_than_paths_may_be_is_looked_through(t
         os.mkdir("d" * 200, dir_fd=here)
         here = os.open("d" * 200, os.O_RDONLY, dir_fd=here)
     files.copy_regular_files(folder / "cache", night / "cache", 10**6)
-    cache.set_aside(night, "sha", folder / "cache")
-    assert cache.aside(night, "sha").exists()
-    cache.settle(night, "sha", kept=False)
+    run.set_cache_aside(night, "sha", folder / "cache")
+    assert run.cache_aside(night, "sha").exists()
+    run.settle_cache(night, "sha", kept=False)
     remove(folder / "cache" / ("d" * 200))
-    cache.set_aside(night, "sha", folder / "cache")
-    assert not cache.aside(night, "sha").exists()
+    run.set_cache_aside(night, "sha", folder / "cache")
+    assert not run.cache_aside(night, "sha").exists()

@@ -9,7 +9,8 @@ import pytest
 from conftest import NIGHT, STUB, check_agreement, make_checkout, open_here, rows_of, story
 
 from constants import Problem, sha256_of
-from lab.measure import place, text
+from lab.measure import place, run
+from lab.measure.run import hand_over_text, rows_of_the_night
 
 
 @pytest.fixture
@@ -34,50 +35,25 @@ def count_hashes(monkeypatch) -> list[str]:
     return read
 
 
-def test_the_rows_are_in_a_runs_folder_while_its_clock_runs_and_read_in_full_once(night, monkeypatch):
-    """Five runs, each checked before and after: links change a time of the file, and nothing else."""
+def test_the_rows_are_linked_into_a_runs_folder_and_read_in_full_once(night, monkeypatch):
     read, data = count_hashes(monkeypatch), Path(night.settings.data) / "train.bin"
-    night.check_unchanged()
-    with text.rows_of_the_night(night):
+    with rows_of_the_night(night):
         assert night.rows.samefile(data)
-        for number in range(5):
-            folder = run_folder(night, number)
-            night.check_unchanged()
-            text.hand_over(night, folder)
-            assert (folder / "text" / "train.bin").samefile(data)
-            text.take_back(night, folder)
-            assert not (folder / "text").exists()
-            night.check_unchanged()
-    assert read.count("train.bin") == 1 and not night.rows.parent.exists() and data.stat().st_nlink == 1
-
-
-def test_rows_that_a_run_could_change_are_found_out(night):
-    """Without a sandbox a link is the file itself."""
-    with text.rows_of_the_night(night):
         folder = run_folder(night, 0)
-        text.hand_over(night, folder)
-        times = (folder / "text" / "train.bin").stat()
+        hand_over_text(night, folder)
+        assert (folder / "text" / "train.bin").samefile(data)
+    assert read.count("train.bin") == 1 and not night.rows.parent.exists()
+
+
+def test_rows_that_a_run_changed_without_a_sandbox_are_found_out_at_the_next_start(night):
+    """There a link is the file itself."""
+    with rows_of_the_night(night):
+        folder = run_folder(night, 0)
+        hand_over_text(night, folder)
         with open(folder / "text" / "train.bin", "r+b") as file:
             file.write(b"other")
-        os.utime(folder / "text" / "train.bin", ns=(times.st_atime_ns, times.st_mtime_ns))  # as one that hides it
-        text.take_back(night, folder)
-        with pytest.raises(Problem, match=r"train\.bin changed during the night"):
-            night.check_unchanged()
-
-
-def test_many_rows_cost_a_night_nothing(night, monkeypatch):
-    """A hundred shards, 8.6 GB, of which the file system holds none: linked, neither copied nor read again."""
-    data = Path(night.settings.data) / "train.bin"
-    os.truncate(data, 100 * 86_000_000)
-    night.stamps["train.bin"] = place.file_stamp(data)  # as if read at the start
-    read = count_hashes(monkeypatch)
-    with text.rows_of_the_night(night):
-        folder = run_folder(night, 0)
-        text.hand_over(night, folder)
-        night.check_unchanged()
-        text.take_back(night, folder)
-        night.check_unchanged()
-    assert "train.bin" not in read
+    with pytest.raises(Problem, match=r"train\.bin changed since the night began"):
+        rows_of_the_night(night).__enter__()
 
 
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="this machine has no second file system to write to")
@@ -86,16 +62,14 @@ def test_rows_on_another_file_system_are_copied_once(checkout, monkeypatch):
         data = Path(place) / "train.bin"
         data.write_bytes(os.urandom(2 * 257 * 1_000))
         night = open_here(checkout, data=place, data_sha256={"train.bin": sha256_of(data)})
-        with text.rows_of_the_night(night):
+        with rows_of_the_night(night):
             assert not night.rows.samefile(data) and night.rows.read_bytes() == data.read_bytes()
             folder = run_folder(night, 0)
-            text.hand_over(night, folder)
+            hand_over_text(night, folder)
             assert (folder / "text" / "train.bin").samefile(night.rows)
-            text.take_back(night, folder)
-            night.check_unchanged()
-        monkeypatch.setattr(text.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
+        monkeypatch.setattr(run.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
         with pytest.raises(Problem, match=r"cannot be linked to .*free space there, or set AUTORESEARCH_CACHE"):
-            text.rows_of_the_night(night).__enter__()
+            rows_of_the_night(night).__enter__()
         assert not night.rows.parent.exists()
 
 
@@ -109,7 +83,7 @@ def test_what_a_killed_agent_left_is_gone_at_the_next_start_and_nothing_that_a_l
     (night.rows.parent / "old").touch()
     night.run_folder(4).mkdir()
     (night.run_folder(4) / "text").symlink_to(mine)
-    with text.rows_of_the_night(night):
+    with rows_of_the_night(night):
         assert [path.name for path in night.rows.parent.iterdir()] == ["train.bin"]
         assert not any(night.folder.glob("0*/text"))
     assert (mine / "letter").read_text() == "dear"
@@ -139,13 +113,13 @@ def kill_once():
 """
 INSTANTS = {  # file, the line before which the agent is killed
     "before the mark": ("lab/measure/child.py", "            while not why:"),
-    "while the cache is set aside": ("lab/measure/cache.py", "    remove(place)\n    os.replace(fresh, place)"),
+    "while the cache is set aside": ("lab/measure/run.py", "    remove(place)\n    os.replace(fresh, place)"),
     "linked, the line not written": ("lab/measure/child.py", "                        clock_at = time.perf_counter()"),
     "training": ("lab/measure/run.py", '        view.enter("training")'),
     "scoring": ("lab/measure/run.py", '    if crash:\n        return replace(run, crash=f"scoring'),
-    "the run written": ("lab/record/night.py", "    return run\n"),
-    "the cache promoted, no result": ("lab/record/night.py", '            self.journal.append("result"'),
-    "the result written, no refs": ("lab/record/night.py", '            if word == "keep":'),
+    "the run written": ("agent.py", "        verdict, second = judge(run"),
+    "the cache promoted, no result": ("lab/record/night.py", '        self.journal.append("result"'),
+    "the result written, no refs": ("lab/record/night.py", "        if kept:\n"),
 }
 TWO = (*NIGHT, "--experiments", "2", "--budget", "60")
 
@@ -172,7 +146,10 @@ def test_killed_at_each_instant_the_next_start_is_right_and_warm(checkout, undis
     call = (
         "if on_clock: kill_once()" if instant == "before the mark" else "kill_once()"
     )  # of the children, the one that trains
-    (checkout.folder / place).write_text(source.replace(line, f"{indent}{call}\n{line}") + KILL)
+    text = source.replace(line, f"{indent}{call}\n{line}")
+    main = text.find('\n\nif __name__ == "__main__":')
+    main = len(text) if main < 0 else main
+    (checkout.folder / place).write_text(text[:main] + KILL + text[main:])
     checkout.agent(*TWO, expect=-9, STUB_COMPILER="1")
     acknowledged = rows_of(checkout, "result")
     assert len(acknowledged) == (2 if "no refs" in instant else 1)

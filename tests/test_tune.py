@@ -2,7 +2,7 @@
 
 import math
 import random
-from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +11,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from constants import Problem
-from lab.propose.hyperparameters import Number, coordinate, moves_of, numbers_of, skeleton, text_at, with_values
+from lab.propose.ahead import History
 from lab.propose.screen import screen
-from lab.propose.tune import MAX_MOVED, Tune, best_moves, trials
+from lab.propose.tune import (
+    MAX_MOVED,
+    Number,
+    Tune,
+    best_moves,
+    coordinate,
+    moves_of,
+    numbers_of,
+    skeleton,
+    text_at,
+    trials,
+    with_values,
+)
 
 REAL = (ROOT / "train.py").read_text()
+
+
+def asked_for(number: int, rejects: int = 0):
+    """The history of a night without results, asked for this experiment."""
+    return SimpleNamespace(results=(), number=number, rejects=rejects)
+
+
+def history_of(night) -> History:
+    return History(night, tuple(night.results))
 
 
 def values_of(source, sizes="cpu"):
@@ -70,11 +91,10 @@ def test_a_moved_number_is_of_the_same_kind(value, move):
 # --- the search
 
 
-def test_a_proposal_moves_one_to_five_numbers_and_repeats(checkout):
-    night = open_here(checkout, baseline=REAL)
+def test_a_proposal_moves_one_to_five_numbers_and_repeats():
     counts = set()
     for number in range(1, 25):
-        past = replace(night.history(), number=number)
+        past = asked_for(number)
         proposal = Tune("t", "cpu").propose(REAL, past, [])
         if number == 1:
             assert proposal == Tune("t", "cpu").propose(REAL, past, []) and proposal.operator == "tune"
@@ -88,9 +108,8 @@ def test_a_proposal_moves_one_to_five_numbers_and_repeats(checkout):
     assert counts == set(range(1, MAX_MOVED + 1))
 
 
-def test_a_refused_proposal_is_followed_by_another(checkout):
-    night = open_here(checkout)
-    first, second = (Tune("t", "cpu").propose(STUB, replace(night.history(), number=1, rejects=n), []) for n in (0, 1))
+def test_a_refused_proposal_is_followed_by_another():
+    first, second = (Tune("t", "cpu").propose(STUB, asked_for(1, rejects), []) for rejects in (0, 1))
     assert first.source != second.source
 
 
@@ -110,7 +129,7 @@ def test_it_learns_from_a_model_the_numbers_alone(checkout):
     run_here(night, None, Script(better(0.3), structural, (better(0.3)[1], better(0.2)[1]), ("lr=0.2,", "lr=1 // 0,")))
     words = [result.verdict.word for result in night.results]
     assert words == ["keep", "keep", "keep", "keep", "crash"]
-    past = night.history()
+    past = history_of(night)
     numbers = numbers_of(night.source(night.incumbent), "cpu")
     places, changes = trials(past, "cpu", numbers)
     bpb = [result.run.val_bpb for result in night.results]
@@ -122,11 +141,9 @@ def test_it_learns_from_a_model_the_numbers_alone(checkout):
 
 def test_what_has_no_number_counts_as_the_worst(checkout):
     night = open_here(checkout)
-    run_here(night, None, Script(better(0.5), ("        width=64,", "        width=-(10**9),")))
-    source = STUB.replace("warmdown=0.6", "warmdown=0.5")
-    results = [*night.results, replace(night.results[1], number=3, run=replace(night.results[1].run, val_bpb=None))]
-    past = replace(night.history(), results=results, sources=night.history().sources | {3: source})
-    _, changes = trials(past, "cpu", numbers_of(STUB, "cpu"))
+    run_here(night, None, Script(better(0.5), ("warmdown=0.6", "warmdown=0.5")))
+    night.results[2] = replace(night.results[2], run=replace(night.results[2].run, val_bpb=None))
+    _, changes = trials(history_of(night), "cpu", numbers_of(STUB, "cpu"))
     assert changes[-1] == changes.max() > 0
 
 
@@ -144,21 +161,21 @@ def test_the_model_finds_the_way_down_a_known_bowl(seed):
 def test_a_file_without_numbers_is_one_clear_line(checkout):
     night = open_here(checkout)
     with pytest.raises(Problem, match="has no numbers at its top"):
-        Tune("t", "cpu").propose("x = 'a'\n", night.history(), [])
+        Tune("t", "cpu").propose("x = 'a'\n", history_of(night), [])
 
 
 def test_the_moves_of_a_night_are_listed_by_number(checkout):
     night = open_here(checkout)
     both = ("lr=0.3,  # best at 0.1\n        width=64,", "lr=0.2,  # best at 0.1\n        width=60,")
     run_here(night, None, Script(better(0.3), both))
-    moves = moves_of(night.results, night.history().sources, "cpu")
+    moves = moves_of(history_of(night), "cpu")
     assert [(move.result.number, move.old, move.new, move.alone) for move in moves["lr"]] == [
         (1, 0.4, 0.3, True), (2, 0.3, 0.2, False),
     ]  # fmt: skip
     assert [(move.old, move.new, move.alone) for move in moves["width"]] == [(64, 60, False)]
 
 
-def test_draws_do_not_touch_the_generators_of_others(checkout):
-    night, before = open_here(checkout), random.getstate()
-    Tune("t", "cpu").propose(STUB, replace(night.history(), number=1), [])
+def test_draws_do_not_touch_the_generators_of_others():
+    before = random.getstate()
+    Tune("t", "cpu").propose(STUB, asked_for(1), [])
     assert random.getstate() == before

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from constants import CLOCK_MARK, FINISH_MARK, TEXT_LINE, Problem
 from lab.measure.files import DISK_FLOOR_BYTES, OUT_BYTES, folder_bytes, free_bytes
-from lab.records import clean
+from lab.records import Stopped, clean
 
 MEMORY_FLOOR = 0.04  # share of the machine's memory that is left when a child during which most of it went is ended
 KILL_PATIENCE_S = 20.0  # how long a process may take to go after kill -9: a driver that writes out, a full disk
@@ -22,38 +22,6 @@ LOG_HEAD_BYTES, LOG_TAIL_BYTES = 64_000, 192_000  # what is kept of it
 
 # The pids of our own git processes and researchers: nobody takes them for a run's.
 spawning, running = threading.Lock(), set()
-
-
-# ---------------------------------------------------------------------------
-# Ctrl-C and SIGTERM stop a night between two writes, never within one
-
-
-class Interrupts:
-    """The handler of SIGINT and SIGTERM. Within held() it only takes note."""
-
-    depth, pending = 0, False
-
-    def __call__(self, signum=None, frame=None):
-        self.pending = self.depth > 0
-        if not self.pending:
-            raise KeyboardInterrupt
-
-    @contextlib.contextmanager
-    def held(self):
-        """Defers an interrupt to the end of the block. Signals reach the main thread alone, so others have nothing to hold."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        self.depth += 1
-        try:
-            yield
-        finally:
-            self.depth -= 1
-        if self.pending and self.depth == 0:
-            self()
-
-
-interrupts = Interrupts()
 
 
 # ---------------------------------------------------------------------------
@@ -80,13 +48,19 @@ class Exit:
 
 
 def run_child(
-    command: Child, log: Path, limit_s: float, clock_limit_s: float = 0.0, saving_limit_s: float = 0.0, on_clock=None
+    command: Child,
+    log: Path,
+    limit_s: float,
+    clock_limit_s: float = 0.0,
+    saving_limit_s: float = 0.0,
+    on_clock=None,
+    stop: threading.Event | None = None,
 ) -> Exit:
     """Runs a child to its end or its limit. None of its processes is left; `log` has its output, cut to head and tail.
 
     A child that prints CLOCK_MARK waits: on_clock() is called, then it gets TEXT_LINE, and from there on clock_limit_s holds;
     from FINISH_MARK on saving_limit_s. A child that prints over LOG_LIMIT_BYTES, fills its folder with over OUT_BYTES or the disk, or
-    takes the machine's memory, is ended too.
+    takes the machine's memory, is ended too. Raises Stopped, the child ended, once `stop` is set.
     """
     import psutil
 
@@ -95,12 +69,13 @@ def run_child(
     with open(log, "w+b") as output:
         start = end = time.perf_counter()
         try:
-            with interrupts.held():
-                process = subprocess.Popen(
-                    command.argv, cwd=command.folder / "out", env=command.environment, stdout=output, stderr=subprocess.STDOUT,
-                    stdin=subprocess.PIPE if on_clock else subprocess.DEVNULL, start_new_session=True,
-                )  # fmt: skip
+            process = subprocess.Popen(
+                command.argv, cwd=command.folder / "out", env=command.environment, stdout=output, stderr=subprocess.STDOUT,
+                stdin=subprocess.PIPE if on_clock else subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
             while not why:
+                if stop and stop.is_set():
+                    raise Stopped
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(0.05)
                 end, size = time.perf_counter(), os.fstat(output.fileno()).st_size

@@ -78,15 +78,6 @@ def folder_bytes(folder: Path) -> int:
     return total
 
 
-def file_stamp(path: Path) -> tuple | None:
-    """Size, inode and times: what changes if a file does; None if it is gone."""
-    try:
-        info = path.stat()
-    except OSError:
-        return None
-    return info.st_size, info.st_ino, info.st_mtime_ns, info.st_ctime_ns
-
-
 def remove(path: Path) -> None:
     """Deletes a file or a folder, whatever a child made of it: closed to us, or nested deeper than Python walks."""
     if not path.is_dir() or path.is_symlink():

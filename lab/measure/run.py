@@ -1,9 +1,11 @@
-"""One run: train and score a (source, seed)."""
+"""One run: train and score a (source, seed); the text at its clock; its compile cache."""
 
+import contextlib
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import stat
 import time
@@ -11,10 +13,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import constants
+from constants import Problem
 from lab.machine import CARD_CONTEXT_MB, free_card_mb, wait_for_card
-from lab.measure import cache, text
 from lab.measure.child import run_child
-from lab.measure.files import DISK_FLOOR_BYTES, check_disk, free_bytes, make_run_folder, remove
+from lab.measure.files import (
+    DISK_FLOOR_BYTES,
+    OUT_BYTES,
+    check_disk,
+    copy_regular_files,
+    free_bytes,
+    make_run_folder,
+    names_within,
+    remove,
+)
 from lab.measure.place import Place
 from lab.measure.sandbox import child_command
 from lab.records import Rivals, Run, clean, late, log_tail, look_limit_s, sha256, slack_s, startup_limit_s
@@ -98,6 +109,90 @@ def crash_reason(status: int, log: Path) -> str:
 
 
 # ---------------------------------------------------------------------------
+# The text: one link or copy of the rows for the night, and a link in a run's folder while its clock runs
+#
+# A run's text/ is empty until its clock starts, gone after its end, and read-only in the sandbox: nobody reads text before the clock.
+
+
+@contextlib.contextmanager
+def rows_of_the_night(place: Place):
+    """Within it the night's folder has the training rows, on one file system with its runs: linked, else copied. Raises Problem."""
+    source = Path(place.settings.data) / place.settings.train_file
+    for left in (place.rows.parent, *place.folder.glob("*/text")):  # by an agent that was killed
+        remove(left)
+    place.rows.parent.mkdir()
+    try:
+        try:
+            os.link(source, place.rows)
+        except OSError:  # another file system, or a file of another user
+            copy_rows(source, place.rows)
+        place.check_unchanged()
+        yield
+    finally:
+        remove(place.rows.parent)
+
+
+def copy_rows(source: Path, target: Path) -> None:
+    needed, free = source.stat().st_size, shutil.disk_usage(target.parent).free
+    if needed > free:
+        few = f"{source} cannot be linked to {target.parent}, and a copy takes {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
+        raise Problem(f"{few}; free space there, or set AUTORESEARCH_CACHE to a folder beside the checkout")
+    shutil.copyfile(source, target)
+
+
+def hand_over_text(place: Place, folder: Path) -> None:
+    """Links the rows into the text/ of a run's folder."""
+    os.link(place.rows, folder / "text" / place.rows.name)
+
+
+# ---------------------------------------------------------------------------
+# Compile caches: each run starts from the night's, and what it compiled before its clock, when it had no text, may become the night's
+#
+# A run writes to its own copy alone. When its clock starts the agent sets that aside by source: a second run of the same source begins
+# with it, and a keep makes it the night's.
+
+
+def cache_aside(night: Path, source: str) -> Path:
+    """Where the cache of a source (its sha256) is kept until its verdict."""
+    return night / f"cache-{source[:16]}"
+
+
+def fill_cache(night: Path, source: str, target: Path) -> None:
+    """Gives a run the cache of its own source, else the night's."""
+    for place in (cache_aside(night, source), night / "cache"):
+        if place.exists():
+            copy_regular_files(place, target, OUT_BYTES)
+            return
+
+
+def set_cache_aside(night: Path, source: str, made: Path) -> None:
+    """Keeps what a run has compiled, if that is more than it was given. A kill leaves the whole or nothing."""
+    place = cache_aside(night, source)
+    known = place if place.exists() else night / "cache"
+    if all(os.path.exists(f"{known}/{name}") for name in names_within(made)):  # False for a path that is too long
+        return
+    fresh = place.with_suffix(".new")
+    remove(fresh)
+    copy_regular_files(made, fresh, OUT_BYTES)
+    remove(place)
+    os.replace(fresh, place)
+
+
+def settle_cache(night: Path, source: str, kept: bool) -> None:
+    """After a verdict: the cache of a kept source becomes the night's, else it goes."""
+    if kept and cache_aside(night, source).exists():
+        remove(night / "cache")
+        os.replace(cache_aside(night, source), night / "cache")
+    remove(cache_aside(night, source))
+
+
+def clear_caches(night: Path) -> None:
+    """Of sources without a verdict: of --check and --ablate, of an earlier start."""
+    for place in night.glob("cache-*"):
+        remove(place)
+
+
+# ---------------------------------------------------------------------------
 # measure
 
 
@@ -131,7 +226,6 @@ def measure_at(place: Place, view, folder: Path, source: str, seed: int, title: 
             scored = score(place, run, folder, rivals)
         run = scored
     view.end()
-    place.check_unchanged()
     if run.crash and free_bytes(place.folder) < DISK_FLOOR_BYTES:
         for full in (folder / "out", folder / "cache"):  # before its row is to be written
             remove(full)
@@ -160,16 +254,16 @@ def train(
 
     def on_clock():
         if settings.compile:
-            cache.set_aside(place.folder, program, folder / "cache")
-        text.hand_over(place, folder)
+            set_cache_aside(place.folder, program, folder / "cache")
+        hand_over_text(place, folder)
         view.enter("training")
 
     view.begin(title, folder)
     command = child_command("train", folder, place.sandbox)
     try:
-        ended = run_child(command, folder / "run.log", *limits, on_clock)
+        ended = run_child(command, folder / "run.log", *limits, on_clock, place.stop)
     finally:
-        text.take_back(place, folder)
+        remove(folder / "text")
         place.last_exit = time.perf_counter()
     crash, metrics = ended.why or crash_reason(ended.status, folder / "run.log"), {}
     if not crash:
@@ -194,16 +288,16 @@ def bytes_on_disk(path: Path) -> int | None:
 
 
 def wait_until_ready(place: Place, best: Run | None) -> None:
-    """Waits for the card. Raises Problem if harness or data changed or the disk is full, OutOfTime if --hours ends first.
+    """Waits for the card. Raises Problem if harness or data are gone or the disk is full, OutOfTime if --hours ends first.
 
     What a run needs is what the incumbent's allocator had reserved at most, and what CUDA itself takes.
     """
-    place.check_unchanged()
+    place.refuse_missing()
     check_disk(place.folder)
     peak_mb = best and (best.metrics.get("reserved_vram_mb") or best.metrics.get("peak_vram_mb"))
     if peak_mb is not None:
         needed_mb = min(peak_mb + CARD_CONTEXT_MB, 0.98 * (best.free_mb or math.inf))
-        wait_for_card(needed_mb, place.say, place.out_of_time)
+        wait_for_card(needed_mb, place.say, lambda: place.stop.is_set() or place.out_of_time)
 
 
 def make_folder(place: Place, folder: Path, source: str, seed: int, baseline: Run | None, cold: bool = False) -> None:
@@ -217,7 +311,7 @@ def make_folder(place: Place, folder: Path, source: str, seed: int, baseline: Ru
     chosen = {"attention": chosen.get("backend"), "micro_rows": chosen.get("micro_rows")}
     (folder / "run.json").write_text(json.dumps({"seed": seed, "chosen": chosen}))
     if place.settings.compile and not cold:
-        cache.fill(place.folder, sha256(source), folder / "cache")
+        fill_cache(place.folder, sha256(source), folder / "cache")
 
 
 def score(place: Place, run: Run, folder: Path, rivals: Rivals) -> Run:
@@ -238,7 +332,7 @@ def score(place: Place, run: Run, folder: Path, rivals: Rivals) -> Run:
         json.dumps(children),
         *(("--no-test",) if run.seed == constants.CONFIRM_SEED else ()),
     )
-    ended = run_child(child_command("score", folder, None, more), log, limit_s)
+    ended = run_child(child_command("score", folder, None, more), log, limit_s, stop=place.stop)
     place.last_exit = time.perf_counter()
     crash = ended.why or crash_reason(ended.status, log)
     if crash.startswith("time-out") and baseline:

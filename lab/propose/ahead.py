@@ -7,14 +7,39 @@ have `max_rejects`, how many of its proposals in a row may be refused, in the pl
 
 import threading
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from constants import SEED, Problem
-from lab.propose.screen import fingerprint, screen
-from lab.record.night import History, Night
-from lab.records import DESCRIPTION_CHARS, MERGE, OutOfTime, Proposal, Rejected, one_line, sha256
+from constants import Problem
+from lab.propose.screen import screen
+from lab.record.night import Night
+from lab.records import DESCRIPTION_CHARS, Proposal, Rejected, Result, fingerprint, one_line
 
 MAX_REJECTS = 20  # proposals for one experiment that are refused before the night stops
+
+
+@dataclass(frozen=True)
+class History:
+    """A night at one moment, as a proposer sees it; all that only grows it asks of the night."""
+
+    night: Night
+    results: tuple[Result, ...]
+    running: tuple[Proposal, ...] = ()  # what trains meanwhile
+    more: int | None = None  # about how many experiments follow this one; None: until it is stopped
+
+    @property
+    def number(self) -> int:
+        """Of the experiment to propose."""
+        return len(self.results) + len(self.running)
+
+    @property
+    def rejects(self) -> int:
+        """Proposals for it that were refused."""
+        return sum(row["number"] == self.number for row in self.night.journal.of("reject"))
+
+    def source(self, number: int) -> str:
+        """train.py of an experiment."""
+        return self.night.source(self.results[number])
 
 
 def propose(night: Night, proposer, history: History, feedback: list[str]) -> Proposal | None:
@@ -26,9 +51,8 @@ def propose(night: Night, proposer, history: History, feedback: list[str]) -> Pr
     source = night.source(parent) if parent else night.baseline.source
     while refused < getattr(proposer, "max_rejects", MAX_REJECTS):
         start, proposal = time.perf_counter(), None
-        asked = replace(history, rejects=history.rejects + refused)
         try:
-            proposal = proposer.propose(source, asked, feedback)
+            proposal = proposer.propose(source, history, feedback)
             if proposal is None:
                 return None
             screen(proposal.source, night.tried)
@@ -47,8 +71,9 @@ def propose(night: Night, proposer, history: History, feedback: list[str]) -> Pr
 class Proposals:
     """The next proposal of a night, made by a daemon thread while experiments train: Ctrl-C never waits for a reply."""
 
-    def __init__(self, night: Night, proposer):
-        self.night, self.proposer, self.thread = night, proposer, None
+    def __init__(self, night: Night, proposer, left: Callable[[int], int | None]):
+        """left(running): about how many more experiments may begin while so many run; None: no limit."""
+        self.night, self.proposer, self.left, self.thread = night, proposer, left, None
         self.made, self.error, self.exhausted, self.feedback = None, None, False, []
 
     def take(self, running: list[Proposal]) -> Proposal | None:
@@ -62,10 +87,11 @@ class Proposals:
         if self.thread and not self.thread.is_alive():
             self.thread, self.exhausted = None, self.made is None and not self.error
         number = len(night.results) + len(running)
-        prepared = self.made if name == "try" else self.merge(number) or night.unused_proposal(name, running)
+        prepared = self.made if name == "try" else night.unused_proposal(name, running)
+        self.made = None
         if prepared:
             try:
-                return self.rebase(prepared, number)
+                return rebased(night, prepared, number)
             except Rejected as refused:
                 reason = f"no longer applies: {refused}"
                 night.journal.append(
@@ -79,22 +105,24 @@ class Proposals:
             self.begin(running)
         return None
 
-    def pause(self, give_up) -> None:
-        """Waits until it is made, with nothing else to do. Raises OutOfTime once give_up() is true."""
-        while self.thread and self.thread.is_alive():
-            if give_up():
-                raise OutOfTime("waiting for a proposal")
+    def pause(self) -> None:
+        """Waits until it is made, with nothing else to do, or until --hours end."""
+        while self.thread and self.thread.is_alive() and not self.night.out_of_time:
             self.thread.join(0.05)
 
     def ahead(self, running: list[Proposal]) -> None:
-        """Begins to make the one after these, if the proposer is asked while they train and none waits."""
+        """Begins to make the one after these, if there is room for it, the proposer is asked while they train, and none waits."""
+        if self.left(len(running)) == 0:
+            return
         number = len(self.night.results) + len(running)
         waits = self.thread or self.night.unused_proposal(self.proposer.name, running)
         if not waits and not self.proposer.between_runs(number):
             self.begin(running)
 
     def begin(self, running: list[Proposal]) -> None:
-        history, feedback = self.night.history(running), self.feedback
+        left, feedback = self.left(len(running)), self.feedback
+        more = None if left is None else max(0, left - 1)
+        history = History(self.night, tuple(self.night.results), tuple(running), more)
 
         def body():
             try:
@@ -110,33 +138,24 @@ class Proposals:
         self.thread = threading.Thread(target=body, daemon=True)
         self.thread.start()
 
-    def rebase(self, proposal: Proposal, number: int) -> Proposal:
-        """The proposal on top of the present incumbent, unless it was trained already and a kill came before its verdict.
 
-        Raises Rejected if it does not merge, or is no longer new.
-        """
-        night, best = self.night, self.night.incumbent
-        stale = proposal.parent != best.number
-        if stale and night.known_run(sha256(proposal.source), SEED):
-            stale = fingerprint(proposal.source) in night.tried  # a keep that is to be merged, not one that was cut off
-        if stale:
-            base = night.source(night.results[proposal.parent])
-            source = night.repository.merge(base, night.source(best), proposal.source)
-            proposal = replace(proposal, source=source, parent=best.number)
-        screen(proposal.source, night.tried)
-        if stale:  # what will run stands in the journal: the last row of a proposal counts
-            night.journal.append("proposal", number=number, **vars(proposal))
-        return proposal
+def rebased(night: Night, proposal: Proposal, number: int) -> Proposal:
+    """The proposal on top of the present incumbent, taken note of as one that runs now.
 
-    def merge(self, number: int) -> Proposal | None:
-        """A keep that the incumbent lacks, as a proposal: the winner was made before it, and ended after it."""
-        lacking = self.night.lacking()
-        if lacking is None:
-            return None
-        description = f"experiment {lacking.number} on top of {self.night.incumbent.number}: {lacking.description}"
-        proposal = Proposal(description, lacking.hypothesis, self.night.source(lacking), MERGE, lacking.number)
-        proposal = replace(proposal, proposer=self.proposer.name, parent=lacking.parent)
-        return self.night.add_proposal(proposal, number)
+    Raises Rejected if it does not merge, or is no longer new.
+    """
+    best = night.incumbent
+    stale = proposal.parent != best.number
+    if stale:
+        source = night.repository.merge(
+            night.source(night.results[proposal.parent]), night.source(best), proposal.source
+        )
+        proposal = replace(proposal, source=source, parent=best.number)
+    screen(proposal.source, night.tried)
+    if stale:  # what will run stands in the journal: the last row of a proposal counts
+        night.journal.append("proposal", number=number, **vars(proposal))
+    night.tried[fingerprint(proposal.source)] = f"an experiment that runs now: {proposal.description}"
+    return proposal
 
 
 # ---------------------------------------------------------------------------
@@ -150,14 +169,17 @@ class Try:
 
     def __init__(self, description: str, hypothesis: str, source: str):
         self.description = one_line(description)[:DESCRIPTION_CHARS]
-        self.hypothesis, self.source = one_line(hypothesis)[:2_000], source
+        self.hypothesis, self.source, self.proposed = one_line(hypothesis)[:2_000], source, False
 
     def between_runs(self, number: int) -> bool:
         return True
 
     def propose(self, source: str, history: History, feedback: list[str]) -> Proposal | None:
+        if self.proposed:
+            return None
         if source == self.source:
             raise Problem("train.py is the night's incumbent, unchanged; edit it, then run the same command")
         if feedback:
             raise Problem(f"train.py was not run: {feedback[-1]}")
+        self.proposed = True
         return Proposal(self.description, self.hypothesis, self.source)

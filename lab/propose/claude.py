@@ -28,7 +28,7 @@ PRICES = {
 LONG_PROMPTS = {"claude-haiku-5-5": (100_000, 5.0)}  # from so many tokens on, everything costs so many times as much
 REPLY_TOKENS, LEAST_REPLY_TOKENS = 32_000, 8_000  # of one reply, thinking included; where the context is small
 TIMEOUT_S = 600.0  # without a byte from the server
-MAX_LOST = 3  # ideas that a model loses in a row before another of --model is asked first, or the night ends if none ever replied
+MAX_LOST = 3  # ideas that a server refuses in a row before the night ends, if it never replied
 MAX_PAUSES = 5  # of one reply
 # Stop reasons of what is no whole reply.
 BROKEN_OFF = frozenset("refusal tool_use max_tokens length pause_turn model_context_window_exceeded".split())
@@ -73,25 +73,16 @@ class Refused(LostIdea):
 
 
 class Claude(Researcher):
-    """Asks the models of `models` (IDs with commas between), the first one first."""
+    """Asks one model. Raises Problem."""
 
     name = "claude"
 
-    def __init__(
-        self,
-        night: Night,
-        here: Path,
-        credentials: dict,
-        models: str,
-        max_usd: float | None,
-        price: tuple | None = None,
-    ):
-        """price: dollars a million tokens of input and output, instead of PRICES. Raises Problem."""
-        self.models, self.max_usd = [name.strip() for name in models.split(",")], max_usd
-        self.prices = {name: (*price, price[0]) if price else PRICES.get(name) for name in self.models}
-        for name, known in self.prices.items():
-            if max_usd is not None and not known:
-                raise Problem(f"--max-usd needs the price of {name}: add --price IN,OUT, in dollars a million tokens")
+    def __init__(self, night: Night, here: Path, credentials: dict, model: str, max_usd: float | None):
+        self.model, self.price, self.max_usd = model, PRICES.get(model), max_usd
+        if max_usd is not None and not self.price:
+            raise Problem(
+                f"--max-usd needs the price of {model}; add it to PRICES, at the top of lab/propose/claude.py"
+            )
         from anthropic import Anthropic, DefaultHttpxClient
 
         try:
@@ -107,7 +98,6 @@ class Claude(Researcher):
         self.effort, self.cached, self.blocks, self.reply_tokens = "high", True, True, REPLY_TOKENS
         calls = night.journal.of("call")
         self.replied, self.refused, self.broken = any(row.get("stop") for row in calls), 0, 0
-        self.in_a_row = dict.fromkeys(self.models, 0)  # ideas that each has lost
         super().__init__(night, here)
         self.preflight()
 
@@ -118,13 +108,12 @@ class Claude(Researcher):
     @property
     def bill(self) -> str:
         """What the API has cost, in dollars or, where it has no price that we know, in tokens."""
-        unpriced = sorted(name for name, price in self.prices.items() if not price)
-        if not unpriced:
+        if self.price:
             return f"the API has cost ${self.spent_usd:.2f}; tokens and prices stand in the journal"
         last = {row["id"]: row["tokens"] for row in self.night.journal.of("call")}.values()
         written = sum(tokens.get("output", 0) for tokens in last)
         read = sum(sum(tokens.values()) for tokens in last) - written
-        return f"the price of {', '.join(unpriced)} is unknown: {read:,} tokens were read and {written:,} written (--price IN,OUT tells dollars)"
+        return f"the price of {self.model} is unknown: {read:,} tokens were read and {written:,} written"
 
     @property
     def exhausted(self) -> str:
@@ -137,31 +126,28 @@ class Claude(Researcher):
         """
         from anthropic import APIConnectionError, APIError, APIStatusError
 
-        other = bool(os.environ.get("ANTHROPIC_BASE_URL"))
-        for model in self.models:
-            try:
-                self.client.models.retrieve(model)
-            except APIStatusError as error:
-                message = error_text(error)
-                if error.status_code == 404:
-                    names = self.names_of_models()
-                    if names and model not in names:
-                        raise Problem(
-                            f"the server does not know the model {model}; choose with --model one that it has: {', '.join(names[:20])}"
-                        ) from None
-                if error.status_code in (401, 403) and not other:
-                    raise Problem(f"the API refuses the key ({message}); check {' or '.join(SECRETS)}") from None
-                if error.status_code == 404 and not other:
+        other, model = bool(os.environ.get("ANTHROPIC_BASE_URL")), self.model
+        try:
+            self.client.models.retrieve(model)
+        except APIStatusError as error:
+            message = error_text(error)
+            if error.status_code == 404:
+                names = self.names_of_models()
+                if names and model not in names:
+                    known = ", ".join(names[:20])
                     raise Problem(
-                        f"the API does not know the model {model} ({message}); choose one with --model"
+                        f"the server does not know the model {model}; choose with --model one that it has: {known}"
                     ) from None
-            except APIConnectionError as error:
-                reason, url = one_line(str(error.__cause__ or error))[:200], self.client.base_url
-                raise Problem(
-                    f"{url} cannot be reached ({reason}); check ANTHROPIC_BASE_URL and the proxy, then run the same command"
-                ) from None
-            except (APIError, ValueError):
-                pass  # an answer of another kind: the first message decides
+            if error.status_code in (401, 403) and not other:
+                raise Problem(f"the API refuses the key ({message}); check {' or '.join(SECRETS)}") from None
+            if error.status_code == 404 and not other:
+                raise Problem(f"the API does not know the model {model} ({message}); choose one with --model") from None
+        except APIConnectionError as error:
+            reason, url = one_line(str(error.__cause__ or error))[:200], self.client.base_url
+            how = "check ANTHROPIC_BASE_URL and the proxy, then run the same command"
+            raise Problem(f"{url} cannot be reached ({reason}); {how}") from None
+        except (APIError, ValueError):
+            pass  # an answer of another kind: the first message decides
 
     def names_of_models(self) -> list[str]:
         """The models that the server lists; none if it does not."""
@@ -174,30 +160,21 @@ class Claude(Researcher):
             return []
 
     def ask(self, system: list[str], number: int) -> str | None:
-        """The reply of the first model that gives a whole one. Raises LostIdea if none does, Problem."""
-        reasons, refused = [], 0
-        for model in sorted(self.models, key=lambda model: self.in_a_row[model] >= MAX_LOST):
-            try:
-                reply = self.ask_model(model, system, number)
-            except LostIdea as lost:
-                self.in_a_row[model] += 1
-                reasons.append(f"{model}: {lost}")
-                refused += isinstance(lost, Refused)
-                if len(self.models) > 1:
-                    self.remind(self.in_a_row[model], f"{self.in_a_row[model]} ideas lost in a row by {reasons[-1]}")
-            else:
-                self.in_a_row[model] = 0
-                return reply
-        self.refused = self.refused + 1 if refused == len(reasons) else 0
-        if self.refused >= MAX_LOST and not self.replied:
-            raise Problem(
-                f"the server refused {self.refused} ideas in a row and never replied ({reasons[-1]}); check the key, --model and "
-                f"ANTHROPIC_BASE_URL, {RUN_AGAIN}"
-            )
-        raise LostIdea("; ".join(reasons))
+        """The reply. Raises LostIdea if there is none, Problem."""
+        try:
+            reply, self.refused = self.ask_until(system, number), 0
+            return reply
+        except LostIdea as lost:
+            self.refused = self.refused + 1 if isinstance(lost, Refused) else 0
+            if self.refused >= MAX_LOST and not self.replied:
+                raise Problem(
+                    f"the server refused {self.refused} ideas in a row and never replied ({lost}); check the key, --model and "
+                    f"ANTHROPIC_BASE_URL, {RUN_AGAIN}"
+                ) from None
+            raise
 
-    def ask_model(self, model: str, system: list[str], number: int) -> str | None:
-        """One model's reply, through outages, however long; None if the next attempt might cost too much.
+    def ask_until(self, system: list[str], number: int) -> str | None:
+        """The reply, through outages, however long; None if the next attempt might cost too much.
 
         Each attempt has two `call` rows: before it at its worst case, after it with what it cost. Raises LostIdea, Problem.
         """
@@ -205,16 +182,16 @@ class Claude(Researcher):
         while True:
             turns = [*self.turns, *more]
             size = sum(len(part.encode()) for part in (*system, *(str(turn["content"]) for turn in turns)))
-            worst = usd_of(self.prices[model], {"cache_write": size // 2, "output": self.reply_tokens}, model)
+            worst = usd_of(self.price, {"cache_write": size // 2, "output": self.reply_tokens}, self.model)
             if self.max_usd is not None and spent_usd(list(self.night.journal.rows), bound=True) + worst > self.max_usd:
                 return None
-            call, start, message = self.open_call(number, model, worst), time.perf_counter(), Message()
-            failed = self.read(message, model, system, turns, effort)
+            call, start, message = self.open_call(number, self.model, worst), time.perf_counter(), Message()
+            failed = self.read(message, system, turns, effort)
             begun = failed is None or failed.begun
             bound = {} if (failed is None and message.counted) or not begun else {"bound_usd": worst}
             said = {"error": failed.message} if failed else {"stop": message.stop, "reply": message.text}
             seconds = time.perf_counter() - start
-            usd = usd_of(self.prices[model], message.usage, model)
+            usd = usd_of(self.price, message.usage, self.model)
             self.night.journal.append(
                 "call", **call, tokens=message.usage, usd=usd, seconds=seconds, at_least=bool(bound), **said, **bound
             )  # fmt: skip
@@ -222,7 +199,7 @@ class Claude(Researcher):
                 if self.adapt(failed):
                     effort = self.effort
                     continue
-                self.give_up(failed, model)
+                self.give_up(failed)
                 failures += 1
                 self.wait_out(failures, failed.told(), failed.delay_s)
                 continue
@@ -239,9 +216,7 @@ class Claude(Researcher):
             else:
                 raise LostIdea(f"no whole reply: {message.stop}")
 
-    def read(
-        self, message: "Message", model: str, system: list[str], turns: list[dict], effort: str
-    ) -> "Failed | None":
+    def read(self, message: "Message", system: list[str], turns: list[dict], effort: str) -> "Failed | None":
         """Fills the message from one request; why that failed, else None."""
         from anthropic import APIError
         from httpx2 import HTTPError
@@ -254,7 +229,7 @@ class Claude(Researcher):
             asked["output_config"] = {"effort": effort}
         try:
             with self.client.messages.with_streaming_response.create(
-                model=model, max_tokens=self.reply_tokens, messages=turns, stream=True, **asked
+                model=self.model, max_tokens=self.reply_tokens, messages=turns, stream=True, **asked
             ) as response:
                 for event in events_of(response):
                     message.take(event)
@@ -295,7 +270,7 @@ class Claude(Researcher):
             return True
         return self.shorten_history()
 
-    def give_up(self, failed: "Failed", model: str) -> None:
+    def give_up(self, failed: "Failed") -> None:
         """Raises Problem for what no waiting mends: key, money, model. Raises LostIdea for a request that the server does not take.
 
         A content filter is one such: it meets ordinary code now and then. Else nothing: an outage.
@@ -307,7 +282,7 @@ class Claude(Researcher):
             raise Problem(f"the API account has no credit or budget left ({message}); add some, {RUN_AGAIN}")
         if status == 404:
             raise Problem(
-                f"the API does not know the model {model} or the path ({message}); choose one with --model, {RUN_AGAIN}"
+                f"the API does not know the model {self.model} or the path ({message}); choose one with --model, {RUN_AGAIN}"
             )
         refused = status and 400 <= status < 500 and status not in (408, 409, 425, 429)
         if "content filter" in message or refused or status == 501:

@@ -4,11 +4,13 @@ import math
 import random
 import re
 import time
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 from constants import Problem, write_atomically
+from lab.propose.ahead import History
 from lab.propose.prompt import (
     DIVIDER,
     HISTORY_LINES,
@@ -18,8 +20,10 @@ from lab.propose.prompt import (
     request_text,
     schedule_of,
     system_text,
+    to_mend,
 )
-from lab.record.night import History, Night, read_checkout
+from lab.propose.tune import Tune
+from lab.record.night import Night, read_checkout
 from lab.records import DESCRIPTION_CHARS, Proposal, Rejected, clean, one_line
 
 MAX_BOUNCES = 3  # objections to one idea; then the numeric search takes its turn
@@ -125,8 +129,6 @@ class Researcher:
     """
 
     def __init__(self, night: Night, here: Path):
-        from lab.propose.tune import Tune  # brings numpy, which no other start needs
-
         self.night, self.here, self.lines = night, here, HISTORY_LINES
         self.tune = Tune(night.tag, night.settings.profile.sizes)
         self.instructions, self.instructions_trouble = read_checkout(here, "program.md"), ""
@@ -185,8 +187,8 @@ class Researcher:
         proposal, notes = parse_reply(text, source)
         if notes is not None:
             write_atomically(self.night.folder / "notes.md", clean(notes) + "\n")
-        mends = history.to_mend.number if history.to_mend else None
-        return Proposal(proposal.description, proposal.hypothesis, proposal.source, operator, mends)
+        mended = to_mend(history)
+        return replace(proposal, operator=operator, mends=mended and mended.number)
 
     def shorten_history(self) -> bool:
         """Halves the experiments that a request shows one by one, also of the one in hand; False if they are few."""

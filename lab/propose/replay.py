@@ -5,9 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from constants import Problem
+from lab.propose.ahead import History
 from lab.record.journal import read_journal
-from lab.record.night import History, Night
-from lab.records import MERGE, Proposal
+from lab.record.night import Night
+from lab.records import Proposal
 
 
 class Replay:
@@ -23,7 +24,7 @@ class Replay:
         self.night = night
         own = [row for row in night.journal.of("proposal", "reject") if row["proposer"] == self.name]
         rejected = sum(row["event"] == "reject" and "proposal" not in row for row in own)  # at once
-        taken = {row["id"] for row in own if row["event"] == "proposal" and row["operator"] != MERGE}
+        taken = {row["id"] for row in own if row["event"] == "proposal"}
         self.queue = proposals[rejected + len(taken) :]
 
     def propose(self, source: str, history: History, feedback: list[str]) -> Proposal | None:

@@ -2,12 +2,11 @@
 
 import ast
 import builtins
-import hashlib
 import io
 import re
 import tokenize
 
-from lab.records import Rejected
+from lab.records import Rejected, fingerprint
 
 SOURCE_BYTES = 64_000  # train.py stays under this
 LITERAL_CHARS = 1_000  # no literal is longer: weights and answers do not hide in the source
@@ -42,11 +41,6 @@ REFUSED = {  # name or attribute: why
 HELD = frozenset(
     "start last recent events stopped_s expired progress seconds seed clock finish report batches start_clock".split()
 )  # no edit assigns them
-
-
-def fingerprint(source: str) -> str:
-    """What tells programs apart: the syntax tree, so that comments and layout make no new idea."""
-    return hashlib.sha256(ast.dump(ast.parse(source)).encode()).hexdigest()
 
 
 def screen(source: str, tried: dict[str, str]) -> None:

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import constants
 from constants import Problem
-from lab.measure.child import interrupts
-from lab.records import Run, run_of
+from lab.records import Run, runs_of
 
-FORMAT = 6
+FORMAT = 7
 REVIEWS = {"check", "ablate"}  # the arguments of starts that train for no experiment
 
 
@@ -55,14 +54,14 @@ class Journal:
     def append(self, event: str, **fields) -> dict:
         """Writes one row, or nothing: a disk that is full leaves no part of it behind."""
         at = datetime.now().astimezone().isoformat(timespec="milliseconds")
-        with interrupts.held(), self.lock, open(self.path, "ab") as file:
+        with self.lock, open(self.path, "ab") as file:
             row = {"event": event, "at": at, "uptime": round(time.perf_counter() - self.began, 3), **fields}
             length = file.seek(0, os.SEEK_END)
             try:
                 file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
-            except OSError:
+            except BaseException:  # a full disk, Ctrl-C
                 with contextlib.suppress(OSError):  # what closing would write once more
                     file.close()
                 os.truncate(self.path, length)
@@ -101,11 +100,8 @@ def has_ended(rows: list[dict]) -> bool:
 
 
 def night_runs(rows: list[dict]) -> list[Run]:
-    """All that was trained for the night itself: experiments, and the runs on the second seed."""
-    second = constants.CONFIRM_SEED
-    return [
-        run_of(row) for row in rows if row["event"] == "result" or (row["event"] == "run" and row["seed"] == second)
-    ]
+    """All that was trained for the night itself: on its seed and on the second one; --check and --ablate have others."""
+    return [run for run in runs_of(rows).values() if run.seed in (constants.SEED, constants.CONFIRM_SEED)]
 
 
 def seconds_of(runs: list[Run]) -> float:

@@ -1,71 +1,56 @@
 """A night's folder: journal, resume, recording, results.tsv. The journal is the record; everything else is derived from it."""
 
-import math
 import os
 import re
 import stat
 import threading
-from collections.abc import Callable
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import median
 
 import constants
-from constants import Problem, Settings, write_atomically
-from lab.measure import cache
-from lab.measure.child import interrupts
+from constants import Problem, write_atomically
 from lab.measure.files import remove
 from lab.measure.place import HARNESS, Place
-from lab.measure.run import RESULT_BYTES, measure_at
+from lab.measure.run import RESULT_BYTES, measure_at, settle_cache
 from lab.record.git import Repository
 from lab.record.journal import Journal
-from lab.records import MERGE, Proposal, Result, Rivals, Run, clean, log_tail, one_line, run_of, sha256, trouble
+from lab.records import (
+    Proposal,
+    Result,
+    Rivals,
+    Run,
+    Verdict,
+    clean,
+    fingerprint,
+    log_tail,
+    one_line,
+    run_of,
+    runs_of,
+    sha256,
+    trouble,
+)
 
-STUCK_AFTER = 15  # experiments without a keep before a new direction is asked for
-MAX_MENDED = 2  # attempts to mend one crashed idea
 OWN_BYTES, OWN_LINES = 64_000, 6  # of a run's log, to find the lines that are train.py's own
 USUAL = re.compile(r"profile \w+, |step +\d+ |<<autoresearch|attention: ")  # lines of every run
-CRASHING_AFTER = 10  # crashes in a row before another direction is asked for
 
 
 # ---------------------------------------------------------------------------
 # The night
 
 
-@dataclass(frozen=True)
-class History:
-    """The night as a proposer sees it."""
-
-    number: int  # of the experiment to propose
-    rejects: int  # proposals for it that were refused
-    results: list[Result]
-    sources: dict[int, str]  # train.py of each
-    logs: dict[int, str]  # of the last ones: the end of the log of a crash, else what train.py printed of its own
-    settings: Settings
-    running: tuple[Proposal, ...] = ()  # what trains meanwhile
-    noise: str = ""  # how far the baseline's two seeds lie apart
-    notes: str = ""  # what the model wrote for itself
-    to_mend: Result | None = None  # the last experiment, if it deserves another attempt
-    more: int | None = None  # about how many experiments follow this one; None: until it is stopped
-    stuck: bool = False
-    crashing: bool = False  # nothing but crashes came of late
-
-
 @dataclass
 class Night(Place):
-    """An opened night. It runs nothing itself. agent.py sets sandbox, say and out_of_time, lab/record/start.py confirm."""
+    """An opened night. It runs nothing itself. agent.py sets sandbox, say and until, lab/record/start.py confirm."""
 
     journal: Journal
     repository: Repository
     baseline: Proposal
     _: KW_ONLY
     confirm: bool = False  # whether a win is measured on the second seed too
-    left_s: Callable[[], float] = lambda: math.inf  # until --hours are used up
-    # how many experiments the limits leave room for; None: no limit
-    about_left: Callable[[], int | None] = lambda: None
     tried: dict[str, str] = field(default_factory=dict)  # fingerprint of each program: what became of it
     results: list[Result] = field(default_factory=list)
-    adding: threading.Lock = field(default_factory=threading.Lock)  # while a proposal gets its id
+    adding: threading.Lock = field(default_factory=threading.Lock)  # while a proposal or a run gets its id
+    deciding: threading.RLock = field(default_factory=threading.RLock)  # one verdict after the other
 
     @property
     def tag(self) -> str:
@@ -98,8 +83,8 @@ class Night(Place):
         if not self.results:
             return None
         first = self.results[0].run
-        others = [run_of(row) for row in self.journal.of("run") if row["source"] == first.source]
-        runs = [first, *(run for run in others if not run.crash and run.saving_seconds is not None)]
+        runs = [run for run in self.runs.values() if run.source == first.source]
+        runs = [first, *(run for run in runs if not run.crash and run.saving_seconds is not None)]
         if first.saving_seconds is None:
             return first
         quick, saving = min(runs, key=lambda run: run.look_seconds), min(run.saving_seconds for run in runs)
@@ -121,11 +106,14 @@ class Night(Place):
     # --- runs and proposals
 
     @property
+    def runs(self) -> dict[int, Run]:
+        return runs_of(list(self.journal.rows))
+
+    @property
     def baseline_second(self) -> float | None:
         """The baseline's val_bpb on the second seed; None if it was not measured there."""
         first = self.results[0].run.source if self.results else ""
-        second = first, constants.CONFIRM_SEED
-        found = [row["val_bpb"] for row in self.journal.of("run") if (row["source"], row["seed"]) == second]
+        found = [run.val_bpb for run in self.runs_on(first, constants.CONFIRM_SEED)]
         return found[-1] if found else None  # the last: on a busy machine it was measured again
 
     @property
@@ -143,9 +131,12 @@ class Night(Place):
 
     def known_run(self, source: str, seed: int) -> Run | None:
         """A run of this source (its sha256) and seed that counts: it is not repeated."""
-        rows = [row for row in self.journal.of("run", "result") if (row["source"], row["seed"]) == (source, seed)]
-        runs = (run_of(row) for row in rows)
-        return next((run for run in runs if self.counts(run)), None)
+        return next(iter(self.runs_on(source, seed)), None)
+
+    def runs_on(self, source: str, seed: int) -> list[Run]:
+        """Those of this source and seed that count."""
+        rows = [row for row in self.journal.of("run") if (row["source"], row["seed"]) == (source, seed)]
+        return [run for run in map(run_of, rows) if self.counts(run)]
 
     def trouble(self, run: Run) -> str:
         """Why a run's number does not count; empty if it does."""
@@ -167,55 +158,24 @@ class Night(Place):
         return {row["proposal"] for row in self.journal.of("result", "reject") if "proposal" in row}
 
     def unused_proposal(self, proposer: str, running: list[Proposal]) -> Proposal | None:
-        """The first proposal of this proposer, or merge, with neither a result nor a reject, that does not run either.
-
-        The last row of each counts.
-        """
+        """The first proposal of this proposer with neither a result nor a reject, that does not run either. The last row of each counts."""
         used = self.used | {proposal.id for proposal in running}
         rows = {row["id"]: row for row in self.journal.of("proposal")}
         own = (row for id, row in sorted(rows.items()) if id not in used)
-        return next((proposal_of(row) for row in own if row["proposer"] == proposer or row["operator"] == MERGE), None)
+        return next((proposal_of(row) for row in own if row["proposer"] == proposer), None)
 
-    def lacking(self) -> Result | None:
-        """The first keep that the incumbent lacks and that nobody tried to add: the winner was made before it. None with one worker."""
-        done = {result.number for result in self.ancestry}
-        done |= {row["mends"] for row in self.journal.of("proposal") if row["operator"] == MERGE}
-        return next((keep for keep in self.keeps if keep.number not in done), None)
+    def add_run(self, run: Run) -> Run:
+        """Journals a run, whether it counts or not; returns it with its id. Any thread may."""
+        with self.adding:
+            run = replace(run, id=len(self.journal.of("run")))
+            self.journal.append("run", **vars(run))
+        return run
 
     @property
-    def ancestry(self) -> list[Result]:
-        """The experiments whose changes the incumbent holds, from the baseline on: with one worker the keeps."""
-        chain, number = [], self.incumbent.number
-        while number is not None:
-            chain.append(self.results[number])
-            number = chain[-1].parent
-        return chain[::-1]
-
-    def add_run(self, run: Run) -> None:
-        """Journals a run, if it counts: it is not repeated."""
-        if self.counts(run):
-            self.journal.append("run", number=len(self.results), **vars(run))
-
-    def history(self, running: list[Proposal] = ()) -> History:
-        """What the next proposal needs to know; `running` are the experiments that train meanwhile."""
-        results, number = self.results, len(self.results) + len(running)
-        notes, last, left = self.folder / "notes.md", results[-STUCK_AFTER:], self.about_left()
-        crashing = only_crashes(results, CRASHING_AFTER)
-        return History(
-            number=number,
-            rejects=sum(row["number"] == number for row in self.journal.of("reject")),
-            results=list(results),
-            sources={result.number: self.source(result) for result in results},
-            logs={result.number: self.log_of(result) for result in results[-5:]},
-            settings=self.settings,
-            running=tuple(running),
-            noise=self.noise_text,
-            notes=notes.read_text() if notes.exists() else "",
-            to_mend=None if crashing else to_mend(results, running),
-            more=None if left is None else max(0, left - 1 - len(running)),
-            stuck=len(last) == STUCK_AFTER and not any(result.verdict.word == "keep" for result in last),
-            crashing=crashing,
-        )
+    def notes(self) -> str:
+        """What the model wrote for itself."""
+        path = self.folder / "notes.md"
+        return path.read_text() if path.exists() else ""
 
     def log_of(self, result: Result) -> str:
         """The end of a crash's log; of another run what only it printed."""
@@ -229,35 +189,37 @@ class Night(Place):
 
     # --- recording
 
-    def record(self, result: Result, source: str) -> Result:
-        """Commit the experiment, append its row, move the refs, write results.tsv: in this order a stop loses nothing.
-
-        Returns the result with its commit.
-        """
-        best, word = self.incumbent, result.verdict.word
-        title = f"{one_line(result.description)} ({word}, {result.run.number or 'no number'})"
-        stale = (
-            f"made on experiment {result.parent}, before {result.rival} was kept"
-            if result.parent != result.rival
-            else ""
-        )
-        message = "\n".join((title, "", clean(result.hypothesis), result.verdict.reason, stale)).strip()
-        onto = best if word == "keep" or best is None else self.results[result.parent]
-        files = {"train.py": source}
-        if best is None:  # the branch reproduces: it holds the rules that the night runs under
+    def record(self, proposal: Proposal, run: Run, verdict: Verdict, second: tuple[Run, Run] | None = None) -> Result:
+        """Commit the experiment, append its row, move the refs, write results.tsv: in this order a stop loses nothing."""
+        best, parent, kept = self.incumbent, self.parent_of(proposal), verdict.word == "keep"
+        title = f"{one_line(proposal.description)} ({verdict.word}, {run.number or 'no number'})"
+        message = "\n".join((title, "", clean(proposal.hypothesis), verdict.reason)).strip()
+        files = {"train.py": proposal.source}
+        if parent is None:  # the branch reproduces: it holds the rules that the night runs under
             files |= {place: (self.folder / "harness" / name).read_text() for name, place in HARNESS.items()}
-        with interrupts.held():
-            commit = self.repository.commit(onto.commit if onto else self.settings.head, files, message)
-            cache.settle(self.folder, result.run.source, word == "keep")
-            result = replace(result, commit=commit)
-            self.journal.append("result", **result.row(), sandbox=self.tier)
-            if word == "keep":
-                self.repository.move(self.branch, commit, best.commit if best else None)
-            self.repository.git("update-ref", self.ref(result.number), commit)
-            self.remember(result)
-            self.write_results_tsv()
-            self.tidy()
+        commit = self.repository.commit(parent.commit if parent else self.settings.head, files, message)
+        settle_cache(self.folder, run.source, kept)
+        result = Result(
+            len(self.results), parent and parent.number, proposal.id, proposal.description, proposal.hypothesis, proposal.operator,
+            proposal.mends, verdict, run, second, commit, fingerprint(proposal.source),
+        )  # fmt: skip
+        self.journal.append("result", **result.row(), sandbox=self.tier)
+        if kept:
+            self.repository.move(self.branch, commit, best.commit if best else None)
+        self.repository.git("update-ref", self.ref(result.number), commit)
+        self.remember(result)
+        self.write_results_tsv()
+        self.tidy()
         return result
+
+    def parent_of(self, proposal: Proposal) -> Result | None:
+        """The experiment that a proposal was made on; None for the baseline."""
+        return None if proposal.parent is None else self.results[proposal.parent]
+
+    def forget(self, run: Run) -> None:
+        """Removes the files of a run that will not be an experiment."""
+        settle_cache(self.folder, run.source, kept=False)
+        remove(self.arrived(run.source))
 
     def remember(self, result: Result) -> None:
         number = result.run.number or "missing"
@@ -306,8 +268,9 @@ class Night(Place):
     def recover(self) -> None:
         """Makes refs, view and folders agree with the journal after a stop at any instant. Raises Problem."""
         self.repository.refuse_checked_out(self.branch)
+        runs = self.runs
         for row in self.journal.of("result"):
-            self.remember(Result.of(row))
+            self.remember(Result.of(row, runs))
         refs, keeps = self.repository.refs(self.tag), self.keeps
         for result in self.results:
             if refs.get(self.ref(result.number)) != result.commit:
@@ -334,37 +297,6 @@ def proposal_of(row: dict) -> Proposal:
     return Proposal(**{name: row[name] for name in Proposal.__dataclass_fields__})
 
 
-def to_mend(results: list[Result], running: list[Proposal]) -> Result | None:
-    """The model's last idea, if it deserves another attempt and has not got it: a crash twice, an `explore` that lost narrowly once.
-
-    Narrowly: it lost by no more than half of the night's discards did.
-    """
-    last = next((result for result in reversed(results) if result.operator not in ("tune", MERGE)), None)
-    if last is None or not last.operator or last.number in {item.mends for item in (*results, *running)}:
-        return None
-    if last.verdict.word == "crash":
-        attempts, result = 0, last
-        while result.mends is not None:
-            attempts, result = attempts + 1, results[result.mends]
-        return last if attempts < MAX_MENDED else None
-    if last.verdict.word == "discard" and last.operator == "explore" and last.mends is None and last.second is None:
-        losses = [change_of(results, result) for result in results if result.verdict.word == "discard"]
-        return last if change_of(results, last) <= median(losses) else None
-    return None
-
-
-def only_crashes(results: list[Result], count: int) -> bool:
-    """Whether the last `count` experiments, and no fewer, all crashed."""
-    return [result.verdict.word for result in results[-count:]] == ["crash"] * count
-
-
-def change_of(results: list[Result], result: Result) -> float | None:
-    """val_bpb against the incumbent that it was made on; None without one, or without a number that its verdict believes."""
-    if result.parent is None or result.run.val_bpb is None or result.verdict.word not in ("keep", "discard"):
-        return None
-    return result.run.val_bpb - results[result.parent].run.val_bpb
-
-
 def read_checkout(here: Path, name: str) -> str:
     """A file of the checkout. Raises Problem."""
     try:
@@ -373,15 +305,17 @@ def read_checkout(here: Path, name: str) -> str:
         raise Problem(f"{name} cannot be read ({error}); run: git checkout -- {name}") from None
 
 
-def measure(night: Night, view, source: str, seed: int, title: str, fresh: bool = False) -> Run:
-    """Trains and scores a program on a seed: the one way to do so. Raises Problem, OutOfTime if --hours ends first.
+def measure(night: Night, make_run, source: str, seed: int, title: str, fresh: bool = False) -> Run:
+    """Trains and scores a program on a seed: the one way to do so. Blocks; any thread may. Raises Problem, Stopped, OutOfTime.
 
-    A (source, seed) whose run counts stands in the journal and is not repeated, unless `fresh`.
+    make_run(source, seed, title) -> Run is made here or by a fleet. A (source, seed) whose run counts stands in the journal and is
+    not repeated, unless `fresh`.
     """
     known = None if fresh else night.known_run(sha256(source), seed)
-    if known:
-        return known
-    folder = night.run_folder(len(night.results)) if seed == constants.SEED else night.folder / "trial"
-    run = measure_at(night, view, folder, source, seed, title, night.rivals)
-    night.add_run(run)
-    return run
+    return known or night.add_run(make_run(source, seed, title))
+
+
+def make_run_here(night: Night, view, source: str, seed: int, title: str) -> Run:
+    """A run on this process's device, in the folder of the experiment that it may become."""
+    folder = night.run_folder(len(night.results)) if seed == constants.SEED else night.folder / "second"
+    return measure_at(night, view, folder, source, seed, title, night.rivals)

@@ -85,6 +85,13 @@ def create_night(here: Path, folder: Path, args, repository: Repository, ask=Non
     return settings, device_id
 
 
+def stored_settings(folder: Path) -> Settings | None:
+    """Those of a night that was begun; None if there are none that can be read, which resume_night() will say."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return Settings.of((folder / "harness" / "night.json").read_text())
+    return None
+
+
 def resume_night(here: Path, folder: Path, args, journal: Journal, ask=None) -> tuple[Settings, str]:
     """The settings of a night that goes on, and the device's id. Raises Problem if anything that it fixed is different now."""
     rules, another = folder / "harness" / "night.json", "start another night with --tag NEW"
@@ -93,8 +100,7 @@ def resume_night(here: Path, folder: Path, args, journal: Journal, ask=None) -> 
     if sha256_of(rules) != journal.of("night")[-1]["harness"]["night.json"]:
         raise Problem(f"{rules} changed since the night's last start; undo that, or {another}")
     settings = Settings.of(rules.read_text())
-    fixed = {"profile": settings.profile.name, "dataset": settings.dataset, "budget": settings.budget_s}
-    for flag, value in fixed.items():
+    for flag, value in settings.flags.items():
         given = getattr(args, flag)
         if given not in (None, value):
             shown = [f"{v:g}" if flag == "budget" else v for v in (value, given)]
