@@ -378,7 +378,7 @@ def start_and_work(args, secrets: dict) -> None:
 def interrupt(number, frame) -> None:
     """The handler of SIGNALS: the first one ends the night in order, and no other comes between."""
     for other in SIGNALS:
-        signal.signal(other, signal.SIG_IGN)
+        signal.signal(other, lambda number, frame: None)
     raise KeyboardInterrupt
 
 

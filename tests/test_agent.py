@@ -92,7 +92,8 @@ def test_luck_is_not_confirmed(checkout):
     run_here(night, proposer=Script(lucky, real))
     assert [result.verdict.word for result in night.results] == ["keep", "discard", "keep"]
     assert "not confirmed: on the second seed" in night.results[1].verdict.reason
-    assert night.results[2].second[0] < night.results[2].second[1]
+    own, incumbent = night.results[2].second
+    assert own.val_bpb < incumbent.val_bpb
     check_agreement(checkout)
 
 
@@ -125,12 +126,12 @@ def test_the_baseline_is_measured_on_both_seeds(checkout):
     run_here(night, 1, second_seed=True, view=view)
     assert night.baseline_second is not None and len(seconds(night)) == 1
     assert view.lines == [f"      {night.noise_text}"]  # as soon as it is known
-    assert f"{night.baseline_second:.6f}" in night.history().noise
+    assert f"{night.baseline_second:.6f}" in night.noise_text
     run_here(open_here(checkout), 2, second_seed=True)
     assert len(rows_of(checkout, "run")) == 4  # three experiments and that one: it is not repeated
     night = open_here(checkout, "other")
     run_here(night, 1)
-    assert seconds(night) == [] and night.history().noise == ""
+    assert seconds(night) == [] and night.noise_text == ""
 
 
 def test_second_runs_by_the_program(checkout):

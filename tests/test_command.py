@@ -182,7 +182,7 @@ def test_by_the_command_line_only_its_first_word_is_stored(checkout, tmp_path):
     output = checkout.agent("--tag", "t", "--experiments", "2", expect=1)
     assert "say it again, --command" in output
     output = checkout.agent("--tag", "t", "--command", command, "--experiments", "3")
-    assert "go on      the same command, with --experiments 6\n" in output
+    assert "go on      the same command  (with a larger --experiments or --hours)\n" in output
     assert len(check_agreement(checkout)) == 4
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -90,6 +91,21 @@ def test_a_night_under_nohup_outlives_its_terminal(checkout):
     process.send_signal(signal.SIGHUP)
     output, _ = process.communicate(timeout=60)
     assert "the one experiment is done" in output and len(check_agreement(checkout)) == 2
+
+
+# --- what is scored once more
+
+
+@pytest.mark.parametrize(("edge", "word"), [(0.0014, "keep"), (0.014, "invalid")])
+def test_what_two_kernels_rounded_in_two_ways_is_scored_once_more(checkout, edge, word):
+    """And nothing larger: the same weights, without another training."""
+    probe = {"rows": 1024, "mean_nats": -2e-5, "last_mean_nats": -1e-4, "last_abs_nats": edge}
+    checkout.agent(*NIGHT, "--experiments", "1")
+    (checkout.folder / "train.py").write_text(STUB.replace("lr=0.4,", f"lr=0.2, probe={probe},"))
+    checkout.agent("--tag", "t", "--try", "rounds")
+    row = rows_of(checkout, "result")[-1]
+    assert row["verdict"] == word and (word == "keep" or "at the edge of the probe change" in row["reason"])
+    assert len(rows_of(checkout, "run")) == 4  # two of the baseline
 
 
 # --- crashes
@@ -288,7 +304,7 @@ def test_a_night_waits_for_its_card_and_does_not_end_for_it(checkout, tmp_path, 
     (tmp_path / "bin" / "free").write_text("9023\n")
     hours = (rows_of(checkout)[-1]["uptime"] + 4) / 3600  # of all starts
     output = checkout.agent("--tag", "t", "--experiments", "3", "--hours", f"{hours:.6f}")
-    assert "hours are used up, the last of them waiting for the card" in output
+    assert "--hours ended while waiting for the card" in output and "hours are used up" in output
     assert len(rows_of(checkout, "result")) == 3
 
 
@@ -308,7 +324,7 @@ def test_an_idle_card_is_never_waited_for(checkout, tmp_path, monkeypatch):
     )
     night.results[0] = replace(night.results[0], run=filled)
     (night.folder / "harness" / "night.json").write_text(night.settings.json())
-    night.out_of_time = lambda: True
+    night.until = -math.inf
     run.wait_until_ready(night, night.incumbent.run)
     fake_card(tmp_path / "bin2", monkeypatch, "78000")  # enough for its tensors, not for what their allocator takes
     with pytest.raises(OutOfTime):

@@ -28,7 +28,18 @@ from lab.measure.files import (
 )
 from lab.measure.place import Place
 from lab.measure.sandbox import child_command
-from lab.records import Rivals, Run, clean, late, log_tail, look_limit_s, sha256, slack_s, startup_limit_s
+from lab.records import (
+    Rivals,
+    Run,
+    clean,
+    late,
+    like_rounding,
+    log_tail,
+    look_limit_s,
+    sha256,
+    slack_s,
+    startup_limit_s,
+)
 
 STARTUP_LIMIT_S = 1_800.0  # until the clock starts: several cold compiles on a slow machine
 SAVING_LIMIT_S = 600.0  # after the budget, of the baseline: its weights on a slow disk
@@ -200,8 +211,8 @@ def measure_at(place: Place, view, folder: Path, source: str, seed: int, title: 
     """One training and one scoring, in a run folder of this place; what may not be the program's doing is tried once more.
 
     That is: what the system or the driver ended, what crashed on another seed than the night's, and what took too long, since a
-    machine may be busy: a slow start with an empty compile cache, as the baseline had. Where scoring failed, the same weights are
-    scored again: who has seen val must not be able to ask for another training.
+    machine may be busy: a slow start with an empty compile cache, as the baseline had. If scoring failed, or its two processes rounded
+    in two ways, the same weights are scored again: who has seen val must not be able to ask for another training.
     """
     baseline, on_night_seed, budget_s = rivals.baseline, seed == constants.SEED, place.settings.budget_s
 
@@ -222,7 +233,7 @@ def measure_at(place: Place, view, folder: Path, source: str, seed: int, title: 
     if not run.crash:
         view.enter("scoring")
         scored = score(place, run, folder, rivals)
-        if not late(run, baseline, budget_s) and from_outside(scored):
+        if not late(run, baseline, budget_s) and (from_outside(scored) or like_rounding(scored, baseline)):
             scored = score(place, run, folder, rivals)
         run = scored
     view.end()

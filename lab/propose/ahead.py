@@ -175,11 +175,11 @@ class Try:
         return True
 
     def propose(self, source: str, history: History, feedback: list[str]) -> Proposal | None:
+        if feedback:
+            raise Problem(f"train.py was not run: {feedback[-1]}")
         if self.proposed:
             return None
         if source == self.source:
             raise Problem("train.py is the night's incumbent, unchanged; edit it, then run the same command")
-        if feedback:
-            raise Problem(f"train.py was not run: {feedback[-1]}")
         self.proposed = True
         return Proposal(self.description, self.hypothesis, self.source)
