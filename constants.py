@@ -74,8 +74,8 @@ DATASETS = ("climbmix", "sotu")  # or a path
 # The run
 
 TIME_BUDGET_S = 300.0  # seconds of training, warm-up, evaluation and saving excluded
-COMPILE_FROM_S = 60.0  # seconds: under this budget a cold torch.compile costs more than the training it speeds up,
-SHORT_SCORING = 4  # and a run is scored on every fourth row alone: it shows the loop, not a result
+COMPILE_FROM_S = 60.0  # seconds: under this budget a cold torch.compile costs more than the training it speeds up
+SHORT_SCORING = 4  # a night under it is scored on every fourth row alone: it shows the loop, not a result
 CLOCK_MARK = (
     "<<autoresearch 5d1c: built, ready for the text>>"  # what a run prints before its clock; nobody prints it by chance
 )
@@ -112,8 +112,8 @@ class Settings:
     threads: int
     torch: str
     flash_attention: dict[str, str]  # versions of the installed packages
-    score_every: int = 1  # 4: every fourth row of val and test is scored
     # of a night
+    score_every: int = 1  # 4: every fourth row of val and test is scored
     tag: str = ""
     head: str = ""  # commit of the checkout when it began
     harness_sha256: dict[str, str] = field(default_factory=dict)
@@ -127,11 +127,10 @@ class Settings:
         """Of what lab.machine.machine() says, the name of a profile, and the other fields."""
         host = dict(host)
         own = {name: host.pop(name) for name in ("sizes", "dtype", "peak_tflops", "memory_gb")}
-        long = budget_s >= COMPILE_FROM_S
+        compiles = host.pop("compiler") and budget_s >= COMPILE_FROM_S
         return Settings(
-            profile=replace(PROFILES[profile], **own), budget_s=budget_s, compile=host.pop("compiler") and long,
-            score_every=1 if long else SHORT_SCORING, **host, **others,
-        )  # fmt: skip
+            profile=replace(PROFILES[profile], **own), budget_s=budget_s, compile=compiles, **host, **others
+        )
 
     @staticmethod
     def of(text: str) -> "Settings":

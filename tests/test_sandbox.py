@@ -834,7 +834,7 @@ def test_attack_a_child_cannot_write_the_scores(real_checkout, tmp_path):
     """Neither through the descriptors that it holds nor by printing them: the log is text, the scores are a file of the scorer's."""
     weights = {"bias": torch.zeros(constants.PROFILES["cpu"].vocab_size)}
     night = night_for_scoring(real_checkout, tmp_path / "night", FORGER, weights)
-    place = SimpleNamespace(folder=night, sandbox=None, settings=settings_for(real_checkout))
+    place = SimpleNamespace(folder=night, sandbox=None, settings=settings_for(real_checkout), stop=None)
     sandbox = make_sandbox(
         real_checkout.folder, night, settings_for(real_checkout), Repository(real_checkout.folder).common_dir
     )

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, data_of, small
+from conftest import ROOT, data_of, rows_of, small
 from test_prepare import make_run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -658,10 +658,8 @@ def test_a_real_night_comes_to_its_baseline(real_checkout):
     train_file.write_text(small(train_file.read_text()))
     output = real_checkout.agent("--demo", "--budget", "2", "--hours", "0.0001")
     assert "show the loop, not a result" in output
-    rows = [
-        json.loads(line) for line in (real_checkout.folder / "runs" / "demo" / "journal.jsonl").read_text().splitlines()
-    ]
-    (result,) = [row for row in rows if row["event"] == "result"]
+    assert "scored on a quarter of the text" in output
+    (result,) = rows_of(real_checkout, "result", "demo")
     assert 1.5 < result["val_bpb"] < 3 and abs(result["test_bpb"] - result["val_bpb"]) < 0.5 and not result["distrust"]
     assert os.path.exists(real_checkout.folder / "runs" / "demo" / "0000" / "score.json")
     assert real_checkout.folder != ROOT

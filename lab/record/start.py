@@ -79,7 +79,8 @@ def create_night(here: Path, folder: Path, args, repository: Repository, ask=Non
     device_id, profile = (host.pop(key) for key in ("device_id", "profile"))
     hashes = {name: sha256_of(harness / name) for name in HARNESS}
     head = repository.resolve("HEAD")
-    settings = Settings.made(host, profile, budget_s, tag=tag, head=head, harness_sha256=hashes)
+    every = 1 if budget_s >= constants.COMPILE_FROM_S else constants.SHORT_SCORING
+    settings = Settings.made(host, profile, budget_s, tag=tag, head=head, harness_sha256=hashes, score_every=every)
     write_atomically(harness / "night.json", settings.json())
     (harness / "night.json").chmod(0o444)
     return settings, device_id
