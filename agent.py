@@ -196,6 +196,12 @@ def threads(night: Night, count: int):
             raise
 
 
+def wait_for_one(futures, patient: bool) -> None:
+    """Waits until one is done, or a moment. In slices: a signal that the system hands to another thread does not wake this one."""
+    while not wait(futures, timeout=0.2, return_when=FIRST_COMPLETED).done and patient:
+        pass
+
+
 def run_night(night: Night, proposer, limits: Limits, measure, room, view, second_seed: bool = True) -> str:
     """Run experiments until a limit is reached; returns the reason. Raises Problem if the night cannot go on.
 
@@ -235,7 +241,7 @@ def run_night(night: Night, proposer, limits: Limits, measure, room, view, secon
                 running[pool.submit(experiment, night, proposal, measure)] = proposal
                 proposals.ahead([*under_way, proposal])
             elif running:
-                wait(running, timeout=0.2 if more and free > 0 else None, return_when=FIRST_COMPLETED)
+                wait_for_one(running, patient=not more or free <= 0)
             elif not more or proposals.exhausted:
                 return proposer.exhausted if more else limits.reason
             else:
@@ -282,9 +288,10 @@ def at_work(night: Night, args, proposer, fleet) -> str:
         if args.check or args.ablate:
             with threads(night, 1) as pool:
                 task = partial(check, night, args.seeds or CHECK_SEEDS) if args.check else partial(ablate, night)
-                why = pool.submit(task, measured, view.say).result()
+                future = pool.submit(task, measured, view.say)
+                wait_for_one([future], patient=True)
             clear_caches(night.folder)
-            return why
+            return future.result()
         limits = limits_of(night, args)
         second_seed = not args.demo and (not args.describe or bool(args.confirm))
         return run_night(night, proposer, limits, measured, lambda: fleet.room if fleet else 1, view, second_seed)

@@ -1053,11 +1053,12 @@ def evaluate_nats(model, rows: np.ndarray, token_bytes, batch_rows: int) -> np.n
             batch = torch.from_numpy(rows[begin : begin + batch_rows].astype(np.int64)).to(device)
             logits, y = answered(model, batch[:, :-1], len(token_bytes)), batch[:, 1:].reshape(-1)
             losses = []
-            for part, target in zip(logits.reshape(-1, logits.size(-1)).split(4096), y.split(4096), strict=True):
-                logprobs = torch.log_softmax(part.float(), dim=-1)
-                if not torch.isfinite(logprobs).all():
+            for part, target in zip(logits.reshape(-1, logits.size(-1)).split(1024), y.split(1024), strict=True):
+                losses.append(torch.nn.functional.cross_entropy(part.float(), target, reduction="none"))
+                if not (
+                    part.min() > -torch.inf and torch.isfinite(losses[-1]).all()
+                ):  # a NaN or +inf makes all of its row's losses NaN
                     raise ValueError(NOT_FINITE)
-                losses.append(-logprobs.gather(1, target[:, None]).squeeze(1))
             counted = torch.cat(losses) * (token_bytes[y] > 0)
             nats[begin : begin + batch_rows] = counted.reshape(logits.shape[:2]).cpu().numpy()
     model.train(was_training)

@@ -166,7 +166,8 @@ def compare(ask, rows, nats, token_bytes, batch_rows: int, chosen, cuts, random)
             raise ValueError(NOT_FINITE)
         targets = np.take_along_axis(rows[batch], at + 1, 1).astype(np.int64)
         logits -= logits.max(-1, keepdims=True)
-        again = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], 2)[..., 0]
+        of_targets = np.take_along_axis(logits, targets[..., None], 2)[..., 0]
+        again = np.log(np.exp(logits, out=logits).sum(-1)) - of_targets
         again[token_bytes[targets] == 0] = 0
         change = again - np.take_along_axis(nats[batch], at, 1)
         moved.append(change[at < cut])
