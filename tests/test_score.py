@@ -184,18 +184,20 @@ class Sly(torch.Tensor):
 """
 FORGERIES = {
     "patches a function of torch": TRAIN
-    + "\nwhole = torch.log_softmax\ntorch.log_softmax = lambda x, dim: 0.5 * whole(x, dim=dim)\n",
+    + "\nwhole = F.cross_entropy\nF.cross_entropy = lambda *a, **more: 0.5 * whole(*a, **more)\n",
     "patches a function while it answers": forward(
-        "friend = torch.Tensor", "friend.squeeze = lambda x, dim: x[:, 0] * 0.5", "return self.logits(idx)"
+        "friend = F",
+        "friend.cross_entropy = lambda x, y, reduction: -0.5 * x.log_softmax(1).gather(1, y[:, None])[:, 0]",
+        "return self.logits(idx)",
     ),
     "patches a method of tensors": TRAIN
-    + "\nwhole = torch.Tensor.gather\ntorch.Tensor.gather = lambda *a: 0.5 * whole(*a)\n",
+    + "\nwhole = torch.Tensor.__gt__\ntorch.Tensor.__gt__ = lambda *a: 0.5 * whole(*a)\n",
     "a mode of torch's": TRAIN
     + """
 class Half(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
-        return made * 0.5 if getattr(function, "__name__", "") == "squeeze" else made
+        return made * 0.5 if getattr(function, "__name__", "") == "cross_entropy" else made
 
 Half().__enter__()
 """,
