@@ -1,16 +1,18 @@
 """Run a night of experiments: an LLM edits train.py, each edit trains for five minutes, improvements are kept.
 
-    python agent.py                        Claude does the research; needs ANTHROPIC_API_KEY
-    python agent.py --demo                 four short experiments on the CPU, no key needed: shows the loop
-    python agent.py --command 'claude -p'  any program does: the prompt on its stdin, the reply on its stdout
-    python agent.py --proposer tune        a numeric search over the numbers of train.py, without a model
-    python agent.py --try "wider MLP"      your own train.py as one experiment
-    python agent.py --check nov23          what that night gained, on fresh seeds, with an interval
-    python agent.py --ablate nov23         which of its kept changes carry weight
+    python agent.py --demo                   show the loop in under three minutes, on the CPU, without a key
+    python agent.py --hours 9 --max-usd 40   a night with Claude; needs ANTHROPIC_API_KEY
+    python agent.py --command 'claude -p'    a night with any program that reads a prompt and prints a reply
+    python agent.py --proposer tune          a night without a model: a search over the numbers of train.py
+    python agent.py --workers 8              eight experiments at once, on eight cards, with Ray
+    python agent.py --tag nov23              go on with an earlier night
+    python agent.py --replay nov23 --kept    run the kept changes of an earlier night again
+    python agent.py --try "wider MLP"        run train.py as you edited it, as one experiment
+    python agent.py --check nov23            measure what a night gained, on fresh seeds
+    python agent.py --ablate nov23           find out which of its kept changes matter
 
-runs/TAG/ has the record, the branch autoresearch/TAG the winner. Your checkout never changes. Ctrl-C stops; the same command goes
-on where it stopped. ANTHROPIC_BASE_URL names another server that speaks Anthropic's Messages API, AUTORESEARCH_CACHE the folder of
-the data. program.md holds the instructions that Claude gets.
+The record of a night is in runs/TAG/, its winner is the branch autoresearch/TAG; your checkout does not change. Ctrl-C stops a night,
+the same command goes on. program.md holds the instructions that a model gets. README.md lists the environment variables.
 """
 
 import contextlib

@@ -162,10 +162,7 @@ def download_shard(url: str, path: Path, advance=lambda amount: None, tries: int
         except (requests.RequestException, OSError) as error:
             if getattr(error, "errno", None) in constants.FULL:
                 raise
-            inner = re.search(
-                r"""Caused by \w+\((["']?)(?:<.*>: )?(.*)\1\)\)$""", str(error)
-            )  # as requests wraps urllib3's
-            cause = (inner[2] if inner else str(error)) or type(error).__name__
+            cause = str(error) or type(error).__name__
     raise Problem(
         f"{path.stem} could not be downloaded from {url} after {tries} tries: {cause}\n"
         "check the connection, or name another hub by HF_ENDPOINT, then run the same command again: whole shards are kept"

@@ -5,6 +5,7 @@ import contextlib
 import math
 import re
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import constants
@@ -40,56 +41,79 @@ def parse_arguments(description_text: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         usage="python agent.py [options]",
         description=description_text,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=120),
     )
-    night = parser.add_argument_group(
-        "the night", "a night goes on with what it began with: of these only --tag is needed"
-    )
-    night.add_argument("--tag", type=tag_name, help="its name; default: the newest that has not ended, else today's")
+    night = parser.add_argument_group("which night", "a flag that you do not give is that of the night's last start")
     night.add_argument(
-        "--profile", choices=constants.PROFILES, help="sizes; default: gpu if torch can use one, else cpu"
+        "--tag", type=tag_name, help="name of the night (default: the newest that has not ended, or today's date)"
     )
-    night.add_argument("--dataset", help="climbmix (default of gpu), sotu (of cpu), or the path of a text")
-    night.add_argument("--budget", type=positive(float), metavar="SECONDS", help="training time of a run (300)")
     night.add_argument(
-        "--workers", type=positive(int), metavar="N", help="so many experiments at once, on as many cards: needs Ray"
+        "--profile", choices=constants.PROFILES, help="sizes (default: gpu if torch can use a GPU, else cpu)"
     )
-    group = parser.add_argument_group("who proposes, or what else is done; one of these")
+    night.add_argument(
+        "--dataset", help="climbmix, sotu, or the path of a text (default: climbmix for gpu, sotu for cpu)"
+    )
+    night.add_argument(
+        "--budget", type=positive(float), metavar="SECONDS", help="training time of each run (default: 300)"
+    )
+    night.add_argument(
+        "--workers", type=positive(int), metavar="N", help="run N experiments at once, each on its own card; needs Ray"
+    )
+    group = parser.add_argument_group("who proposes, or what else is done", "at most one of these")
     one = group.add_mutually_exclusive_group()
     one.add_argument(
-        "--proposer", choices=("claude", "tune"), help="default: claude, with ANTHROPIC_API_KEY; tune: without a model"
+        "--proposer",
+        choices=("claude", "tune"),
+        help="Claude (default, if there is a key), or a search over the numbers",
     )
-    one.add_argument("--command", metavar="CMD", help="a program: the prompt on its stdin, the reply on its stdout")
-    one.add_argument("--replay", metavar="TAG|JOURNAL", help="the experiments of an earlier night")
+    one.add_argument("--command", metavar="CMD", help="a program that gets the prompt on stdin and prints its reply")
+    one.add_argument("--replay", metavar="TAG|JOURNAL", help="run the experiments of an earlier night again")
     one.add_argument(
-        "--try", dest="describe", type=description, metavar="DESCRIPTION", help="you: train.py as one experiment"
+        "--try", dest="describe", type=description, metavar="DESCRIPTION", help="run train.py as you edited it"
     )
     one.add_argument(
-        "--demo", action="store_true", default=None, help="cpu profile, tune, 20 s a run, 4 experiments, tag demo"
+        "--demo",
+        action="store_true",
+        default=None,
+        help="4 experiments of 20 s on the CPU, proposed by tune; deletes the last demo",
     )
-    one.add_argument("--check", type=tag_name, metavar="TAG", help="baseline and winner on fresh seeds: the true gain")
-    one.add_argument("--ablate", type=tag_name, metavar="TAG", help="each kept change reverted: which carry weight")
-    more = parser.add_argument_group("more on that")
-    more.add_argument("--model", metavar="ID", help=f"the model that claude asks ({MODEL})")
-    more.add_argument("--because", metavar="WHY", help="with --try: why it should be better")
+    one.add_argument(
+        "--check", type=tag_name, metavar="TAG", help="run baseline and winner of a night on fresh seeds: the true gain"
+    )
+    one.add_argument(
+        "--ablate", type=tag_name, metavar="TAG", help="revert each kept change of a night alone: which ones matter"
+    )
+    more = parser.add_argument_group("more on these")
+    more.add_argument("--model", metavar="ID", help=f"model for --proposer claude (default: {MODEL})")
+    more.add_argument("--because", metavar="WHY", help="with --try: your reason, for the log")
     more.add_argument(
-        "--dry", action="store_true", default=None, help="with --try: only screen and build it, in seconds"
+        "--dry", action="store_true", default=None, help="with --try: only check that it builds; takes seconds"
     )
-    more.add_argument("--kept", action="store_true", default=None, help="with --replay: only those that were kept")
+    more.add_argument("--kept", action="store_true", default=None, help="with --replay: only the kept experiments")
     more.add_argument(
-        "--seeds", type=positive(int), metavar="K", help=f"how many seeds --check takes, 2 at least ({CHECK_SEEDS})"
+        "--seeds",
+        type=positive(int),
+        metavar="K",
+        help=f"with --check: number of seeds, 2 or more (default: {CHECK_SEEDS})",
     )
-    limits = parser.add_argument_group("when it ends", "without any of these: at Ctrl-C")
-    limits.add_argument("--experiments", type=positive(int), metavar="N", help="after N, the baseline not counted")
-    limits.add_argument("--hours", type=positive(float), metavar="H", help="before a run that would end after H hours")
-    limits.add_argument("--max-usd", type=positive(float), metavar="X", help="before an API call that might exceed X")
+    limits = parser.add_argument_group("when the night ends", "without any of these: at Ctrl-C")
+    limits.add_argument(
+        "--experiments", type=positive(int), metavar="N", help="after N experiments, not counting the baseline"
+    )
+    limits.add_argument("--hours", type=positive(float), metavar="H", help="before H hours are over")
+    limits.add_argument(
+        "--max-usd",
+        type=positive(float),
+        metavar="X",
+        help="before an API call that could bring the cost over X dollars",
+    )
     rules = parser.add_argument_group("what is believed")
     rules.add_argument(
         "--confirm", action=argparse.BooleanOptionalAction, default=None,
-        help="keep a win only if it is lower on a second seed too; default: for the cpu profile",
+        help="keep a win only if it wins on a second seed too (default: yes for cpu, no for gpu)",
     )  # fmt: skip
     rules.add_argument(
-        "--no-sandbox", action="store_true", default=None, help="run train.py as you, with your network and files"
+        "--no-sandbox", action="store_true", default=None, help="run train.py as you, with your files and your network"
     )
     args = parser.parse_args()
     if args.dataset and args.dataset not in constants.DATASETS:

@@ -62,13 +62,14 @@ def long_night(checkout):
     return results, settings_for(checkout)
 
 
-def test_the_history_tells_every_outcome_and_groups_what_is_old(long_night):
+def test_the_history_tells_every_outcome_and_leaves_out_what_is_old_and_was_not_kept(long_night):
     results, settings = long_night
-    text = history_text(history_of(results[:1000], settings))
-    lines = text.split("\n")
-    assert lines[-1].startswith("999 discard +") and lines[-100].startswith("900 ")
-    assert '994 crash ("why"): idea 994' in text and "900 to 949" not in text and "850 to 899: " in text
-    assert "951 discard +0.00951: idea 951" in text and "751 discard" not in text and len(text) < 60_000
+    lines = history_text(history_of(results[:1000], settings)).split("\n")
+    assert lines[0] == "[686 older experiments that were not kept are left out]"
+    assert [line.split()[:2] for line in lines[1:4]] == [["0", "keep"], ["50", "keep"], ["100", "keep"]]
+    assert lines[15].startswith("700 keep") and lines[16].startswith("701 discard +0.00701: idea 701")
+    assert lines[-1].startswith("999 discard +") and '994 crash ("why"): idea 994' in lines[-6]
+    assert len(history_text(history_of(results[:250], settings)).split("\n")) == 250
 
 
 def test_the_prompt_of_a_thousand_experiments_stays_small(long_night):

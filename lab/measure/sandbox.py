@@ -51,7 +51,7 @@ INHERITED_PREFIXES = tuple(
     "CUDA_ NVIDIA_ TRITON_ HIP_ ROCR_ ROCM_ HSA_ AMD_ MIOPEN_ PYTORCH_CUDA_ PYTORCH_HIP_ FLASH_ATTENTION_".split()
 )
 NO_NAMESPACES = (
-    "user namespaces are refused here\n"
+    "if user namespaces are refused here:\n"
     "  on a machine of your own: allow them to bwrap by an AppArmor profile (Ubuntu from 23.10 on)\n"
     "  in Docker: add --security-opt seccomp=unconfined --security-opt apparmor=unconfined\n"
     "  in a rented container that allows neither: rent a virtual machine"
@@ -280,8 +280,7 @@ def trial(place: Place, sandbox: Sandbox, forbidden: list[Path]) -> str:
         message = lines[-1] if lines else f"exit status {status}"
         if "bwrap" not in message:
             return f"a child does not work inside it: {message}\nif it lacks a folder, show it: AUTORESEARCH_SHOW=FOLDER[:FOLDER]"
-        refused = re.search(r"uid map|namespace|not permitted|Permission denied", message)
-        return f"{message}\n{NO_NAMESPACES}" if refused else message
+        return f"{message}\n{NO_NAMESPACES}"
     leaks = json.loads(lines[-1])
     return f"it does not hide {', '.join(leaks)}" if leaks else ""
 

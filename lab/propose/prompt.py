@@ -17,7 +17,7 @@ RUN_TIME, COMMAND = (
     "# ---------------------------------------------------------------------------\n# The command\n",
 )  # in prepare.py
 OPERATORS = ("improve", "explore", "tune")
-HISTORY_LINES = 100  # experiments that the model sees one by one; older ones come in groups
+HISTORY_LINES = 300  # experiments that the model sees, besides the keeps: more than a night of nine hours
 LAST, BEST_DISCARDS = 5, 5  # experiments that are shown with their changes
 DIFF_LINES, BRIEF_LINES = 40, 16  # of one change, of a best discard
 LINE_CHARS = 200  # of one line of a change
@@ -85,17 +85,14 @@ def diff(old: str, new: str) -> str:
 
 
 def history_text(history: History, lines: int = HISTORY_LINES) -> str:
-    """One line for each of the last experiments, the older ones in groups of fifty with their keeps and best discards."""
-    written = [(result, history_line(history, result)) for result in history.results]
-    near = {result.number for result in near_misses(history, [])}
-    older, recent = written[:-lines], written[-lines:]
-    groups = []
-    for begin in range(0, len(older), 50):
-        group = older[begin : begin + 50]
-        counts = ", ".join(f"{count} {word}" for word, count in verdict_counts([r for r, _ in group]).items() if count)
-        groups.append(f"{group[0][0].number} to {group[-1][0].number}: {counts}")
-        groups += [f"  {line}" for result, line in group if result.verdict.word == "keep" or result.number in near]
-    return "\n".join([*groups, *(line for _, line in recent)])
+    """One line for each of the last experiments, and for each keep before them."""
+    results = history.results
+    older = [result for result in results[:-lines] if result.verdict.word == "keep"]
+    left_out = max(0, len(results) - lines) - len(older)
+    shown = [history_line(history, result) for result in (*older, *results[-lines:])]
+    return "\n".join(
+        [*([f"[{left_out} older experiments that were not kept are left out]"] if left_out else []), *shown]
+    )
 
 
 def history_line(history: History, result: Result) -> str:
