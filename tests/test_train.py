@@ -526,7 +526,7 @@ def test_another_error_in_the_warm_up_is_no_lack_of_memory(error, small_run):
 # --- the gpu sizes, without a GPU
 
 
-@pytest.mark.parametrize(("sizes", "compiled"), [*((sizes, False) for sizes in SIZES), ("H100", True), ("small", True)])
+@pytest.mark.parametrize(("sizes", "compiled"), [("H100", False), ("small", False), ("H100", True)])
 def test_a_full_training_step_at_the_gpu_sizes_runs_on_meta(sizes, compiled, monkeypatch):
     """Shapes, dtypes and the 16-bit attention inputs that FlashAttention asks for (asserted in attend)."""
     windows = []

@@ -180,10 +180,10 @@ def stored_arguments(args) -> dict:
 def renew_demo(here: Path, folder: Path, args, repository: Repository) -> None:
     """Deletes what is left of a demo that ended, or that other rules or another budget began. Its lock is held; raises Problem."""
     places = ((folder / "harness" / name, here / place) for name, place in HARNESS.items())
-    with contextlib.suppress(OSError, ValueError, KeyError, Problem):
-        same = all(ours.read_bytes() == theirs.read_bytes() for ours, theirs in places)
-        budget_s = json.loads((folder / "harness" / "night.json").read_text())["budget_s"]
-        if same and budget_s == args.budget and not has_ended(read_journal(folder / "journal.jsonl")[0]):
+    stored = stored_settings(folder)
+    with contextlib.suppress(OSError, Problem):
+        same = stored and all(ours.read_bytes() == theirs.read_bytes() for ours, theirs in places)
+        if same and stored.budget_s == args.budget and not has_ended(read_journal(folder / "journal.jsonl")[0]):
             return
     locked(constants.device_lock("cpu"), "the CPU", "agent.py --demo").close()  # a demo that cannot run deletes nothing
     refs, left = repository.refs("demo"), [path for path in folder.iterdir() if path.name != "lock"]
