@@ -6,7 +6,15 @@ incumbent that its proposer sees, with N - 1 experiments under way, and judged a
 there is to gain. A win on an incumbent that is none any more is put on top of the present one and measured again by the same worker, as
 in agent.experiment(); one in seven conflicts, and is a discard. To compare: such a win is forgotten.
 
-FIGURES
+(Only if it is lower than the present incumbent, not just than its own parent: 0.014 less after one hour with 4 cards, 0.008 with 16.)
+
+share of all there is to gain, mean of the nights; then experiments an hour
+workers  such win  10 runs  25 runs 100 runs 400 runs      1 h      2 h      4 h      8 h  an hour
+      1 forgotten    0.339    0.636    0.946    0.975    0.363    0.594    0.811    0.938     11.2
+      4 forgotten    0.241    0.483    0.900    0.974    0.661    0.874    0.958    0.973     44.8
+      4 once more    0.278    0.571    0.940    0.975    0.727    0.912    0.963    0.974     43.2
+     16 forgotten    0.164    0.277    0.652    0.956    0.717    0.900    0.969    0.979    134.0
+     16 once more    0.165    0.330    0.829    0.975    0.850    0.965    0.977    0.981    132.9
 """
 
 import argparse
