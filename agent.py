@@ -21,6 +21,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ from lab.records import (
     Rejected,
     Result,
     Run,
+    Stopped,
     Verdict,
     clean,
     log_tail,
@@ -67,8 +69,20 @@ HERE = Path(__file__).resolve().parent
 RUNS = Path(os.path.realpath(HERE / "runs"))
 TEST_ALARM = 0.01  # bpb, or x incumbent if more: a gain on val that exceeds the gain on test by this is not believed
 UNEVEN = 0.1  # share of tokens by which two runs of the baseline may differ; more, and it is measured again
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, the end of a job, a closed terminal
 MAX_CRASHES = 20  # crashes in a row before the night stops
+
+
+# ---------------------------------------------------------------------------
+# Ctrl-C, SIGTERM and a closed terminal end a night in order
+
+ended = threading.Event()  # the night's `stop`: what runs is ended, and threads raise Stopped
+
+
+def end(number, frame) -> None:
+    """The handler of these signals. An exception alone would not do: Python drops one that is raised in a finalizer."""
+    if not ended.is_set():
+        ended.set()
+        raise KeyboardInterrupt
 
 
 # ---------------------------------------------------------------------------
@@ -215,7 +229,7 @@ def run_night(night: Night, proposer, limits: Limits, measure, room, view, secon
     second_seed, noise_said = second_seed and night.baseline_second is None, bool(night.noise_text)
     refuse_to_go_on(night)
     with threads(night, room()) as pool:
-        while True:
+        while not night.stop.is_set():
             for future in [future for future in running if future.done()]:
                 proposal = running.pop(future)
                 try:
@@ -248,6 +262,7 @@ def run_night(night: Night, proposer, limits: Limits, measure, room, view, secon
                 return proposer.exhausted if more else limits.reason
             else:
                 proposals.pause()  # nothing runs, and the next one is still being made
+    raise Stopped
 
 
 def refuse_to_go_on(night: Night) -> None:
@@ -356,6 +371,7 @@ def start_and_work(args, secrets: dict) -> None:
             fleet = start_fleet(args, folder, locks)
             check_new = partial(screen, tried={})
             night = open_night(HERE, folder, args, repository, fleet and fleet.ask, check_new)
+            night.stop = ended
             if fleet:
                 fleet.open(night, *sandbox_of(night, args))
             else:
@@ -370,7 +386,7 @@ def start_and_work(args, secrets: dict) -> None:
             why = at_work(night, args, proposer, fleet)
             if proposer and not args.describe:
                 night.journal.append("end", reason=why)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Stopped):
             why = "interrupted; the same command goes on"
         finally:
             if isinstance(proposer, Researcher):
@@ -384,13 +400,6 @@ def start_and_work(args, secrets: dict) -> None:
         print(f"\n{why}.")
 
 
-def interrupt(number, frame) -> None:
-    """The handler of SIGNALS: the first one ends the night in order, and no other comes between."""
-    for other in SIGNALS:
-        signal.signal(other, lambda number, frame: None)
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     args = parse_arguments(__doc__)
     guard_this_process()
@@ -398,9 +407,9 @@ def main() -> None:
     secrets = take_secrets()
     os.environ.pop("PYTHONSAFEPATH", None)
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi and torch number the cards alike
-    for number in SIGNALS:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks
-            signal.signal(number, interrupt)
+            signal.signal(number, end)
     try:
         if args.dry:
             rows = read_journal(RUNS / (args.tag or "try") / "journal.jsonl")[0]

@@ -30,7 +30,7 @@ import constants
 from constants import CONFIRM_SEED, Problem
 from lab.arguments import restore_arguments
 from lab.record.journal import FORMAT
-from lab.records import Verdict, sha256
+from lab.records import Stopped, Verdict, sha256
 
 # --- verdicts
 
@@ -159,6 +159,14 @@ def test_a_night_ends_at_its_limits(checkout):
     assert run_here(night, None, hours=1e-9) == "1e-09 hours are used up"
     assert run_here(open_here(checkout, "one"), 1) == "the one experiment is done"
     assert run_here(open_here(checkout, "script"), None, Script(better(0.3))) == "the script is complete"
+
+
+def test_a_night_ends_in_order_also_if_python_drops_the_interrupt(checkout):
+    """As it does if the signal comes within a finalizer: the handler has set `stop` before."""
+    night = open_here(checkout)
+    with pytest.raises(Stopped):
+        run_here(night, 3, measure=fake_measure(night, lambda source, seed: night.stop.set()))
+    assert len(check_agreement(checkout)) == 1
 
 
 def test_twenty_crashes_in_a_row_stop_the_night(checkout):

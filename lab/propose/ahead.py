@@ -106,8 +106,8 @@ class Proposals:
         return None
 
     def pause(self) -> None:
-        """Waits until it is made, with nothing else to do, or until --hours end."""
-        while self.thread and self.thread.is_alive() and not self.night.out_of_time:
+        """Waits until it is made, with nothing else to do, or until the night or --hours end."""
+        while self.thread and self.thread.is_alive() and not (self.night.stop.is_set() or self.night.out_of_time):
             self.thread.join(0.05)
 
     def ahead(self, running: list[Proposal]) -> None:
