@@ -46,7 +46,7 @@ from lab.propose.replay import Replay, proposals_to_replay, rows_to_replay
 from lab.propose.screen import screen
 from lab.propose.tune import Tune, numbers_alone
 from lab.record.git import Repository
-from lab.record.journal import night_runs, read_journal, seconds_of, seconds_of_earlier_starts
+from lab.record.journal import read_journal, seconds_of, seconds_of_earlier_starts
 from lab.record.night import Night, make_run_here, measure, read_checkout
 from lab.record.start import journal_start, open_night, renew_demo, stored_settings
 from lab.records import (
@@ -59,6 +59,7 @@ from lab.records import (
     Stopped,
     Verdict,
     clean,
+    fingerprint,
     log_tail,
     only_crashes,
     trouble,
@@ -135,7 +136,9 @@ def experiment(night: Night, proposal: Proposal, measure) -> Result:
         parent = night.parent_of(proposal)  # what it was made on; None for the baseline
         run = measure(proposal.source, SEED, proposal.description)
         verdict, second = judge(run, parent and parent.run, night.baseline_run, night.settings.budget_s), None
-        if verdict.word == "keep" and parent and parent is night.incumbent and night.confirm:
+        if (
+            verdict.word == "keep" and parent and parent is night.incumbent and night.confirm
+        ):  # else it is measured again anyway
             fresh = night.settings.profile.name == "cpu"  # whose pace drifts: a stored run may be of a faster hour
             why = f"{run.number} is lower than {parent.run.number}, so"
             second = (
@@ -154,12 +157,13 @@ def experiment(night: Night, proposal: Proposal, measure) -> Result:
             night.forget(run)
 
 
-def noise(night: Night, measure) -> None:
-    """The baseline on the second seed: a scale for what comes."""
+def noise(night: Night, measure, compare: bool) -> None:
+    """The baseline on the second seed: a scale for what comes. compare: with the baseline's own run, as soon as that is there."""
     second = measure(night.baseline.source, CONFIRM_SEED, "the baseline on the second seed, to know the noise")
-    first = night.results[0].run if night.results else None
-    tokens = [run.metrics.get("total_tokens_M") for run in (first, second) if run]
-    if len(tokens) == 2 and all(tokens) and abs(tokens[1] / tokens[0] - 1) > UNEVEN:
+    while compare and not night.results and not night.stop.wait(0.1):
+        pass
+    tokens = [run.metrics.get("total_tokens_M") for run in (night.results[0].run, second)] if compare else []
+    if all(tokens) and tokens and abs(tokens[1] / tokens[0] - 1) > UNEVEN:
         night.say(
             f"the baseline's two runs read {tokens[0]:.2f} and {tokens[1]:.2f} million tokens: was the machine busy? It is run once more"
         )
@@ -181,10 +185,10 @@ class Limits:
     reason: str = ""  # why no other experiment may begin
 
     def left(self, night: Night, running: int = 0) -> int | None:
-        """About how many more experiments may begin while so many run; None: no limit."""
+        """How many more experiments may begin, about, while so many run: 0 for none, None without a limit. Sets `reason`, night.until."""
         begun = len(night.results) + running
         by_number = math.inf if self.experiments is None else self.experiments + 1 - begun
-        runs = night_runs(list(night.journal.rows))
+        runs = [run for result in night.results for run in (result.run, *(result.second or ()))]
         mean_s = seconds_of(runs) / len(night.results) if night.results else night.settings.budget_s
         by_time, night.until = math.inf, self.end - mean_s
         if self.hours is not None:
@@ -198,7 +202,7 @@ class Limits:
         elif by_time <= 0:
             self.reason = f"{self.hours:g} hours are used up"
         least = min(by_number, by_time)
-        return None if least == math.inf else max(0 if begun else 1, least)
+        return None if least == math.inf else max(0 if begun else 1, least)  # the baseline is always run
 
 
 @contextlib.contextmanager
@@ -222,12 +226,12 @@ def run_night(night: Night, proposer, limits: Limits, measure, room, view, secon
     """Run experiments until a limit is reached; returns the reason. Raises Problem if the night cannot go on.
 
     room(): how many experiments may run at once. second_seed: whether the baseline is measured on it as well, so that a reader knows
-    how large the noise is. Workers without other work do so beside the baseline, which otherwise would have the machine to itself,
-    unlike all that it is compared with.
+    how large the noise is. With several workers all of them run it at the same time: a baseline that has the machine to itself
+    is faster than what it is compared with.
     """
     proposals, running = Proposals(night, proposer, partial(limits.left, night)), {}
-    second_seed, noise_said = second_seed and night.baseline_second is None, bool(night.noise_text)
     refuse_to_go_on(night)
+    second_seed, noise_said = second_seed and night.baseline_second is None, bool(night.noise_text)
     with threads(night, room()) as pool:
         while not night.stop.is_set():
             for future in [future for future in running if future.done()]:
@@ -235,22 +239,23 @@ def run_night(night: Night, proposer, limits: Limits, measure, room, view, secon
                 try:
                     result = future.result()
                 except OutOfTime as spent:
+                    night.tried.pop(fingerprint(proposal.source) if proposal else "", None)
                     view.say(f"{'':6}--hours ended while {spent}")
                     continue
                 if result:
                     view.finished(result)
+                refuse_to_go_on(night)
                 if night.noise_text and not noise_said:
                     noise_said = True
                     view.say(f"{'':6}{night.noise_text}")
-                refuse_to_go_on(night)
             under_way = [proposal for proposal in running.values() if proposal]
             more, free = limits.left(night, len(under_way)) != 0, room() - len(running)
             proposal = None
             if more and free > 0:
                 if second_seed and (night.results or under_way):
                     second_seed = False
-                    for _ in range(1 if night.results else free):
-                        running[pool.submit(noise, night, measure)] = None
+                    for i in range(1 if night.results else free):  # None in `running` is such a run
+                        running[pool.submit(noise, night, measure, compare=i == 0)] = None
                     continue
                 proposal = proposals.take(under_way)
             if proposal:

@@ -40,6 +40,7 @@ HERE = Path(__file__).resolve().parent.parent  # on a worker Ray's copy of the c
 READY_LIMIT_S = 120.0  # of a worker, its like of an earlier start ended
 START_LIMIT_S = 3_600.0  # its node's data prepared
 STATE_LIMIT_S = 2.0  # how long a worker may take to say what it does
+IDLE_LIMIT_S = 20.0  # and to take a run
 CLOSE_LIMIT_S = 20.0  # of a worker, to end what it runs
 # of a run's folder: what comes back of every run on the night's seed
 RETURNED = "train.py run.json run.log score.log score.json nats.npy out/result.json".split()
@@ -186,19 +187,9 @@ class Fleet:
                 if (place / "cache").exists():
                     set_cache_aside(self.night.folder, run.source, place / "cache")
             return run
-        return Run(
-            sha256(source),
-            seed,
-            None,
-            None,
-            "its worker was lost, and so was a second one",
-            "",
-            {},
-            0.0,
-            None,
-            None,
-            None,
-        )
+        if not self.night.incumbent:
+            raise Problem("two workers were lost with the baseline; run the same command again")
+        return Run(sha256(source), seed, crash="its worker was lost, and so was a second one")
 
     def idle_worker(self) -> int:
         """One that answers; those that do not are left out, so that no run is lost with them."""
@@ -208,7 +199,7 @@ class Fleet:
             with contextlib.suppress(queue.Empty):
                 number = self.idle.get(timeout=0.05)
                 try:
-                    self.ray.get(self.workers[number].phase.remote(), timeout=STATE_LIMIT_S)
+                    self.ray.get(self.workers[number].phase.remote(), timeout=IDLE_LIMIT_S)
                     return number
                 except self.ray.exceptions.RayError as error:
                     self.leave_out(number, error)

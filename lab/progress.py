@@ -35,7 +35,8 @@ def draw_progress(axes, results: list[dict], title: str, seeds: list[float] = ()
     """
     from matplotlib.ticker import MaxNLocator
 
-    axes.set(xlabel="experiment", ylabel="val_bpb (lower is better)", title=title, xticks=[])
+    axes.set(xlabel="experiment", ylabel="val_bpb (lower is better)", xticks=[])
+    axes.set_title(title, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     kept = [result for result in results if result["verdict"] == "keep"]
     numbers = [result["val_bpb"] for result in results if result["val_bpb"] is not None]
@@ -80,7 +81,8 @@ def draw_progress(axes, results: list[dict], title: str, seeds: list[float] = ()
     if tests:
         points = [result["number"] for result in tests], [result["test_bpb"] for result in tests]
         axes.plot(*points, "d", ms=5, mfc="none", color=COLOURS["test"], zorder=3, label="test, baseline and keeps")
-    axes.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none", fontsize=9)
+    above = dict(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=8, columnspacing=1.2, handlelength=1.4)
+    axes.legend(**above, frameon=False, fontsize=9)  # it hides no experiment there
     axes.set_xticks([tick for tick in MaxNLocator(9, integer=True).tick_values(0, end) if 0 <= tick <= end])
     axes.figure.tight_layout()
     axes.figure.canvas.draw()

@@ -52,16 +52,18 @@ class Run:
 
     source: str  # sha256 of train.py
     seed: int
-    val_bpb: float | None  # None: it has no number
-    test_bpb: float | None  # measured only for the baseline, for wins, and by --check and --ablate
-    crash: str  # why there is no number; else empty
-    distrust: str  # why the scorer does not trust the number; else empty
-    metrics: dict  # what the run says of itself: shown; it can make its own verdict worse, never better
-    run_seconds: float  # start to exit
+    val_bpb: float | None = None  # None: it has no number
+    test_bpb: float | None = None  # measured only for the baseline, for wins, and by --check and --ablate
+    crash: str = ""  # why there is no number; else empty
+    distrust: str = ""  # why the scorer does not trust the number; else empty
+    metrics: dict = field(
+        default_factory=dict
+    )  # what the run says of itself: shown; it can make its own verdict worse, never better
+    run_seconds: float = 0.0  # start to exit
     # from the line that starts its clock to the end of training, by our own watch; None without that line
-    clock_seconds: float | None
-    scoring_seconds: float | None
-    idle_seconds: float | None  # from the last child's exit to this one's start; None for a first run
+    clock_seconds: float | None = None
+    scoring_seconds: float | None = None
+    idle_seconds: float | None = None  # from the last child's exit to this one's start; None for a first run
     saving_seconds: float | None = None  # from there to exit; None if run.finish never said that training was over
     weights_bytes: int | None = None  # of model.pt, on disk
     parts: dict[str, float] = field(default_factory=dict)  # seconds of the parts of its scoring
@@ -154,10 +156,16 @@ def run_of(row: dict) -> Run:
     return Run(**{field.name: row[field.name] for field in fields(Run)})
 
 
-def pace_text(run: Run, other: Run) -> str:
-    """How many more tokens a run read than another, as a share: `-6 %`; empty if one of them does not say."""
+def pace_of(run: Run, other: Run) -> float | None:
+    """How many more tokens a run read than another, as a share; None if one of them does not say."""
     own, theirs = run.metrics.get("total_tokens_M"), other.metrics.get("total_tokens_M")
-    return f"{100 * (own / theirs - 1):+.0f} %" if own and theirs else ""
+    return own / theirs - 1 if own and theirs else None
+
+
+def pace_text(run: Run, other: Run) -> str:
+    """The same in words: `-6 %`; empty if one of them does not say."""
+    pace = pace_of(run, other)
+    return "" if pace is None else f"{100 * pace:+.0f} %"
 
 
 # ---------------------------------------------------------------------------

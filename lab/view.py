@@ -16,8 +16,9 @@ from lab.propose.model import Researcher
 from lab.propose.prompt import OPERATORS, beside_text, step_text, verdict_counts
 from lab.record.journal import night_runs, seconds_of
 from lab.record.night import Night
-from lab.records import Result, log_tail, one_line, pace_text
+from lab.records import Result, log_tail, one_line, pace_of, pace_text
 
+UNUSUAL_PACE = 0.1  # difference in tokens between a keep and its parent that is pointed out
 STYLES = {"keep": "green", "discard": "", "crash": "red", "invalid": "magenta"}
 
 
@@ -127,12 +128,14 @@ class View:
             f"{result.number:4d}  {number:>9}  {change:>9}  {pace or '-':>6}  {word:8}{memory}  {text}", STYLES[word]
         )
         if result.verdict.reason and result.number:
-            apart = (
-                f"; the baseline's two seeds are {self.night.noise:.6f} apart"
-                if word == "keep" and self.night.noise
-                else ""
-            )
+            apart = ""
+            if word == "keep" and self.night.noise:
+                apart = f"; the baseline's two seeds are {self.night.noise:.6f} apart"
             self.say(f"{'':6}{one_line(result.verdict.reason)}{apart}", STYLES[word], wrap=True)
+        if word == "keep" and other and abs(pace_of(result.run, other) or 0.0) > UNUSUAL_PACE:
+            self.say(
+                f"{'':6}{pace} tokens: this program is faster or slower, or the machine was busy during one of the two runs"
+            )
         if other and self.proposer and self.proposer.name == "try":
             self.say(f"{'':6}{beside_text(result.run, other, self.night.settings.budget_s)}", wrap=True)
             for line in self.night.log_of(result).splitlines():
@@ -204,7 +207,9 @@ def print_summary(night: Night, why: str, proposer, goes_on: bool) -> None:
     if isinstance(proposer, Claude):
         print(proposer.bill)
     if night.settings.budget_s < constants.COMPILE_FROM_S:
-        print(f"runs of {night.settings.budget_s:g} s show the loop, not a result: early differences are mostly noise")
+        for result in night.keeps[1:]:
+            print(f"experiment {result.number} was kept: {one_line(result.description)}")
+        print(f"runs of {night.settings.budget_s:g} s show the loop, not a result: their differences are mostly noise")
     place = os.path.relpath(night.folder)
     try:
         points = [vars(result) | vars(result.run) | {"verdict": result.verdict.word} for result in results]
@@ -230,3 +235,9 @@ def print_summary(night: Night, why: str, proposer, goes_on: bool) -> None:
         )
     if best.number:
         print(f"is it so?  python agent.py --check {tag}")
+    if tag == "demo":
+        print(
+            "what now?  python agent.py --proposer tune --budget 60 --hours 1      an hour of this, in runs that mean more"
+        )
+        print('           python agent.py --try "what I changed"                     train.py as you edit it')
+        print("           export ANTHROPIC_API_KEY=... && python agent.py --hours 9  a night with Claude")

@@ -243,6 +243,20 @@ def test_a_proposal_that_does_not_merge_goes_back_with_the_reason(checkout):
     assert told[2] == [f"change 2: {row['reason']}"] and night.results[2].verdict.word == "keep"
 
 
+def test_a_proposal_that_is_made_while_one_looks_for_it_does_not_end_the_night(checkout, monkeypatch):
+    """The thread was alive at the first look, and is done at the second."""
+    night = open_here(checkout)
+    look = night.unused_proposal
+
+    def late(*args):
+        time.sleep(0.1)
+        return look(*args)
+
+    monkeypatch.setattr(night, "unused_proposal", late)
+    script = Slow(*[("beta=0.8", f"beta=0.{i}") for i in range(1, 5)])
+    assert run_here(night, None, script) == "the script is complete" and len(night.results) == 5
+
+
 def test_a_wait_for_a_proposal_ends_with_the_hours(checkout):
     night = open_here(checkout)
 

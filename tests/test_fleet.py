@@ -29,12 +29,12 @@ from conftest import (
 )
 
 from agent import Limits, experiment, run_night
-from constants import Problem
+from constants import SEED, Problem
 from lab.fleet import Fleet
 from lab.measure.files import packed, unpack
 from lab.record.night import measure
 from lab.record.start import difference
-from lab.records import Proposal, Stopped, sha256
+from lab.records import Proposal, Run, Stopped, sha256
 from lab.view import View
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason='Ray is not installed: pip install -e ".[ray]"')
@@ -151,6 +151,25 @@ def test_the_baseline_is_measured_with_all_workers_at_work(checkout):
     assert [line for line in view.lines if "two seeds" in line] == [f"      {night.noise_text}"]
 
 
+def test_the_hours_count_what_an_experiment_takes_not_the_runs_beside_the_baseline(checkout):
+    night = open_here(checkout)
+    changes = [("beta=0.8", f"beta=0.{i}") for i in range(1, 5)]
+    reason = run_here(night, None, Script(*changes), hours=0.7, second_seed=True, workers=8)
+    assert reason == "the script is complete" and len(night.results) == 5  # runs of 340 s, as the fake says
+
+
+def test_a_baseline_that_fails_beside_a_run_on_the_second_seed_that_works_ends_the_night(checkout):
+    night = open_here(checkout)
+
+    def measure(source, seed, title, fresh=False):
+        failed = Run(sha256(source), seed, crash="its worker was lost")
+        return night.add_run(failed) if seed == SEED else fake_measure(night)(source, seed, title, fresh)
+
+    for _ in range(2):  # also at the next start
+        with pytest.raises(Problem, match="the baseline failed: its worker was lost"):
+            run_here(night, None, Script(), second_seed=True, measure=measure, workers=3)
+
+
 def test_what_a_thread_raises_ends_the_night_and_what_the_others_run(checkout):
     night = open_here(checkout)
 
@@ -231,7 +250,8 @@ def test_an_experiment_whose_worker_dies_is_run_elsewhere(checkout):
     assert {"change 1", "change 2", "change 3"} < {result.description for result in night.results}
     check_agreement(checkout)
     assert all((night.run_folder(result.number) / "run.log").read_text() == "log" for result in night.results)
-    assert len(ran) == len(set(ran)) and not list(night.folder.glob("arrived-*"))
+    own = [run for run in ran if run[2] == SEED]
+    assert len(own) == len(set(own)) and not list(night.folder.glob("arrived-*"))
     assert len(rows_of(checkout, "run")) == len(ran)
 
 

@@ -23,9 +23,11 @@ from conftest import (
     story,
 )  # fmt: skip
 
+from agent import experiment
 from constants import Problem
 from lab.measure.files import folder_bytes
 from lab.record.journal import FORMAT, Journal, night_runs, read_journal, seconds_of_earlier_starts
+from lab.records import Proposal
 
 # --- the journal
 
@@ -130,6 +132,26 @@ def test_a_run_that_fills_the_disk_is_a_crash_and_the_night_goes_on(small_disk, 
     assert list((small_disk.folder / "runs" / "t" / "0002" / "out").iterdir()) == []
     small_disk.agent("--tag", "t", "--proposer", "tune", "--experiments", "3")
     assert len(check_agreement(small_disk)) == 4
+
+
+def test_the_files_of_a_run_without_a_verdict_make_room_for_another_run_and_come_back(checkout):
+    """Its second seed was cut off, and another proposer takes the number of its folder."""
+    night = open_here(checkout)
+    run_here(night, 0)
+    waiting = night.add_proposal(Proposal("waits", "", night.baseline.source.replace(*better(0.3)), parent=0), 1)
+    fake_measure(night)(waiting.source, 1, "")
+    folder = night.run_folder(1)
+    folder.mkdir()
+    (folder / "train.py").write_text(waiting.source)
+    night.put_aside(folder)
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "train.py").write_text("of a run that nobody knows")
+    night.put_aside(folder)
+    assert not folder.exists()
+    run_here(night, 1, Script(("beta=0.8", "beta=0.7")))
+    experiment(night, waiting, fake_measure(night))
+    assert (night.run_folder(2) / "train.py").read_text() == waiting.source and not list(night.folder.glob("arrived-*"))
 
 
 # --- kill and resume

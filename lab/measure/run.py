@@ -285,7 +285,7 @@ def train(
         except (OSError, ValueError) as error:
             crash = f"no valid result.json: {error}"
     return Run(
-        program, seed, None, None, crash, "", metrics, ended.seconds, ended.clock_seconds, None, idle_s,
+        program, seed, crash=crash, metrics=metrics, run_seconds=ended.seconds, clock_seconds=ended.clock_seconds, idle_seconds=idle_s,
         saving_seconds=ended.saving_seconds, weights_bytes=bytes_on_disk(folder / "out" / "model.pt"), free_mb=free_mb,
     )  # fmt: skip
 

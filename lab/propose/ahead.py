@@ -37,6 +37,11 @@ class History:
         """Proposals for it that were refused."""
         return sum(row["number"] == self.number for row in self.night.journal.of("reject"))
 
+    @property
+    def incumbent(self) -> Result | None:
+        """What the proposal is made on; None while the baseline trains."""
+        return next((result for result in reversed(self.results) if result.verdict.word == "keep"), None)
+
     def source(self, number: int) -> str:
         """train.py of an experiment."""
         return self.night.source(self.results[number])
@@ -47,7 +52,7 @@ def propose(night: Night, proposer, history: History, feedback: list[str]) -> Pr
 
     An objection goes back to the proposer as feedback. The background thread may be here.
     """
-    parent, refused, feedback = night.incumbent, 0, list(feedback)
+    parent, refused, feedback = history.incumbent, 0, list(feedback)
     source = night.source(parent) if parent else night.baseline.source
     while refused < getattr(proposer, "max_rejects", MAX_REJECTS):
         start, proposal = time.perf_counter(), None
@@ -82,16 +87,17 @@ class Proposals:
         Raises what stopped the proposer, when nothing runs any more.
         """
         night, name = self.night, self.proposer.name
-        if not night.results:
-            return None if running else night.baseline
+        if not night.incumbent:
+            return None if running or night.results else night.baseline
         if self.thread and not self.thread.is_alive():
-            self.thread, self.exhausted = None, self.made is None and not self.error
+            self.thread = None
         number = len(night.results) + len(running)
         prepared = self.made if name == "try" else night.unused_proposal(name, running)
         self.made = None
         if prepared:
             try:
-                return rebased(night, prepared, number)
+                with night.deciding:
+                    return rebased(night, prepared, number)
             except Rejected as refused:
                 reason = f"no longer applies: {refused}"
                 night.journal.append(
@@ -127,6 +133,7 @@ class Proposals:
         def body():
             try:
                 self.made = propose(self.night, self.proposer, history, feedback)
+                self.exhausted = self.made is None
             except BaseException as error:
                 self.error = error
                 if isinstance(error, Problem) and running:

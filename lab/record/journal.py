@@ -70,7 +70,7 @@ class Journal:
         return row
 
     def of(self, *events: str) -> list[dict]:
-        return [row for row in list(self.rows) if row["event"] in events]
+        return [row for row in self.rows if row["event"] in events]
 
 
 # ---------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class Night(Place):
     tried: dict[str, str] = field(default_factory=dict)  # fingerprint of each program: what became of it
     results: list[Result] = field(default_factory=list)
     adding: threading.Lock = field(default_factory=threading.Lock)  # while a proposal or a run gets its id
-    deciding: threading.RLock = field(default_factory=threading.RLock)  # one verdict after the other
+    deciding: threading.Lock = field(default_factory=threading.Lock)  # one verdict after the other
 
     @property
     def tag(self) -> str:
@@ -107,12 +107,12 @@ class Night(Place):
 
     @property
     def runs(self) -> dict[int, Run]:
-        return runs_of(list(self.journal.rows))
+        return runs_of(self.journal.rows)
 
     @property
     def baseline_second(self) -> float | None:
         """The baseline's val_bpb on the second seed; None if it was not measured there."""
-        first = self.results[0].run.source if self.results else ""
+        first = self.keeps[0].run.source if self.keeps else ""
         found = [run.val_bpb for run in self.runs_on(first, constants.CONFIRM_SEED)]
         return found[-1] if found else None  # the last: on a busy machine it was measured again
 
@@ -244,11 +244,19 @@ class Night(Place):
         """Where the files of a worker's run of a source (its sha256) lie until its experiment has a number."""
         return self.folder / f"arrived-{source[:16]}"
 
+    def put_aside(self, folder: Path) -> None:
+        """Makes room for a run. What another proposal has run there before a stop, and will be judged by, keeps its files."""
+        source = folder / "train.py"
+        if source.exists() and self.known_run(hashed := sha256(source.read_text()), constants.SEED):
+            remove(self.arrived(hashed))
+            os.replace(folder, self.arrived(hashed))
+        remove(folder)
+
     def tidy(self) -> None:
         """Keeps of the last run's output its result.json, and the weights of the incumbent only."""
         last, best = self.results[-1], self.incumbent
         if self.arrived(last.run.source).exists():
-            remove(self.run_folder(last.number))
+            self.put_aside(self.run_folder(last.number))
             os.replace(self.arrived(last.run.source), self.run_folder(last.number))
         remove(self.run_folder(last.number) / "cache")
         for path in (self.run_folder(last.number) / "out").glob("*"):
@@ -318,4 +326,5 @@ def measure(night: Night, make_run, source: str, seed: int, title: str, fresh: b
 def make_run_here(night: Night, view, source: str, seed: int, title: str) -> Run:
     """A run on this process's device, in the folder of the experiment that it may become."""
     folder = night.run_folder(len(night.results)) if seed == constants.SEED else night.folder / "second"
+    night.put_aside(folder)
     return measure_at(night, view, folder, source, seed, title, night.rivals)
