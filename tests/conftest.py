@@ -4,15 +4,17 @@ Most nights of the tests run in this process with `fake_measure`, on real git, a
 processes (kills, interrupts, the command line) start the program as its user does.
 """
 
+import atexit
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pytest
@@ -140,6 +142,15 @@ class Checkout:
 
 
 def make_checkout(folder: Path, cache: Path, stub: bool) -> Checkout:
+    shutil.copytree(first_checkout(stub), folder, symlinks=True)
+    return Checkout(folder, cache)
+
+
+@lru_cache
+def first_checkout(stub: bool) -> Path:
+    """A committed checkout, made once, of which each test gets a copy: git and the tree take longer than copying."""
+    folder = Path(tempfile.mkdtemp(prefix="checkout-")) / "checkout"
+    atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
     folder.mkdir()
     for name in ("constants.py", "prepare.py", "train.py", "agent.py", "program.md", ".gitignore"):
         shutil.copy2(ROOT / name, folder)
@@ -152,11 +163,12 @@ def make_checkout(folder: Path, cache: Path, stub: bool) -> Checkout:
         shutil.copy(ROOT / "tests" / "stub_train.py", folder / "train.py")
         drawing = "def save_progress(path, results, title):\n    path.touch()\n"  # matplotlib takes a second
         (folder / "lab" / "progress.py").write_text(drawing)
-    checkout = Checkout(folder, cache)
+    checkout = Checkout(folder, folder)
     checkout.git("init", "-q", "-b", "main")
     checkout.git("add", "-A")
     checkout.git("-c", "user.name=User", "-c", "user.email=user@example.com", "commit", "-qm", "start")
-    return checkout
+    subprocess.run([sys.executable, "-m", "compileall", "-q", str(folder)], check=True)
+    return folder
 
 
 @pytest.fixture
