@@ -32,7 +32,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # also where PYT
 
 import constants
 from constants import CONFIRM_SEED, SEED, Problem, locked
-from lab.arguments import choose_tag, parse_arguments, restore_arguments, restore_fixed, restore_setting
+from lab.arguments import complete, parse_arguments, restore_setting
 from lab.check import CHECK_SEEDS, ablate, check, rehearsal
 from lab.measure.child import end_processes, guard_this_process
 from lab.measure.files import remove
@@ -42,7 +42,7 @@ from lab.propose.ahead import Proposals, Try, rebased
 from lab.propose.claude import MODEL, Claude, credentials_of, take_secrets
 from lab.propose.command import Command
 from lab.propose.model import Researcher
-from lab.propose.replay import Replay, proposals_to_replay, rows_to_replay
+from lab.propose.replay import Replay
 from lab.propose.screen import screen
 from lab.propose.tune import Tune, numbers_alone
 from lab.record.git import Repository
@@ -354,18 +354,9 @@ def sandbox_of(night: Night, args) -> tuple:
 
 def start_and_work(args, secrets: dict) -> None:
     """Open the night that the arguments mean, under its locks; do what they ask for; print the summary. Raises Problem."""
-    repository, tag = Repository(HERE), choose_tag(args, RUNS)
+    repository = Repository(HERE)
+    tag, replayed = complete(args, RUNS, key=bool(credentials_of(secrets)))
     folder, new = RUNS / tag, not (RUNS / tag).exists()
-    if not args.demo:
-        rows = read_journal(folder / "journal.jsonl")[0]
-        restore_arguments(args, rows, bool(credentials_of(secrets)))
-        restore_fixed(args, stored_settings(folder))  # also before the baseline has its result
-    replayed = []
-    if args.replay:
-        rows = rows_to_replay(RUNS, args.replay)
-        replayed = proposals_to_replay(rows, bool(args.kept))
-        if new:
-            restore_setting(args, rows, ("profile", "dataset", "budget"))
     with contextlib.ExitStack() as locks:
         locks.enter_context(locked(folder / "lock", f"night {tag}", f"agent.py, tag {tag}"))
         if args.demo:

@@ -9,10 +9,12 @@ from functools import partial
 from pathlib import Path
 
 import constants
-from constants import Problem, Settings
+from constants import Problem
 from lab.check import CHECK_SEEDS
 from lab.propose.claude import MODEL
+from lab.propose.replay import proposals_to_replay, rows_to_replay
 from lab.record.journal import first_start, has_ended, last_start, read_journal
+from lab.record.start import stored_settings
 
 
 def parse_arguments(description_text: str) -> argparse.Namespace:
@@ -136,6 +138,26 @@ def parse_arguments(description_text: str) -> argparse.Namespace:
     return args
 
 
+def complete(args, runs: Path, key: bool) -> tuple[str, list]:
+    """The tag of the night that the arguments mean, and what they replay; what was not given comes from that night. Raises Problem.
+
+    key: whether the API can be asked.
+    """
+    tag, replayed = choose_tag(args, runs), []
+    folder, new = runs / tag, not (runs / tag).exists()
+    if not args.demo:
+        restore_arguments(args, read_journal(folder / "journal.jsonl")[0], key)
+        stored = stored_settings(folder)  # profile, dataset and budget, also before the baseline has its result
+        for name, value in (stored.flags if stored else {}).items():
+            setattr(args, name, getattr(args, name) or value)
+    if args.replay:
+        rows = rows_to_replay(runs, args.replay)
+        replayed = proposals_to_replay(rows, bool(args.kept))
+        if new:
+            restore_setting(args, rows, ("profile", "dataset", "budget"))
+    return tag, replayed
+
+
 def choose_tag(args, runs: Path) -> str:
     """The flag, else the newest night that has not ended, else today's. --demo, --try and --replay have tags of their own."""
     journals = {path.parent.name: path for path in runs.glob("*/journal.jsonl")}
@@ -171,12 +193,6 @@ def restore_setting(args, rows: list[dict], names: tuple[str, ...]) -> None:
     """The setting of a replay or a rehearsal is that with which the other night began, unless given."""
     for name in names:
         setattr(args, name, getattr(args, name) or first_start(rows).get(name))
-
-
-def restore_fixed(args, stored: Settings | None) -> None:
-    """Profile, dataset and budget that a night was opened with, however they were chosen, unless given."""
-    for name, value in (stored.flags if stored else {}).items():
-        setattr(args, name, getattr(args, name) or value)
 
 
 def restore_arguments(args, rows: list[dict], key: bool) -> None:

@@ -28,7 +28,7 @@ from test_records import METRICS, RUN
 import agent
 import constants
 from constants import CONFIRM_SEED, Problem
-from lab.arguments import restore_arguments
+from lab.arguments import choose_tag, restore_arguments
 from lab.record.journal import FORMAT
 from lab.records import Stopped, Verdict, sha256
 
@@ -411,14 +411,14 @@ def test_a_night_changes_its_proposer(monkeypatch):
     """What only goes with Claude is forgotten, unless it is given."""
     rows = [{"event": "night", "arguments": {"proposer": "claude", "max_usd": 9.0, "model": "m", "hours": 3.0}}]
     args = arguments(monkeypatch, "--tag", "t", "--proposer", "tune")
-    agent.restore_arguments(args, rows, False)
+    restore_arguments(args, rows, False)
     assert (args.proposer, args.max_usd, args.model, args.hours) == ("tune", None, None, 3.0)
     args = arguments(monkeypatch, "--tag", "t")
-    agent.restore_arguments(args, rows, True)
+    restore_arguments(args, rows, True)
     assert (args.proposer, args.max_usd, args.hours) == ("claude", 9.0, 3.0)
     tried = [*rows, {"event": "night", "arguments": {"describe": "x"}}, {"event": "night", "arguments": {"check": "t"}}]
     args = arguments(monkeypatch, "--tag", "t")
-    agent.restore_arguments(args, tried, True)
+    restore_arguments(args, tried, True)
     assert args.proposer == "claude" and args.describe is None
 
 
@@ -426,8 +426,8 @@ def test_replays_of_two_nights_do_not_mix(checkout, monkeypatch):
     runs = checkout.folder / "runs"
     night = open_here(checkout, "replay")
     night.journal.append("night", format=FORMAT, arguments={"replay": "a"})
-    assert agent.choose_tag(arguments(monkeypatch, "--replay", "a"), runs) == "replay"
-    assert agent.choose_tag(arguments(monkeypatch, "--replay", "b"), runs) == "replay-2"
+    assert choose_tag(arguments(monkeypatch, "--replay", "a"), runs) == "replay"
+    assert choose_tag(arguments(monkeypatch, "--replay", "b"), runs) == "replay-2"
 
 
 @pytest.mark.parametrize(
