@@ -62,7 +62,7 @@ from lab.records import (
     fingerprint,
     log_tail,
     only_crashes,
-    trouble,
+    run_trouble,
 )
 from lab.view import View, print_summary
 
@@ -94,7 +94,7 @@ def judge(run: Run, incumbent: Run | None, baseline: Run | None, budget_s: float
     """Keep what lowers val_bpb, unless the number cannot be trusted. Pure. The baseline has no incumbent."""
     if run.crash or run.val_bpb is None:
         return Verdict("crash", run.crash or "no number")
-    if reason := trouble(run, baseline, budget_s):
+    if reason := run_trouble(run, baseline, budget_s):
         return Verdict("invalid", reason)
     if incumbent is None:
         return Verdict("keep", "baseline")
@@ -145,7 +145,7 @@ def experiment(night: Night, proposal: Proposal, measure) -> Result:
                 measure(proposal.source, CONFIRM_SEED, f"{why} on the second seed: {proposal.description}", fresh),
                 measure(night.source(parent), CONFIRM_SEED, f"{why} the incumbent on the second seed", fresh),
             )
-            verdict = second_look(*second, night.trouble)
+            verdict = second_look(*second, night.run_trouble)
         with night.deciding:  # one verdict after the other
             if verdict.word != "keep" or night.incumbent is parent:
                 return night.record(proposal, run, verdict, second)

@@ -77,7 +77,7 @@ def ablate(night: Night, measure, say) -> str:
         if source != whole:
             title = f"without {result.number}"
             run = measure(source, ABLATE_SEED, title)
-            row["word"] = night.trouble(run)
+            row["word"] = night.run_trouble(run)
             row["test_bpb"] = None if row["word"] else run.test_bpb
             say(f"{title}: {row['word'] or f'test_bpb {run.test_bpb:.6f}'}")
     judged = [row for row in rows if row["test_bpb"] is not None]
@@ -92,7 +92,7 @@ def ablate(night: Night, measure, say) -> str:
 
 def test_bpb(night: Night, run: Run, title: str, say) -> float:
     """The run's number on test, said aloud. Raises Problem if it does not count."""
-    if why := night.trouble(run):
+    if why := night.run_trouble(run):
         raise Problem(f"{title}: no number that counts ({why}); the same command tries it again")
     say(f"{title}: test_bpb {run.test_bpb:.6f}")
     return run.test_bpb

@@ -34,7 +34,7 @@ from lab.measure.run import (
 from lab.measure.sandbox import Sandbox, choose_sandbox
 from lab.record.night import Night
 from lab.record.start import difference, survey, with_hashes
-from lab.records import OutOfTime, Rivals, Run, Stopped, one_line, sha256
+from lab.records import OutOfTime, References, Run, Stopped, one_line, sha256
 
 HERE = Path(__file__).resolve().parent.parent  # on a worker Ray's copy of the checkout
 READY_LIMIT_S = 120.0  # of a worker, its like of an earlier start ended
@@ -166,9 +166,9 @@ class Fleet:
             number = self.idle_worker()
             lane = lanes[number - 1]
             with self.night.deciding:  # nobody is kept meanwhile
-                rivals, incumbent = self.night.rivals, self.files_of_incumbent()
+                references, incumbent = self.night.references, self.files_of_incumbent()
             left_s = self.night.until - time.perf_counter()
-            answer = self.workers[number].measure.remote(source, seed, title, rivals, left_s, incumbent)
+            answer = self.workers[number].measure.remote(source, seed, title, references, left_s, incumbent)
             lane.begin(title, None)
             try:
                 run, files = self.answer(number, answer, lane)
@@ -301,14 +301,16 @@ class Worker:
             self.place.sandbox = choose_sandbox(self.place, *sandbox)
         return self.place.sandbox, notes.getvalue()
 
-    def measure(self, source: str, seed: int, title: str, rivals: Rivals, left_s: float, files) -> tuple[Run, dict]:
+    def measure(
+        self, source: str, seed: int, title: str, references: References, left_s: float, files
+    ) -> tuple[Run, dict]:
         """The Run, and of one on the night's seed the files; those of a win include its weights and what it compiled.
 
         files: the night's compile cache and the incumbent's nats.
         """
         self.take_cores()
-        if rivals.incumbent and self.incumbent != rivals.incumbent.source:
-            self.incumbent = rivals.incumbent.source
+        if references.incumbent and self.incumbent != references.incumbent.source:
+            self.incumbent = references.incumbent.source
             unpack(files, self.folder / "incumbent")
             for name in ("cache", "nats.npy"):
                 if (brought := self.folder / "incumbent" / name).exists():
@@ -318,13 +320,13 @@ class Worker:
         if seed == SEED:
             clear_caches(self.folder)
         folder = self.folder / ("run" if seed == SEED else "second")
-        run = measure_at(self.place, self, folder, source, seed, title, rivals)
+        run = measure_at(self.place, self, folder, source, seed, title, references)
         if seed != SEED:
             return replace(run, worker=self.number), {}
         files = packed(folder, RETURNED)
         if len(files.get("out/result.json", b"")) > RESULT_BYTES:
             del files["out/result.json"]
-        if run.val_bpb is not None and (not rivals.incumbent or run.val_bpb < rivals.incumbent.val_bpb):
+        if run.val_bpb is not None and (not references.incumbent or run.val_bpb < references.incumbent.val_bpb):
             made = cache_aside(self.folder, run.source)
             files |= packed(folder, ["out/model.pt"])
             files |= {f"cache/{name}": raw for name, raw in packed(made, names_within(made)).items()}

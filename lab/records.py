@@ -89,7 +89,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Rivals:
+class References:
     """What a run is measured beside; None until there is one."""
 
     baseline: Run | None
@@ -181,7 +181,7 @@ ROUNDING = {
 LEAST_SLACK_S = 1.0  # by which any time may exceed its bound: how late a machine at work may be
 
 
-def trouble(run: Run, baseline: Run | None, budget_s: float) -> str:
+def run_trouble(run: Run, baseline: Run | None, budget_s: float) -> str:
     """Why a run's number cannot be trusted; empty if it can."""
     return run.distrust or (unlike(run, baseline) if baseline else "") or late(run, baseline, budget_s)
 

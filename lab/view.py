@@ -117,9 +117,9 @@ class View:
         """The line of a finished experiment, and the reason of its verdict; after the baseline, what the night runs on."""
         word, bpb = result.verdict.word, result.run.val_bpb
         other = None if result.parent is None else self.night.results[result.parent].run
-        rival, pace = (other.val_bpb, pace_text(result.run, other)) if other else (None, "")
+        theirs, pace = (other.val_bpb, pace_text(result.run, other)) if other else (None, "")
         number = result.run.number or "-"
-        change = "-" if bpb is None or rival is None else f"{bpb - rival:+.6f}"
+        change = "-" if bpb is None or theirs is None else f"{bpb - theirs:+.6f}"
         memory, megabytes = "", result.run.metrics.get("peak_vram_mb")
         if self.night.settings.device == "cuda":
             memory = f"{'-' if megabytes is None else f'{megabytes / 1024:.1f} GB':>8}"

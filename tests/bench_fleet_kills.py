@@ -62,7 +62,7 @@ def main() -> None:
         )
         by_number = {row["number"]: row for row in acknowledged}
         for row in acknowledged[1:]:
-            assert row["verdict"] != "keep" or row["val_bpb"] < by_number[row["rival"]]["val_bpb"]
+            assert row["verdict"] != "keep" or row["val_bpb"] < by_number[row["parent"]]["val_bpb"]
         words = [row["verdict"] for row in acknowledged]
         print(
             f"{len(words)} results in {time.perf_counter() - start:.0f} s: "

@@ -70,8 +70,8 @@ def worst_peeker(rows, token_bytes, vocab: int, count: int):
     return WorstPeeker(table, triple_ids(ids, vocab)[places].unique(), vocab), honest
 
 
-def differences(model, rows, token_bytes, trials: int, random=None, rival=None) -> list[dict]:
-    """What score.compare finds of a model, each time at other rows and cuts. rival: nats of the incumbent."""
+def differences(model, rows, token_bytes, trials: int, random=None, incumbent=None) -> list[dict]:
+    """What score.compare finds of a model, each time at other rows and cuts. incumbent: nats of the incumbent."""
     random, batch = random or np.random.default_rng(), constants.PROFILES["cpu"].eval_batch_rows
     nats = prepare.evaluate_nats(model, rows, token_bytes, batch)
 
@@ -81,13 +81,13 @@ def differences(model, rows, token_bytes, trials: int, random=None, rival=None) 
         tail = min(score.PROBE_TAIL, tokens.shape[1])
         return np.take_along_axis(logits, (starts[:, None] + np.arange(tail))[..., None], 1)
 
-    draws = (score.draw_probe(nats, rival, random) for _ in range(trials))
+    draws = (score.draw_probe(nats, incumbent, random) for _ in range(trials))
     return [score.compare(ask, rows, nats, token_bytes.numpy(), batch, *drawn, random) for drawn in draws]
 
 
-def probe(model, rows, token_bytes, trials: int, random=None, rival=None) -> tuple[int, float]:
+def probe(model, rows, token_bytes, trials: int, random=None, incumbent=None) -> tuple[int, float]:
     """(times found out, largest difference in nats) of a model."""
-    found = differences(model, rows, token_bytes, trials, random, rival)
+    found = differences(model, rows, token_bytes, trials, random, incumbent)
     return sum(score.found_out(facts, "bfloat16") != "" for facts in found), max(f["largest_nats"] for f in found)
 
 
@@ -110,8 +110,8 @@ def main() -> None:
     model, honest = worst_peeker(rows, token_bytes, profile.vocab_size, 200)
     peeked = prepare.evaluate_nats(model, rows, token_bytes, profile.eval_batch_rows)
     gain = prepare.bits_per_byte(honest, rows, lengths) - prepare.bits_per_byte(peeked, rows, lengths)
-    for rival, said in ((None, "not known"), (honest, "known")):
-        found, _ = probe(model, rows, token_bytes, trials, rival=rival)
+    for incumbent, said in ((None, "not known"), (honest, "known")):
+        found, _ = probe(model, rows, token_bytes, trials, incumbent=incumbent)
         print(
             f"peek at the 200 worst tokens ({gain:.4f} bpb), the incumbent's nats {said}: found {found} of {trials}",
             flush=True,

@@ -51,11 +51,11 @@ def night(random, noise: float, drifts: bool, rule: str) -> tuple[float, float, 
         keep = agent.judge(run, incumbent, baseline, 300.0).word == "keep"
         if keep and rule != "lower":
             again = machine.run(true - effect)
-            rival = machine.run(true) if rule == "both, fresh" else second
+            beside = machine.run(true) if rule == "both, fresh" else second
             if rule == "mean":
-                keep = run.val_bpb + again.val_bpb < incumbent.val_bpb + rival.val_bpb
+                keep = run.val_bpb + again.val_bpb < incumbent.val_bpb + beside.val_bpb
             else:
-                keep = agent.second_look(again, rival, lambda run: "").word == "keep"
+                keep = agent.second_look(again, beside, lambda run: "").word == "keep"
         if keep:
             true, keeps, incumbent, second = true - effect, keeps + 1, run, again
     return 1.0 - true, baseline.val_bpb - incumbent.val_bpb, keeps

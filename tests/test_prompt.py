@@ -112,14 +112,14 @@ def curve(offset: float, seconds: float = 300.0, tokens: float = 3e6):
 
 def test_a_run_is_shown_beside_the_incumbents():
     """By time and at equal tokens: this one read half as many tokens, and is ahead by them."""
-    rival = replace(RUN, metrics=METRICS | {"total_tokens_M": 3.0, "losses": curve(0.0), "peak_vram_mb": 2048.0})
+    parent = replace(RUN, metrics=METRICS | {"total_tokens_M": 3.0, "losses": curve(0.0), "peak_vram_mb": 2048.0})
     own = replace(
         RUN, metrics=METRICS | {"total_tokens_M": 1.5, "losses": curve(0.1, tokens=1.5e6), "peak_vram_mb": 1024.0}
     )
-    text = beside_text(own, rival, 300.0)
+    text = beside_text(own, parent, 300.0)
     assert "tokens -50 %" in text and "loss after 50% of the time 4.6000 (+0.1000)" in text
     assert "at equal tokens (1.5M) -0.4000" in text and "memory 1.0 GB against 2.0" in text
-    assert beside_text(replace(RUN, metrics={}), rival, 300.0) == ""
+    assert beside_text(replace(RUN, metrics={}), parent, 300.0) == ""
     assert loss_at([[1, 1, 4.0], [3, 3, 2.0]], 0, 2) == 3.0 and loss_at([[1, 1, 4.0]], 0, 0.5) is None
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from lab.records import Result, Run, Verdict, clean, pace_text, startup_limit_s, trouble, unlike
+from lab.records import Result, Run, Verdict, clean, pace_text, run_trouble, startup_limit_s, unlike
 
 METRICS = {"training_seconds": 299.5, "num_steps": 1000}
 PARTS = {"load": 4.0, "val": 10.0}
@@ -63,7 +63,7 @@ RUN = Run(
     ],
 )
 def test_a_number_that_took_too_long_does_not_count(changes, said):
-    found = trouble(replace(RUN, **changes), RUN, 300.0)
+    found = run_trouble(replace(RUN, **changes), RUN, 300.0)
     assert said in found and bool(found) == bool(said)
 
 

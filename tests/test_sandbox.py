@@ -50,7 +50,7 @@ from lab.measure.sandbox import (
 from lab.measure.score import load_model
 from lab.measure.trial import name_a_thread, reached, shared
 from lab.record.git import Repository
-from lab.records import Rivals, Run
+from lab.records import References, Run
 
 sandboxed = pytest.mark.skipif(not bubblewrap_works(), reason="bubblewrap is not installed, or may not run here")
 contained = pytest.mark.skipif(not container_works(), reason="this machine does not let a test mount over /proc")
@@ -840,7 +840,7 @@ def test_attack_a_child_cannot_write_the_scores(real_checkout, tmp_path):
     )
     place.sandbox = replace(sandbox, data=data_of(real_checkout.cache), filter=night / "filter")
     blank = Run("sha", 1, None, None, "", "", {}, 1.0, 1.0, None, None)
-    scored = score(place, blank, night / "0000", Rivals(None, None))
+    scored = score(place, blank, night / "0000", References(None, None))
     log = (night / "0000" / "score.log").read_text()
     assert '"val_bpb": 2.0' in log and scored.crash == "" and scored.distrust == ""
     assert 2.5 < scored.val_bpb < 3.5 and {"load", "val", "test", "load_again", "probe"} == set(scored.parts)

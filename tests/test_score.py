@@ -260,15 +260,15 @@ def test_attack_a_peek_at_the_few_worst_tokens(cache):
     lengths = torch.from_numpy(prepare.token_byte_lengths(prepare.load_tokenizer(data_of(cache) / "tokenizer.txt")))
     torch.manual_seed(0)
     model, honest = worst_peeker(rows, lengths, profile.vocab_size, 25)  # of 16,384 tokens
-    assert sum(probe(model, rows, lengths, 1, random, rival=honest)[0] for _ in range(2)) == 2
-    assert probe(model.table, rows, lengths, 1, random, rival=honest + 0.5)[0] == 0
+    assert sum(probe(model, rows, lengths, 1, random, incumbent=honest)[0] for _ in range(2)) == 2
+    assert probe(model.table, rows, lengths, 1, random, incumbent=honest + 0.5)[0] == 0
 
 
 def test_the_edges_lie_where_the_run_gained_on_the_incumbent():
     random, nats = np.random.default_rng(0), np.full((40, 16), 2.0, np.float32)
-    rival = nats.copy()
-    rival[7, 3], rival[9, 15] = 12.0, 12.0
-    rows, cuts = score.draw_probe(nats, rival, random)
+    incumbent = nats.copy()
+    incumbent[7, 3], incumbent[9, 15] = 12.0, 12.0
+    rows, cuts = score.draw_probe(nats, incumbent, random)
     drawn = list(zip(rows.tolist(), cuts.tolist(), strict=True))
     assert len(drawn) == 40 and drawn.count((7, 4)) + drawn.count((9, 16)) >= 20 and {1, 2, 16} <= set(cuts)
     assert len(set(score.draw_probe(nats, nats, random)[0])) == 40  # nothing gained: each row once

@@ -29,7 +29,7 @@ from lab.measure.files import (
 from lab.measure.place import Place
 from lab.measure.sandbox import child_command
 from lab.records import (
-    Rivals,
+    References,
     Run,
     clean,
     late,
@@ -207,14 +207,14 @@ def clear_caches(night: Path) -> None:
 # measure
 
 
-def measure_at(place: Place, view, folder: Path, source: str, seed: int, title: str, rivals: Rivals) -> Run:
+def measure_at(place: Place, view, folder: Path, source: str, seed: int, title: str, references: References) -> Run:
     """One training and one scoring, in a run folder of this place; what may not be the program's doing is tried once more.
 
     That is: what the system or the driver ended, what crashed on another seed than the night's, and what took too long, since a
     machine may be busy: a slow start with an empty compile cache, as the baseline had. If scoring failed, or its two processes rounded
     in two ways, the same weights are scored again: who has seen val must not be able to ask for another training.
     """
-    baseline, on_night_seed, budget_s = rivals.baseline, seed == constants.SEED, place.settings.budget_s
+    baseline, on_night_seed, budget_s = references.baseline, seed == constants.SEED, place.settings.budget_s
 
     def from_outside(run: Run) -> str:
         slow = late(run, baseline, budget_s) if baseline and not run.crash else ""
@@ -225,16 +225,16 @@ def measure_at(place: Place, view, folder: Path, source: str, seed: int, title: 
         place.say(f"{title}: {reason}; this may have come from outside, so it is run once more")
         return reason
 
-    run = train(place, view, folder, source, seed, title, rivals)
+    run = train(place, view, folder, source, seed, title, references)
     if reason := from_outside(run):
         cold = not baseline or "before its clock" in reason or reason.startswith("started")
         remove(folder)  # it may be what fills the disk
-        run = train(place, view, folder, source, seed, title, rivals, cold)
+        run = train(place, view, folder, source, seed, title, references, cold)
     if not run.crash:
         view.enter("scoring")
-        scored = score(place, run, folder, rivals)
+        scored = score(place, run, folder, references)
         if not late(run, baseline, budget_s) and (from_outside(scored) or like_rounding(scored, baseline)):
-            scored = score(place, run, folder, rivals)
+            scored = score(place, run, folder, references)
         run = scored
     view.end()
     if run.crash and free_bytes(place.folder) < DISK_FLOOR_BYTES:
@@ -250,11 +250,11 @@ def measure_at(place: Place, view, folder: Path, source: str, seed: int, title: 
 
 
 def train(
-    place: Place, view, folder: Path, source: str, seed: int, title: str, rivals: Rivals, cold: bool = False
+    place: Place, view, folder: Path, source: str, seed: int, title: str, references: References, cold: bool = False
 ) -> Run:
     """One training. What outlasts the bounds that the baseline sets is ended: it would not count."""
-    settings, baseline, program = place.settings, rivals.baseline, sha256(source)
-    wait_until_ready(place, rivals.incumbent)
+    settings, baseline, program = place.settings, references.baseline, sha256(source)
+    wait_until_ready(place, references.incumbent)
     make_folder(place, folder, source, seed, baseline, cold)
     idle_s = None if place.last_exit is None else time.perf_counter() - place.last_exit
     limits = STARTUP_LIMIT_S, settings.budget_s + SAVING_LIMIT_S, SAVING_LIMIT_S
@@ -325,18 +325,18 @@ def make_folder(place: Place, folder: Path, source: str, seed: int, baseline: Ru
         fill_cache(place.folder, sha256(source), folder / "cache")
 
 
-def score(place: Place, run: Run, folder: Path, rivals: Rivals) -> Run:
+def score(place: Place, run: Run, folder: Path, references: References) -> Run:
     """The run with what the scorer measures of its weights.
 
     What might be a win, or has another seed than the night's, is probed, and measured on test but on the second seed.
     """
-    log, baseline, best = folder / "score.log", rivals.baseline, rivals.incumbent
+    log, baseline, best = folder / "score.log", references.baseline, references.incumbent
     below = best.val_bpb if best and run.seed == constants.SEED else math.inf
     limit_s = min(SCORE_LIMIT_S, 2 * baseline.scoring_seconds + 3) if baseline else SCORE_LIMIT_S
     children = {action: child_command(action, folder, place.sandbox).argv for action in ("evaluate", "answer")}
-    rival = ("--rival", str(place.folder / "nats.npy")) if baseline else ()
+    incumbent = ("--incumbent", str(place.folder / "nats.npy")) if baseline else ()
     more = (
-        *rival,
+        *incumbent,
         "--below",
         repr(below),
         "--children",

@@ -7,7 +7,7 @@ No line of train.py runs in the scorer's own process. A first child loads the we
 many nats each token costs. A number under --below is a win: the first child states test too, and a second child, which has neither val
 nor test within reach, answers a probe: it gets rows up to a cut with random tokens after it, computes all logits, and learns only then
 which are wanted. Its predictions before the cut have to agree with what the first child stated. Half of the cuts lie where the run
-claims to have improved most on the incumbent (--rival). The children share nothing: each has a pipe of its own for what it prints, and
+claims to have improved most on the incumbent (--incumbent). The children share nothing: each has a pipe of its own for what it prints, and
 score.json is written by this process when both have ended. What a child says that has seen text reaches no log, which another
 run or a prompt might see: why a model fails is heard from one that has not. tests/bench_probe.py measures what the probe finds.
 """
@@ -52,13 +52,13 @@ ERROR_CHARS = 1_000  # of an exception that serve() passes on
 
 
 def score(
-    settings: Settings, below: float, test: bool, launch, rival: np.ndarray | None = None
+    settings: Settings, below: float, test: bool, launch, incumbent: np.ndarray | None = None
 ) -> tuple[dict, np.ndarray]:
     """Measure the weights that a run saved; returns what score.json holds, and the (N, T) nats of val and, if measured, of test.
 
     `launch(kind)` is a context manager that yields the connection to a process that runs train.py, see serve(): "evaluate" has the rows and
     states how well the model predicts each token, "answer" has none and is only asked. A val_bpb under `below` is probed, and with
-    `test` measured on test too. rival: the same nats of the incumbent. "invalid" says why the number cannot be trusted; "seconds" are
+    `test` measured on test too. incumbent: the same nats of the incumbent's run. "invalid" says why the number cannot be trusted; "seconds" are
     those of each part, of which "load" and "load_again" end with a child's first answer. Raises Problem, ValueError.
     """
     profile, random, seconds, clock = settings.profile, np.random.default_rng(), {}, [perf_counter()]
@@ -107,7 +107,7 @@ def score(
             warm_up(connection)
             connection.heard = False
             ended("load_again")
-            chosen, cuts = draw_probe(nats, rival, random)
+            chosen, cuts = draw_probe(nats, incumbent, random)
             ask = partial(ask_logits, connection)
             scores["probe"] = compare(ask, rows, nats, token_bytes, profile.eval_batch_rows, chosen, cuts, random)
         ended("probe")
@@ -126,15 +126,15 @@ def found_out(probe: dict, dtype: str) -> str:
     )
 
 
-def draw_probe(nats: np.ndarray, rival: np.ndarray | None, random) -> tuple[np.ndarray, np.ndarray]:
+def draw_probe(nats: np.ndarray, incumbent: np.ndarray | None, random) -> tuple[np.ndarray, np.ndarray]:
     """(row numbers, cuts in 1..T) of a probe of (N, T) nats; cuts of 1, 2 and T always.
 
-    Half of the edges are drawn in proportion to the square of what a token costs less than with the rival's nats: a peek at a few
-    tokens pays only where they cost much. The rest, or all without a rival: half the rows those with the least nats, half any.
+    Half of the edges are drawn in proportion to the square of what a token costs less than with the incumbent's nats: a peek at a few
+    tokens pays only where they cost much. The rest, or all without an incumbent: half the rows those with the least nats, half any.
     """
     N, T = nats.shape
     count, order = min(PROBE_ROWS, N), np.argsort(nats.sum(1))
-    gained = np.zeros((0, T)) if rival is None else np.maximum(0.0, rival[:N] - nats[: len(rival)])
+    gained = np.zeros((0, T)) if incumbent is None else np.maximum(0.0, incumbent[:N] - nats[: len(incumbent)])
     weights = np.cumsum(gained.astype(np.float64) ** 2)
     aimed = count // 2 if weights.size and weights[-1] > 0 else 0
     edges = (
@@ -425,7 +425,7 @@ def main() -> None:
     parser.add_argument("--no-test", action="store_true", help="leave test out")
     # The agent gives the commands of both children, which it runs with --serve.
     parser.add_argument("--children", metavar="JSON", help=argparse.SUPPRESS)
-    parser.add_argument("--rival", type=Path, metavar="FILE", help=argparse.SUPPRESS)  # nats.npy of the incumbent
+    parser.add_argument("--incumbent", type=Path, metavar="FILE", help=argparse.SUPPRESS)  # nats.npy of the incumbent
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     try:
@@ -453,8 +453,8 @@ def main() -> None:
             def launch(kind: str):
                 return serving(commands[kind], settings, folder, kind == "answer")
 
-            rival = np.load(args.rival) if args.rival and args.rival.exists() else None
-            scores, nats = score(settings, args.below, not args.no_test, launch, rival)
+            incumbent = np.load(args.incumbent) if args.incumbent and args.incumbent.exists() else None
+            scores, nats = score(settings, args.below, not args.no_test, launch, incumbent)
             np.save(folder / "nats.npy", np.minimum(nats, 1_000.0).astype(np.float16))  # whose largest is 65,504
             write_atomically(folder / "score.json", json.dumps(scores))  # both children have ended
         else:

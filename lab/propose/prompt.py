@@ -103,15 +103,15 @@ def history_line(history: History, result: Result) -> str:
         return f"{number} {word} ({quoted(result.verdict.reason)}): {text}"
     if result.parent is None:
         return f"{number} {word} {bpb:.5f}: {text}"
-    rival = history.results[result.parent].run
+    parent = history.results[result.parent].run
     explained = word == "invalid" or result.verdict.reason.startswith("not confirmed")
     reason = (
         f" ({quoted(result.verdict.reason) if word == 'invalid' else result.verdict.reason[:120]})" if explained else ""
     )
-    pace, scoring = pace_text(result.run, rival), result.run.scoring_seconds or 0.0
+    pace, scoring = pace_text(result.run, parent), result.run.scoring_seconds or 0.0
     pace = f", tokens {pace}" if pace else ""
-    scored = f", scoring {scoring:.0f} s" if scoring > 1.25 * (rival.scoring_seconds or math.inf) else ""
-    return f"{number} {word} {bpb - rival.val_bpb:+.5f}{pace}{scored}{reason}: {text}"
+    scored = f", scoring {scoring:.0f} s" if scoring > 1.25 * (parent.scoring_seconds or math.inf) else ""
+    return f"{number} {word} {bpb - parent.val_bpb:+.5f}{pace}{scored}{reason}: {text}"
 
 
 def quoted(text: str) -> str:
@@ -262,7 +262,7 @@ def near_misses(history: History, shown: list[Result]) -> list[Result]:
 
 def experiment_text(history: History, result: Result, brief: bool = False) -> str:
     """A finished experiment: its line and its change; in full also its hypothesis, its run beside the incumbent's, the log of a crash."""
-    rival = history.results[result.parent].run
+    parent = history.results[result.parent].run
     change = shortened(
         diff(history.source(result.parent), history.source(result.number)), BRIEF_LINES if brief else DIFF_LINES
     )
@@ -275,7 +275,7 @@ def experiment_text(history: History, result: Result, brief: bool = False) -> st
         own, other = result.second
         parts.append(f"On the second seed {own.number}, the incumbent {other.number}.")
     if result.run.metrics:
-        parts.append(beside_text(result.run, rival, history.night.settings.budget_s))
+        parts.append(beside_text(result.run, parent, history.night.settings.budget_s))
     if log := history.night.log_of(result):
         crash = result.verdict.word == "crash"
         what, text = ("End of its log", log) if crash else ("It printed", shortened(log, DIFF_LINES))
@@ -283,10 +283,10 @@ def experiment_text(history: History, result: Result, brief: bool = False) -> st
     return "\n\n".join(parts)
 
 
-def beside_text(run: Run, rival: Run, budget_s: float) -> str:
+def beside_text(run: Run, parent: Run, budget_s: float) -> str:
     """A run beside its incumbent's: tokens, training loss by the time and at equal tokens (means of windows), memory, time of a step."""
-    own, theirs = run.metrics, rival.metrics
-    parts = [f"tokens {pace}"] if (pace := pace_text(run, rival)) else []
+    own, theirs = run.metrics, parent.metrics
+    parts = [f"tokens {pace}"] if (pace := pace_text(run, parent)) else []
     for share in (0.25, 0.5, 0.75, 1.0):
         pair = [loss_at(metrics.get("losses", []), 0, share * budget_s) for metrics in (own, theirs)]
         if None not in pair:

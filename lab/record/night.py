@@ -16,8 +16,8 @@ from lab.record.git import Repository
 from lab.record.journal import Journal
 from lab.records import (
     Proposal,
+    References,
     Result,
-    Rivals,
     Run,
     Verdict,
     clean,
@@ -25,9 +25,9 @@ from lab.records import (
     log_tail,
     one_line,
     run_of,
+    run_trouble,
     runs_of,
     sha256,
-    trouble,
 )
 
 OWN_BYTES, OWN_LINES = 64_000, 6  # of a run's log, to find the lines that are train.py's own
@@ -96,9 +96,9 @@ class Night(Place):
         )  # fmt: skip
 
     @property
-    def rivals(self) -> Rivals:
+    def references(self) -> References:
         """The runs that bound a new one and that it has to beat, as of now."""
-        return Rivals(self.baseline_run, self.incumbent and self.incumbent.run)
+        return References(self.baseline_run, self.incumbent and self.incumbent.run)
 
     def source(self, result: Result) -> str:
         return self.repository.source(result.commit)
@@ -138,12 +138,12 @@ class Night(Place):
         rows = [row for row in self.journal.of("run") if (row["source"], row["seed"]) == (source, seed)]
         return [run for run in map(run_of, rows) if self.counts(run)]
 
-    def trouble(self, run: Run) -> str:
+    def run_trouble(self, run: Run) -> str:
         """Why a run's number does not count; empty if it does."""
-        return run.crash or trouble(run, self.baseline_run, self.settings.budget_s)
+        return run.crash or run_trouble(run, self.baseline_run, self.settings.budget_s)
 
     def counts(self, run: Run) -> bool:
-        return not self.trouble(run)
+        return not self.run_trouble(run)
 
     def add_proposal(self, proposal: Proposal, number: int, **more) -> Proposal:
         """Journals a proposal for experiment `number`, with its id. Any thread may."""
@@ -327,4 +327,4 @@ def make_run_here(night: Night, view, source: str, seed: int, title: str) -> Run
     """A run on this process's device, in the folder of the experiment that it may become."""
     folder = night.run_folder(len(night.results)) if seed == constants.SEED else night.folder / "second"
     night.put_aside(folder)
-    return measure_at(night, view, folder, source, seed, title, night.rivals)
+    return measure_at(night, view, folder, source, seed, title, night.references)
