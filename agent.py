@@ -46,7 +46,7 @@ from lab.propose.replay import Replay
 from lab.propose.screen import screen
 from lab.propose.tune import Tune, numbers_alone
 from lab.record.git import Repository
-from lab.record.journal import read_journal, seconds_of, seconds_of_earlier_starts
+from lab.record.journal import read_journal, seconds_of_earlier_starts
 from lab.record.night import Night, make_run_here, measure, read_checkout
 from lab.record.start import journal_start, open_night, renew_demo, stored_settings
 from lab.records import (
@@ -157,7 +157,7 @@ def experiment(night: Night, proposal: Proposal, measure) -> Result:
             night.forget(run)
 
 
-def noise(night: Night, measure, compare: bool) -> None:
+def measure_noise(night: Night, measure, compare: bool) -> None:
     """The baseline on the second seed: a scale for what comes. compare: with the baseline's own run, as soon as that is there."""
     second = measure(night.baseline.source, CONFIRM_SEED, "the baseline on the second seed, to know the noise")
     while compare and not night.results and not night.stop.wait(0.1):
@@ -189,7 +189,7 @@ class Limits:
         begun = len(night.results) + running
         by_number = math.inf if self.experiments is None else self.experiments + 1 - begun
         runs = [run for result in night.results for run in (result.run, *(result.second or ()))]
-        mean_s = seconds_of(runs) / len(night.results) if night.results else night.settings.budget_s
+        mean_s = sum(run.seconds for run in runs) / len(night.results) if night.results else night.settings.budget_s
         by_time, night.until = math.inf, self.end - mean_s
         if self.hours is not None:
             by_time = self.workers * int((self.end - time.perf_counter()) / mean_s) - running
@@ -255,7 +255,7 @@ def run_night(night: Night, proposer, limits: Limits, measure, room, view, secon
                 if second_seed and (night.results or under_way):
                     second_seed = False
                     for i in range(1 if night.results else free):  # None in `running` is such a run
-                        running[pool.submit(noise, night, measure, compare=i == 0)] = None
+                        running[pool.submit(measure_noise, night, measure, compare=i == 0)] = None
                     continue
                 proposal = proposals.take(under_way)
             if proposal:

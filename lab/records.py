@@ -78,6 +78,11 @@ class Run:
         return "" if self.val_bpb is None else f"{self.val_bpb:.6f}"
 
     @property
+    def seconds(self) -> float:
+        """Of training and scoring, start-up and saving included."""
+        return self.run_seconds + (self.scoring_seconds or 0.0)
+
+    @property
     def startup_seconds(self) -> float:
         """Start to clock, or to exit if its clock never started."""
         return self.run_seconds - (self.clock_seconds or 0.0) - (self.saving_seconds or 0.0)

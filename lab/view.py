@@ -14,7 +14,7 @@ from lab.progress import save_progress
 from lab.propose.claude import Claude
 from lab.propose.model import Researcher
 from lab.propose.prompt import OPERATORS, beside_text, step_text, verdict_counts
-from lab.record.journal import night_runs, seconds_of
+from lab.record.journal import night_runs
 from lab.record.night import Night
 from lab.records import Result, log_tail, one_line, pace_of, pace_text
 
@@ -187,14 +187,14 @@ def print_summary(night: Night, why: str, proposer, goes_on: bool) -> None:
         sum(r.idle_seconds or 0.0 for r in runs),
     )
     startup = sum(r.run_seconds - (r.clock_seconds or 0.0) for r in runs)
-    scoring, total = sum(r.scoring_seconds or 0.0 for r in runs), seconds_of(runs) + idle
+    scoring, total = sum(r.scoring_seconds or 0.0 for r in runs), sum(run.seconds for run in runs) + idle
     print(
         f"training {training:.0f} s of {total:.0f} s ({training / total:.0%}), start-up {startup:.0f} s, scoring {scoring:.0f} s, "
         f"idle {idle:.1f} s"
     )
     for worker in sorted({run.worker for run in runs} - {None}):
         own = [run for run in runs if run.worker == worker]
-        busy, waited = seconds_of(own), sum(run.idle_seconds or 0.0 for run in own)
+        busy, waited = sum(run.seconds for run in own), sum(run.idle_seconds or 0.0 for run in own)
         print(
             f"worker {worker}: {counted(len(own), 'run')}, busy {busy:.0f} s of {busy + waited:.0f} s ({busy / (busy + waited):.0%})"
         )

@@ -104,10 +104,6 @@ def night_runs(rows: list[dict]) -> list[Run]:
     return [run for run in runs_of(rows).values() if run.seed in (constants.SEED, constants.CONFIRM_SEED)]
 
 
-def seconds_of(runs: list[Run]) -> float:
-    return sum(run.run_seconds + (run.scoring_seconds or 0.0) for run in runs)
-
-
 def seconds_of_earlier_starts(rows: list[dict]) -> float:
     """Seconds that earlier starts of this night were at work, by the monotonic clock of each. --check and --ablate do not count."""
     starts = [i for i, row in enumerate(rows) if row["event"] == "night"]
