@@ -3,8 +3,8 @@
 import pytest
 from conftest import ROOT, STUB
 
-from lab.propose.screen import fingerprint, screen
-from lab.records import Rejected
+from lab.propose.screen import screen
+from lab.records import Rejected, fingerprint
 
 REAL = (ROOT / "train.py").read_text()
 

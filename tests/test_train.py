@@ -535,9 +535,6 @@ def test_a_full_training_step_at_the_gpu_sizes_runs_on_meta(sizes, compiled, mon
         monkeypatch.setattr(
             train, "attend", lambda q, k, v, window, *how: (windows.append(window), attend(q, k, v, window, *how))[1]
         )
-    else:  # nll_loss has no autograd kernel for meta under AOT: the loss would reach no weight
-        cross_entropy = lambda logits, y: (logits.logsumexp(-1) - logits.gather(1, y[:, None]).squeeze(1)).mean()  # noqa: E731
-        monkeypatch.setattr(F, "cross_entropy", cross_entropy)
     torch._dynamo.reset()
     profile = profile_of(sizes)
     config = train.config_of(profile)
@@ -545,7 +542,7 @@ def test_a_full_training_step_at_the_gpu_sizes_runs_on_meta(sizes, compiled, mon
         model = train.build_model(profile)
         rows = torch.zeros(4, GPU.max_seq_len + 1, dtype=torch.int64)
     optimizers = train.build_optimizers(model, config, torch.bfloat16)
-    loss_fn = torch.compile(model.loss, backend="aot_eager", fullgraph=True, dynamic=False) if compiled else model.loss
+    loss_fn = torch.compile(model.loss, backend="eager", fullgraph=True, dynamic=False) if compiled else model.loss
     train.train_step(loss_fn, optimizers, iter([(rows[:, :-1], rows[:, 1:])]), 1)
     if not compiled:
         assert windows == [*[256] * 4, 0, *[256] * 3, 0] if sizes == "H100" else windows[-1] == 0

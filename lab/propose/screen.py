@@ -6,7 +6,7 @@ import io
 import re
 import tokenize
 
-from lab.records import Rejected, fingerprint
+from lab.records import Rejected, fingerprint, parsed
 
 SOURCE_BYTES = 64_000  # train.py stays under this
 LITERAL_CHARS = 1_000  # no literal is longer: weights and answers do not hide in the source
@@ -57,8 +57,8 @@ def screen(source: str, tried: dict[str, str]) -> None:
             raise Rejected(
                 f"train.py declares the coding {encoding}, which can hide code in a comment; only UTF-8 is allowed"
             )
-        tree = ast.parse(source, "train.py")
-        compile(tree, "train.py", "exec")
+        tree = parsed(source)
+        compile(source, "train.py", "exec")
         check_rules(tree)
         check_contract(tree)
         outcome = tried.get(fingerprint(source))

@@ -13,7 +13,7 @@ from functools import lru_cache
 from constants import Problem
 from lab.propose.ahead import History
 from lab.record.night import Night
-from lab.records import Proposal, Result, change_of, fingerprint
+from lab.records import Proposal, Result, change_of, fingerprint, parsed
 
 FIXED = re.compile(r"#\s*fixed\b", re.IGNORECASE)  # such a comment on its line takes a number out of the search
 MAX_MOVED = 5  # numbers of one proposal
@@ -58,7 +58,7 @@ def numbers_of(source: str, sizes: str) -> dict[str, Number]:
     `# fixed`.
     """
     plain, defaults, own = {}, {}, None
-    for node in ast.parse(source).body:
+    for node in parsed(source).body:
         if isinstance(node, ast.ClassDef) and node.name == "Config":
             fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
             named = [field for field in fields if isinstance(field.target, ast.Name) and field.value is not None]
