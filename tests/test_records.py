@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from lab.records import Result, Run, Verdict, clean, pace_text, run_trouble, startup_limit_s, unlike
+from lab.records import Result, Run, Verdict, clean, like_rounding, pace_text, run_trouble, startup_limit_s, unlike
 
 METRICS = {"training_seconds": 299.5, "num_steps": 1000}
 PARTS = {"load": 4.0, "val": 10.0}
@@ -105,3 +105,16 @@ def test_a_result_comes_back_from_its_row():
 def test_text_of_a_child_is_made_harmless():
     raw = b"\x1b[31mred\x1b[0m\x1b]0;title\x07 a\rb\x00c\xff\nlast\r\n"
     assert clean(raw) == "bc\ufffd\nlast\n"
+
+
+@pytest.mark.parametrize(
+    ("edge", "distrust", "baseline", "again"),
+    [
+        (2e-7, "", RUN, False), (1.4e-3, "", RUN, True), (1.4e-3, "", None, True), (2e-7, "", None, False),
+        (1.4e-3, "looks ahead", None, True), (1.4e-2, "looks ahead", RUN, False),
+    ],
+)  # fmt: skip
+def test_what_two_kernels_may_differ_by_is_scored_once_more(edge, distrust, baseline, again):
+    probe = {"rows": 1024, "mean_nats": 0.0, "last_mean_nats": 1e-5, "last_abs_nats": edge}
+    assert like_rounding(replace(RUN, probe=probe, distrust=distrust), baseline) == again
+    assert not like_rounding(replace(RUN, probe={}, distrust=distrust), baseline)
