@@ -233,7 +233,10 @@ def measure_at(place: Place, view, folder: Path, source: str, seed: int, title: 
     if not run.crash:
         view.enter("scoring")
         scored = score(place, run, folder, references)
-        if not late(run, baseline, budget_s) and (from_outside(scored) or like_rounding(scored, baseline)):
+        rounded = like_rounding(scored, baseline)
+        if rounded:
+            place.say(f"{title}: the scorer's two processes rounded in two ways, so it is scored once more")
+        if not late(run, baseline, budget_s) and (rounded or from_outside(scored)):
             scored = score(place, run, folder, references)
         run = scored
     view.end()
