@@ -242,12 +242,12 @@ def test_a_text_of_ones_own_is_prepared(tmp_path, kind):
     place = tmp_path / "my texts"
     place.mkdir()
     if kind == "one txt":
-        (place / "a.txt").write_text(paragraphs(900))
+        (place / "a.txt").write_text(paragraphs(1_200))
     elif kind == "many txt":
         for i in range(40):
-            (place / f"{i}.txt").write_text(f"file{i}\n\n" + paragraphs(24, i % 3))
+            (place / f"{i}.txt").write_text(f"file{i}\n\n" + paragraphs(32, i % 3))
     else:
-        texts = paragraphs(900).split("\n\n")
+        texts = paragraphs(1_200).split("\n\n")
         pyarrow.parquet.write_table(pyarrow.table({"text": texts, "id": range(len(texts))}), place / "a.parquet")
     output = own(tmp_path, place / "a.txt" if kind == "one txt" else place)
     assert "ready" in output and "nothing to do" in own(tmp_path, place / "a.txt" if kind == "one txt" else place)
