@@ -112,7 +112,7 @@ def parse_arguments(description_text: str) -> argparse.Namespace:
     rules = parser.add_argument_group("what is believed")
     rules.add_argument(
         "--confirm", action=argparse.BooleanOptionalAction, default=None,
-        help="keep a win only if it wins on a second seed too (default: yes for cpu, no for gpu)",
+        help="keep a win only if it wins on a second seed too (default: for the cpu profile, but not in the demo)",
     )  # fmt: skip
     rules.add_argument(
         "--no-sandbox", action="store_true", default=None, help="run train.py as you, with your files and your network"

@@ -16,7 +16,7 @@ from lab.propose.model import Researcher
 from lab.propose.prompt import OPERATORS, beside_text, step_text, verdict_counts
 from lab.record.journal import night_runs
 from lab.record.night import Night
-from lab.records import Result, log_tail, one_line, pace_of, pace_text
+from lab.records import Result, Run, log_tail, one_line, pace_of, pace_text
 
 UNUSUAL_PACE = 0.1  # difference in tokens between a keep and its parent that is pointed out
 STYLES = {"keep": "green", "discard": "", "crash": "red", "invalid": "magenta"}
@@ -132,10 +132,8 @@ class View:
             if word == "keep" and self.night.noise:
                 apart = f"; the baseline's two seeds are {self.night.noise:.6f} apart"
             self.say(f"{'':6}{one_line(result.verdict.reason)}{apart}", STYLES[word], wrap=True)
-        if word == "keep" and other and abs(pace_of(result.run, other) or 0.0) > UNUSUAL_PACE:
-            self.say(
-                f"{'':6}{pace} tokens: this program is faster or slower, or the machine was busy during one of the two runs"
-            )
+        if word == "keep" and other and (doubt := pace_doubt(result.run, other)):
+            self.say(f"{'':6}{doubt}", wrap=True)
         if other and self.proposer and self.proposer.name == "try":
             self.say(f"{'':6}{beside_text(result.run, other, self.night.settings.budget_s)}", wrap=True)
             for line in self.night.log_of(result).splitlines():
@@ -162,6 +160,13 @@ class View:
             lines[-1][3:3] = filter(None, (self.proposer.status, money))
         width = self.console.width - 3  # room for ^C, which would push the line where nobody erases it
         return Text("\n".join("  ".join(line)[:width] for line in lines), style="cyan")
+
+
+def pace_doubt(run: Run, other: Run) -> str:
+    """What a large difference in tokens means for a keep; empty if there is none."""
+    if abs(pace_of(run, other) or 0.0) <= UNUSUAL_PACE:
+        return ""
+    return f"{pace_text(run, other)} tokens: the program is faster or slower, or the machine was busy during one of the two runs"
 
 
 def print_summary(night: Night, why: str, proposer, goes_on: bool) -> None:
@@ -209,6 +214,8 @@ def print_summary(night: Night, why: str, proposer, goes_on: bool) -> None:
     if night.settings.budget_s < constants.COMPILE_FROM_S:
         for result in night.keeps[1:]:
             print(f"experiment {result.number} was kept: {one_line(result.description)}")
+            if doubt := pace_doubt(result.run, results[result.parent].run):
+                print(doubt)
         print(f"runs of {night.settings.budget_s:g} s show the loop, not a result: their differences are mostly noise")
     place = os.path.relpath(night.folder)
     try:
