@@ -62,6 +62,7 @@ from lab.records import (
     fingerprint,
     log_tail,
     only_crashes,
+    pace_of,
     run_trouble,
 )
 from lab.view import View, print_summary
@@ -136,9 +137,8 @@ def experiment(night: Night, proposal: Proposal, measure) -> Result:
         parent = night.parent_of(proposal)  # what it was made on; None for the baseline
         run = measure(proposal.source, SEED, proposal.description)
         verdict, second = judge(run, parent and parent.run, night.baseline_run, night.settings.budget_s), None
-        if (
-            verdict.word == "keep" and parent and parent is night.incumbent and night.confirm
-        ):  # else it is measured again anyway
+        # A win over what is no longer the incumbent is measured again below: it needs no second look yet.
+        if verdict.word == "keep" and parent and parent is night.incumbent and night.confirm:
             fresh = night.settings.profile.name == "cpu"  # whose pace drifts: a stored run may be of a faster hour
             why = f"{run.number} is lower than {parent.run.number}, so"
             second = (
@@ -160,10 +160,11 @@ def experiment(night: Night, proposal: Proposal, measure) -> Result:
 def measure_noise(night: Night, measure, compare: bool) -> None:
     """The baseline on the second seed: a scale for what comes. compare: with the baseline's own run, as soon as that is there."""
     second = measure(night.baseline.source, CONFIRM_SEED, "the baseline on the second seed, to know the noise")
-    while compare and not night.results and not night.stop.wait(0.1):
-        pass
-    tokens = [run.metrics.get("total_tokens_M") for run in (night.results[0].run, second)] if compare else []
-    if all(tokens) and tokens and abs(tokens[1] / tokens[0] - 1) > UNEVEN:
+    while compare and not night.results:
+        if night.stop.wait(0.1):
+            raise Stopped
+    if compare and abs(pace_of(second, night.results[0].run) or 0.0) > UNEVEN:
+        tokens = [run.metrics["total_tokens_M"] for run in (night.results[0].run, second)]
         night.say(
             f"the baseline's two runs read {tokens[0]:.2f} and {tokens[1]:.2f} million tokens: was the machine busy? It is run once more"
         )

@@ -1052,9 +1052,8 @@ def evaluate_nats(model, rows: np.ndarray, token_bytes, batch_rows: int) -> np.n
             losses = []
             for part, target in zip(logits.reshape(-1, logits.size(-1)).split(1024), y.split(1024), strict=True):
                 losses.append(torch.nn.functional.cross_entropy(part.float(), target, reduction="none"))
-                if not (
-                    part.min() > -torch.inf and torch.isfinite(losses[-1]).all()
-                ):  # a NaN or +inf makes all of its row's losses NaN
+                # A NaN or +inf among the logits of a token makes its loss NaN; -inf need not.
+                if not (part.min() > -torch.inf and torch.isfinite(losses[-1]).all()):
                     raise ValueError(NOT_FINITE)
             counted = torch.cat(losses) * (token_bytes[y] > 0)
             nats[begin : begin + batch_rows] = counted.reshape(logits.shape[:2]).cpu().numpy()

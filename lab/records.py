@@ -188,11 +188,8 @@ def pace_text(run: Run, other: Run) -> str:
 
 MOST_GROWTH = 8.0  # of the weights against the baseline's: more gives no more time to save them
 LEAST_CHANGE = {"last_mean_nats": 1e-4, "last_abs_nats": 1e-4}  # of the probe, that is never held against a run
-ROUNDING = {
-    "mean_nats": 1e-4,
-    "last_mean_nats": 1e-3,
-    "last_abs_nats": 5e-3,
-}  # of the probe: what two kernels differ by in bfloat16
+# Of the probe: what two kernels differ by in bfloat16.
+ROUNDING = {"mean_nats": 1e-4, "last_mean_nats": 1e-3, "last_abs_nats": 5e-3}
 LEAST_SLACK_S = 1.0  # by which any time may exceed its bound: how late a machine at work may be
 
 

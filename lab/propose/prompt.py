@@ -156,7 +156,7 @@ def request_text(source: str, history: History, operator: str, missed: str = "",
 def situation_text(history: History) -> str:
     """Where the night stands: experiment, noise, incumbent, machine."""
     left = "more follow until someone stops" if history.more is None else f"about {history.more} more may follow it"
-    best = next((result for result in reversed(history.results) if result.verdict.word == "keep"), None)
+    best = history.incumbent
     parts = [f"You propose experiment {history.number}; {left}.", f"Machine: {history.night.settings.text}."]
     profile = history.night.settings.profile
     tokens = history.night.settings.train_rows * profile.max_seq_len / 1e6
