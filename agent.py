@@ -169,6 +169,8 @@ def measure_noise(night: Night, measure, compare: bool) -> None:
             f"the baseline's two runs read {tokens[0]:.2f} and {tokens[1]:.2f} million tokens: was the machine busy? It is run once more"
         )
         measure(night.baseline.source, CONFIRM_SEED, "the baseline on the second seed, once more", True)
+    if compare and night.noise_text:
+        night.say(f"{'':6}{night.noise_text}")
 
 
 # ---------------------------------------------------------------------------
@@ -232,7 +234,7 @@ def run_night(night: Night, proposer, limits: Limits, measure, room, view, secon
     """
     proposals, running = Proposals(night, proposer, partial(limits.left, night)), {}
     refuse_to_go_on(night)
-    second_seed, noise_said = second_seed and night.baseline_second is None, bool(night.noise_text)
+    second_seed = second_seed and night.baseline_second is None
     with threads(night, room()) as pool:
         while not night.stop.is_set():
             for future in [future for future in running if future.done()]:
@@ -246,9 +248,6 @@ def run_night(night: Night, proposer, limits: Limits, measure, room, view, secon
                 if result:
                     view.finished(result)
                 refuse_to_go_on(night)
-                if night.noise_text and not noise_said:
-                    noise_said = True
-                    view.say(f"{'':6}{night.noise_text}")
             under_way = [proposal for proposal in running.values() if proposal]
             more, free = limits.left(night, len(under_way)) != 0, room() - len(running)
             proposal = None
@@ -315,18 +314,13 @@ def at_work(night: Night, args, proposer, fleet) -> str:
                 wait_for_one([future], patient=True)
             clear_caches(night.folder)
             return future.result()
-        limits = limits_of(night, args)
+        left_s = math.inf if args.hours is None else 3600 * args.hours - seconds_of_earlier_starts(night.journal.rows)
+        end = time.perf_counter() + left_s
+        limits = Limits(args.experiments, args.hours, end, args.workers or 1)
+        if args.describe:  # it proposes once
+            limits = Limits(None, None)
         second_seed = not args.demo and (not args.describe or bool(args.confirm))
         return run_night(night, proposer, limits, measured, lambda: fleet.room if fleet else 1, view, second_seed)
-
-
-def limits_of(night: Night, args) -> Limits:
-    """The limits of this start. A --try has none: it proposes once."""
-    if args.describe:
-        return Limits(None, None)
-    earlier_s = seconds_of_earlier_starts(night.journal.rows)
-    end = math.inf if args.hours is None else time.perf_counter() + 3600 * args.hours - earlier_s
-    return Limits(args.experiments, args.hours, end, args.workers or 1)
 
 
 def start_fleet(args, folder: Path, locks: contextlib.ExitStack):
@@ -360,6 +354,7 @@ def start_and_work(args, secrets: dict) -> None:
     folder, new = RUNS / tag, not (RUNS / tag).exists()
     with contextlib.ExitStack() as locks:
         locks.enter_context(locked(folder / "lock", f"night {tag}", f"agent.py, tag {tag}"))
+        locks.callback(end_processes, str(folder))  # at last a researcher that is still thinking
         if args.demo:
             renew_demo(HERE, folder, args, repository)
         try:
@@ -388,9 +383,6 @@ def start_and_work(args, secrets: dict) -> None:
         finally:
             if isinstance(proposer, Researcher):
                 proposer.stopped = True
-            if fleet:
-                fleet.close()
-            end_processes(str(folder))  # a researcher that is still thinking
     if proposer:
         print_summary(night, why, proposer, goes_on=not (args.demo or args.describe))
     else:

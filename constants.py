@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -154,7 +155,7 @@ class Settings:
         memory = f" with {self.profile.memory_gb:g} GB" if self.profile.memory_gb else ""
         return (
             f"profile {self.profile.name}, dataset {self.dataset}, {self.device_text}{memory}, {self.profile.dtype}, "
-            f"{'compiled' if self.compile else 'eager'}, {counted(self.threads, 'thread')}, {self.budget_s:g} s a run"
+            f"{'compiled' if self.compile else 'not compiled'}, {counted(self.threads, 'thread')}, {self.budget_s:g} s a run"
             f"{', scored on a quarter of the text' if self.score_every > 1 else ''}"
         )
 
@@ -193,14 +194,21 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """A reader finds the old file or the new one, whole, also after a crash of the machine."""
+@contextmanager
+def written(path: Path):
+    """The file to write `path` to. A reader finds the old file or the new one, whole, also after a crash of the machine."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(temporary, "wb", buffering=1 << 20) as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    with written(path) as file:
+        file.write(text.encode())
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit on the size of files
@@ -237,7 +245,7 @@ def lock(path: Path, note: str, wait: bool = False, shared: bool = False) -> IO[
         file.close()
         raise BlockingIOError(holder) from None
     file.truncate(0)
-    file.write(f"pid {os.getpid()}, {note}")
+    file.write(f"pid {os.getpid()}, {note}, in {os.getcwd()}")
     file.flush()
     return file
 

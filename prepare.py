@@ -37,7 +37,7 @@ from pathlib import Path
 
 import numpy as np
 
-from constants import Problem, Profile, Settings, sha256_of, write_atomically
+from constants import Problem, Profile, Settings, sha256_of, write_atomically, written
 
 HUB = "https://huggingface.co"  # HF_ENDPOINT replaces it
 CLIMBMIX_REPO = "karpathy/climbmix-400b-shuffle"  # shard_00000 ... shard_06542, column `text`
@@ -77,18 +77,6 @@ def only_one(folder: Path):
         for leftover in folder.glob("*/.*.[0-9]*"):
             leftover.unlink()
         yield
-
-
-@contextmanager
-def written(path: Path):
-    """The file to write `path` to. It gets its name when it is whole: a file that is there needs no checksum."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary, "wb", buffering=1 << 20) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 @contextmanager
@@ -325,17 +313,6 @@ def cut_at_spaces(text: str, most: int) -> list[str]:
     return [*pieces, text[begin:]] if begin < len(text) else pieces
 
 
-def shard_batches(path: Path):
-    """The documents of a parquet shard in lists of PACK_REFILL, cut anew at each row group, as the reference reads."""
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path) as file:
-        for group in range(file.num_row_groups):
-            texts = file.read_row_group(group, columns=["text"]).column("text").to_pylist()
-            for start in range(0, len(texts), PACK_REFILL):
-                yield [text for text in texts[start : start + PACK_REFILL] if text]
-
-
 # ---------------------------------------------------------------------------
 # Tokenizer: rustbpe trains, a text file stores, tiktoken encodes
 
@@ -374,16 +351,6 @@ def token_byte_lengths(encoding) -> np.ndarray:
     special = encoding.special_tokens_set
     lengths = (encoding.decode_single_token_bytes(token) for token in range(encoding.n_vocab))
     return np.array([0 if raw.decode(errors="replace") in special else len(raw) for raw in lengths], dtype=np.int32)
-
-
-def capped(batches, document_chars: int, total_chars: int):
-    """Documents cut to `document_chars`, until `total_chars` have been yielded."""
-    for batch in batches:
-        for text in batch:
-            yield text[:document_chars]
-            total_chars -= min(len(text), document_chars)
-            if total_chars <= 0:
-                return
 
 
 # ---------------------------------------------------------------------------
@@ -444,11 +411,18 @@ def parts_of(dataset: str, split: str, shards: int) -> list[Path] | list[list[st
 
 
 def part_batches(part: Path | list[str]):
-    """Lists of documents of one part of a split."""
-    if isinstance(part, Path):
-        yield from shard_batches(part)
-    else:
-        yield from (part[begin : begin + PACK_REFILL] for begin in range(0, len(part), PACK_REFILL))
+    """The documents of one part of a split in lists of PACK_REFILL, begun anew at each row group of a shard, as the reference reads."""
+    for texts in row_groups(part) if isinstance(part, Path) else [part]:
+        for begin in range(0, len(texts), PACK_REFILL):
+            yield [text for text in texts[begin : begin + PACK_REFILL] if text]
+
+
+def row_groups(shard: Path):
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(shard) as file:
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group, columns=["text"]).column("text").to_pylist()
 
 
 def pack(part: Path | list[str], tokenizer: Path, row_tokens: int, max_rows: int | None) -> bytes:
@@ -546,14 +520,15 @@ def learn_tokenizer(profile: Profile, dataset: str, shards: int, path: Path) -> 
     with progress("tokenizer", TOKENIZER_CHARS if dataset == "climbmix" else 10e6) as advance:
 
         def read():
-            for text in capped(
-                (batch for part in parts for batch in part_batches(part)), DOCUMENT_CHARS, TOKENIZER_CHARS
-            ):
+            left = TOKENIZER_CHARS
+            for text in (text[:DOCUMENT_CHARS] for part in parts for batch in part_batches(part) for text in batch):
                 advance(len(text))
                 yield text
+                left -= len(text)
+                if left <= 0:
+                    return
 
         text = train_tokenizer(read(), profile.vocab_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text)
 
 
@@ -887,13 +862,12 @@ class Training:
         torch.save(state, self.out / ".model.pt")
         os.replace(self.out / ".model.pt", self.out / "model.pt")
         cuda = self.device.type == "cuda"
-        val_bpb = None
+        result = {}
         if self.by_hand:
             print("\nevaluating on val", flush=True)
             rows = scored_rows("val", self.settings)
-            val_bpb = evaluate_bpb(model, rows, self.token_bytes, self.profile.eval_batch_rows)
-        result = {
-            "val_bpb": val_bpb,
+            result["val_bpb"] = evaluate_bpb(model, rows, self.token_bytes, self.profile.eval_batch_rows)
+        result |= {
             "training_seconds": seconds,
             "total_seconds": time.time() - self.process_start,
             "peak_vram_mb": torch.cuda.max_memory_allocated() / 2**20 if cuda else None,
@@ -911,8 +885,6 @@ class Training:
             "losses": self.curve,
             **({"step_ms": sum(step_ms.values()), **step_ms} if step_ms else {}),
         }
-        if not self.by_hand:
-            del result["val_bpb"]
         write_atomically(self.out / "result.json", json.dumps(result))
         if self.by_hand:
             from lab.machine import speed_text, warn_of_speed
@@ -1116,7 +1088,7 @@ def main() -> None:
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="replace")  # the name of a file may be no UTF-8
     try:
-        from lab.machine import choose, lacks_for_training, machine
+        from lab.machine import card_trouble, choose, compiler_trouble, machine
 
         name, dataset = choose(args.profile, args.dataset)
         profile = constants.PROFILES[name]
@@ -1132,8 +1104,11 @@ def main() -> None:
             parser.error(f"--num-shards takes 1 to {TEST_SHARD}")
         if args.workers is not None and args.workers < 1:
             parser.error("--workers takes 1 and more")
-        if name == "gpu" and (trouble := lacks_for_training()):  # named, it may be prepared for another machine
-            print(f"note: nothing can be trained on this machine: {trouble}", file=sys.stderr, flush=True)
+        if name == "gpu":  # named, it may be prepared for another machine
+            import torch
+
+            if trouble := card_trouble(torch) or compiler_trouble("cuda"):
+                print(f"note: nothing can be trained on this machine: {trouble}", file=sys.stderr, flush=True)
         prepare(profile, dataset, shards, args.workers or os.cpu_count() or 1)
     except Problem as problem:
         sys.exit(f"error: {problem}")

@@ -13,7 +13,7 @@ from constants import Problem
 from lab.check import CHECK_SEEDS
 from lab.propose.claude import MODEL
 from lab.propose.replay import proposals_to_replay, rows_to_replay
-from lab.record.journal import first_start, has_ended, last_start, read_journal
+from lab.record.journal import has_ended, last_start, read_journal
 from lab.record.start import stored_settings
 
 
@@ -41,7 +41,7 @@ def parse_arguments(description_text: str) -> argparse.Namespace:
         return text
 
     parser = argparse.ArgumentParser(
-        usage="python agent.py [options]",
+        usage="python agent.py [options], which --help lists",
         description=description_text,
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=120),
     )
@@ -177,10 +177,11 @@ def choose_tag(args, runs: Path) -> str:
     for tag, path in journals.items():
         with contextlib.suppress(Problem):
             rows = read_journal(path)[0]
-            kind = "try" if last_start(rows).get("describe") else "replay" if last_start(rows).get("replay") else ""
-            if own == "replay" and last_start(rows).get("replay") != args.replay:
+            start = last_start(rows)
+            kind = "try" if start.get("describe") else "replay" if start.get("replay") else ""
+            if own == "replay" and start.get("replay") != args.replay:
                 continue
-            if kind == own and tag != "demo" and any(row["event"] == "night" for row in rows) and not has_ended(rows):
+            if kind == own and tag != "demo" and rows and not has_ended(rows):
                 open_nights.append((path.stat().st_mtime, tag))
     if open_nights:
         return max(open_nights)[1]
@@ -192,7 +193,7 @@ def choose_tag(args, runs: Path) -> str:
 def restore_setting(args, rows: list[dict], names: tuple[str, ...]) -> None:
     """The setting of a replay or a rehearsal is that with which the other night began, unless given."""
     for name in names:
-        setattr(args, name, getattr(args, name) or first_start(rows).get(name))
+        setattr(args, name, getattr(args, name) or (rows[0]["arguments"].get(name) if rows else None))
 
 
 def restore_arguments(args, rows: list[dict], key: bool) -> None:

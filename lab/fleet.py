@@ -132,13 +132,7 @@ class Fleet:
         hosts = self.of_all("survey", *flags)
         alike = [number for number, host in hosts.items() if self.stored and not difference(host, self.stored)]
         kinds = {number: (hosts[number]["device_name"], hosts[number]["sizes"]) for number in alike or hosts}
-        number = max(kinds, key=lambda number: list(kinds.values()).count(kinds[number]))
-        try:
-            return self.ray.get(self.workers[number].hashed.remote(), timeout=START_LIMIT_S)
-        except self.ray.exceptions.RayError as error:
-            raise Problem(
-                f"worker {number} ended while it read the data: {error}; run the same command again"
-            ) from None
+        return hosts[max(kinds, key=lambda number: list(kinds.values()).count(kinds[number]))]
 
     def open(self, night: Night, *sandbox) -> None:
         """Gives the night to all workers. Its sandbox is the weakest of theirs."""
@@ -225,8 +219,6 @@ class Fleet:
 
     def close(self) -> None:
         """Ends the workers and what they run."""
-        if not self.ray.is_initialized():
-            return
         for ending in [worker.close.remote() for worker in self.workers.values()]:
             with contextlib.suppress(self.ray.exceptions.RayError):
                 self.ray.get(ending, timeout=CLOSE_LIMIT_S)
@@ -276,15 +268,12 @@ class Worker:
 
     def survey(self, *flags: str) -> dict:
         self.take_cores()
-        self.host = survey(HERE, *flags)
+        self.host = with_hashes(survey(HERE, *flags))
         if not self.share:
             name = self.host["device_name"]
             note = f"worker {self.number}"
             self.held.enter_context(locked(device_lock(self.host["device_id"]), f"the device {name}", note))
         return self.host
-
-    def hashed(self) -> dict:
-        return with_hashes(self.host)
 
     def open(self, settings: Settings, harness: dict[str, bytes], *sandbox) -> tuple[Sandbox | None, str]:
         """Its place in this night; the sandbox that its trial child proved, and what there is to say about it."""

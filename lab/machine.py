@@ -108,13 +108,6 @@ def compiler_trouble(device: str) -> str:
 # What a night decides once: profile, device, sizes, dtype
 
 
-def lacks_for_training() -> str:
-    """What the gpu profile lacks on this machine, and the command that helps; empty if nothing."""
-    import torch
-
-    return card_trouble(torch) or compiler_trouble("cuda")
-
-
 def choose(profile: str | None, dataset: str | None) -> tuple[str, str]:
     """Profile and dataset by the flags, else by the environment, else by what torch can use. Raises Problem.
 
@@ -190,11 +183,7 @@ def sizes_of(card: str, peak: float | None, uuid: str, measure) -> tuple[str, st
     if peak is not None:
         return card_class(peak, 0.0), "a known card"
     path, key = constants.cache_dir() / "cards.json", f"{uuid} {card} torch {version('torch')}"
-    try:
-        known = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        known = {}
-    known = known if isinstance(known, dict) else {}
+    known = json.loads(path.read_text()) if path.exists() else {}
     if key not in known:
         known[key] = measure()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -278,8 +267,8 @@ def version(package: str) -> str | None:
 
 
 def speed_text(settings: Settings, metrics: dict) -> str:
-    """How fast a run was: `NVIDIA H100 80GB HBM3 (sizes H100, a known card), FA3, 1,102,000 tokens a second, mfu 39.8 %`."""
-    parts = [settings.device_text, metrics.get("backend") or "attention unknown"]
+    """How fast a run was: `NVIDIA H100 80GB HBM3 (sizes H100, a known card), attention FA3, 1,102,000 tokens a second, mfu 39.8 %`."""
+    parts = [settings.device_text, f"attention {metrics.get('backend') or 'unknown'}"]
     if metrics.get("total_tokens_M") and metrics.get("training_seconds"):
         parts.append(f"{1e6 * metrics['total_tokens_M'] / metrics['training_seconds']:,.0f} tokens a second")
     if metrics.get("mfu_percent") is not None:

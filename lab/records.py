@@ -151,7 +151,8 @@ class Result:
 
 def runs_of(rows: list[dict]) -> dict[int, Run]:
     """All runs of a night, by their ids."""
-    return {row["id"]: run_of(row) for row in rows if row["event"] == "run"}
+    names = [field.name for field in fields(Run)]
+    return {row["id"]: Run(**{name: row[name] for name in names}) for row in rows if row["event"] == "run"}
 
 
 def only_crashes(results: list[Result], count: int) -> bool:
@@ -164,11 +165,6 @@ def change_of(results: list[Result], result: Result) -> float | None:
     if result.parent is None or result.run.val_bpb is None or result.verdict.word not in ("keep", "discard"):
         return None
     return result.run.val_bpb - results[result.parent].run.val_bpb
-
-
-def run_of(row: dict) -> Run:
-    """The Run in a `run` row."""
-    return Run(**{field.name: row[field.name] for field in fields(Run)})
 
 
 def pace_of(run: Run, other: Run) -> float | None:

@@ -13,7 +13,7 @@ from lab.measure.files import folder_bytes
 from lab.progress import save_progress
 from lab.propose.claude import Claude
 from lab.propose.model import Researcher
-from lab.propose.prompt import OPERATORS, beside_text, step_text, verdict_counts
+from lab.propose.prompt import OPERATORS, beside_text, step_text
 from lab.record.journal import night_runs
 from lab.record.night import Night
 from lab.records import Result, Run, log_tail, one_line, pace_of, pace_text
@@ -85,6 +85,7 @@ class View:
         self.say(f"sandbox: {self.night.tier}, branch autoresearch/{self.night.tag}")
         if self.proposer:
             memory = "  memory" if self.night.settings.device == "cuda" else ""
+            self.say("change and tokens: against the experiment that it was made on")
             self.say(f"{'no.':>4}  {'val_bpb':>9}  {'change':>9}  {'tokens':>6}  {'verdict':8}{memory}  description")
         for result in self.shown:
             self.finished(result)
@@ -108,7 +109,7 @@ class View:
         """How long a phase will take, by the last run that counted; None for the first."""
         if phase == "training":
             return self.night.settings.budget_s
-        last = next((run for run in reversed(self.night.runs.values()) if self.night.counts(run)), None)
+        last = next((run for run in reversed(self.night.runs.values()) if not self.night.run_trouble(run)), None)
         if last is None:
             return None
         return last.scoring_seconds if phase == "scoring" else last.run_seconds - (last.clock_seconds or 0.0)
@@ -177,12 +178,12 @@ def print_summary(night: Night, why: str, proposer, goes_on: bool) -> None:
         print("no baseline yet")
         return
     first, last = results[0].run.val_bpb, best.run.val_bpb
-    claim = f"best {last:.6f} (experiment {best.number}), gain {first - last:.6f} as claimed"
+    claim = f"best {last:.6f} (experiment {best.number}), gain {first - last:.6f} on the night's seed"
     print(f"baseline {first:.6f}, {claim if best.number else 'nothing better was kept'}")
     if night.noise_text:
         print(night.noise_text)
-    counts = verdict_counts(results[1:])
-    print(f"{counted(len(results) - 1, 'experiment')}: " + ", ".join(f"{n} {word}" for word, n in counts.items()))
+    words = [result.verdict.word for result in results[1:]]
+    print(f"{counted(len(words), 'experiment')}: " + ", ".join(f"{words.count(word)} {word}" for word in STYLES))
     refused = sum(row["proposer"] == proposer.name for row in night.journal.of("reject"))
     if refused:
         print(f"{counted(refused, 'proposal')} could not be run; the journal says why")

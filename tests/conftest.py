@@ -37,6 +37,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 import constants  # noqa: E402 (after the path)
 from agent import Limits, run_night  # noqa: E402
 from lab.measure.place import HARNESS  # noqa: E402
+from lab.propose.ahead import Proposer  # noqa: E402
 from lab.propose.tune import Tune  # noqa: E402
 from lab.record.git import Repository  # noqa: E402
 from lab.record.journal import FORMAT, Journal  # noqa: E402
@@ -120,8 +121,10 @@ class Checkout:
 
     def slow(self, step_s: float) -> None:
         """Makes each of the stub's five steps take this long, in the nights that begin from now on."""
-        self.start(script="prepare.py").communicate()
-        (self.cache / "cpu-sotu" / "train.bin").write_text(f"stub{step_s}")
+        data = self.cache / "cpu-sotu"
+        data.mkdir(parents=True, exist_ok=True)
+        for name in ("train.bin", "val.bin", "test.bin", "tokenizer.txt"):
+            (data / name).write_text(f"stub{step_s}" if name == "train.bin" else "stub")
 
     def drop_screen(self) -> None:
         """Lets experiments past the screen: what they try then must fail elsewhere."""
@@ -190,7 +193,7 @@ def wait_for(condition, process=None, patience_s=60.0):
     deadline = time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < deadline and (process is None or process.poll() is None)
-        time.sleep(0.002)
+        time.sleep(0.02)
 
 
 # ---------------------------------------------------------------------------
@@ -293,13 +296,10 @@ def run_here(
     )
 
 
-class Script:
+class Script(Proposer):
     """A proposer that gives one change after the other: pairs of lines, or functions of the incumbent's source."""
 
     name, exhausted = "script", "the script is complete"
-
-    def between_runs(self, number):
-        return True
 
     def __init__(self, *changes):
         self.changes = list(changes)

@@ -16,7 +16,7 @@ class MessagesServer:
     """`script` holds one reply for each call: text, or (kind, argument); the last one is repeated for ever.
 
     Kinds: "status" (code, headers, message or JSON body), "refusal", "max_tokens", "cut", "error event" (message, or (type, message)),
-    "pause", "html", "json" (a text as a whole message, or the object itself) and, as other servers stream, (kind of ODD, text).
+    another stop reason, "html", "json" (a text as a whole message, or the object itself) and, as other servers stream, (kind of ODD, text).
     A function is called with the request and returns one of these. `requests` are the bodies; `usage` adds up what was reported.
     get: the (code, body) of all that is asked by GET; listed: the names that GET /v1/models has.
     """
@@ -122,7 +122,7 @@ class MessagesServer:
                     return
                 if kind != "refusal":
                     self.event("content_block_stop", index=0)
-                stop = {"text": "end_turn", "pause": "pause_turn"}.get(kind, kind)
+                stop = "end_turn" if kind == "text" else kind
                 tokens = 7 + len(half) // 4
                 owner.count(output=tokens)
                 self.event(

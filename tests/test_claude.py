@@ -7,7 +7,8 @@ import time
 from importlib.util import find_spec
 
 import pytest
-from conftest import ROOT, check_agreement, fake_measure, open_here, rows_of, run_here
+from conftest import FIRST as LINE
+from conftest import ROOT, check_agreement, fake_measure, open_here, rows_of, run_here, wait_for
 from messages_server import ODD, MessagesServer
 
 import lab.propose.model
@@ -18,7 +19,6 @@ from lab.propose.prompt import DIVIDER, REPLACE, SEARCH
 from lab.record.journal import spent_usd
 from lab.records import Rejected
 
-LINE = "        lr=0.4,  # best at 0.1"
 NIGHT = ("--tag", "t", "--profile", "cpu", "--no-confirm")
 MODEL = "claude-opus-5-5"
 
@@ -221,18 +221,15 @@ def test_a_proposal_that_was_paid_for_is_used_after_a_kill(checkout):
     checkout.slow(0.08)
     with MessagesServer([numbered()]) as server:
         keys = {"ANTHROPIC_API_KEY": "k", "ANTHROPIC_BASE_URL": server.url}
-        process = checkout.start(*NIGHT, "--experiments", "3", **keys)
+        process = checkout.start(*NIGHT, "--experiments", "2", **keys)
         journal = checkout.folder / "runs" / "t" / "journal.jsonl"
-        deadline = time.monotonic() + 60
-        while not (journal.exists() and journal.read_text().count('"event": "proposal"') == 3):
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.01)
+        wait_for(lambda: journal.exists() and journal.read_text().count('"event": "proposal"') == 2, process)
         process.kill()
         process.communicate()
         paid = [row["description"] for row in rows_of(checkout, "proposal")]
         calls = len(server.requests)
-        output = checkout.agent("--tag", "t", "--experiments", "3", **keys)
-        assert [row["description"] for row in check_agreement(checkout)][:3] == paid
+        output = checkout.agent("--tag", "t", "--experiments", "2", **keys)
+        assert [row["description"] for row in check_agreement(checkout)][:2] == paid
         assert len(server.requests) - calls <= 2 and "the API has cost $" in output and "improve: " in output
 
 
@@ -294,12 +291,15 @@ def test_a_reply_is_taken_however_another_server_sends_it(checkout, night):
         (("error event", ("authentication_error", "no such key")), "refuses the key (no such key)"),
         (("error event", ("not_found_error", "model: gone")), "does not know the model"),
         (("status", (400, [], {"error": {"message": "No connected db.", "type": "no_db_connection", "code": "400"}})),
-         "refused 3 ideas in a row and never replied (the server does not take the request: No connected db."),
+         "refused 3 ideas and never replied (the server does not take the request: No connected db."),
         (("status", (400, [], "Invalid model name passed in model=x")), "never replied"),
         (("status", (422, [], {"detail": "Unprocessable"})), "never replied (the server does not take the request: Unprocessable"),
         (("status", (422, [], "Budget has been exceeded! Current cost: 5.01")), "no credit or budget left (Budget has been exceeded!"),
         (("status", (429, [], "crossed budget: 0.002 >= 1d\n")), "no credit or budget left"),
         (("status", (429, [], "You exceeded your current quota, insufficient_quota")), "no credit or budget left"),
+        (("status", (415, [], "unsupported")), "refused 3 ideas"), (("status", (501, [], "not here")), "refused 3 ideas"),
+        (("json", {"type": "message", "content": 5}), "never with a whole reply"),
+        (("json", {"type": "error", "error": {"type": [], "message": "x"}}), "never with a whole reply"),
     ],
 )  # fmt: skip
 def test_a_server_that_will_never_reply_ends_the_night_in_its_own_words(night, answer, said):
@@ -323,53 +323,24 @@ def test_what_waiting_mends_is_waited_out_and_shortens_nothing(night):
     assert len(server.requests) == 10 and {body["max_tokens"] for body in server.requests} == {32_000}
 
 
-@pytest.mark.parametrize(
-    ("answer", "said"),
-    [
-        (("status", (415, [], "unsupported")), "refused 3 ideas in a row"),
-        (("status", (501, [], "not here")), "refused 3 ideas in a row"),
-        (("json", {"type": "message", "content": 5}), "never with a whole reply"),
-        (("json", {"type": "error", "error": {"type": [], "message": "x"}}), "never with a whole reply"),
-    ],
-)
-def test_an_answer_that_is_none_does_not_go_on_for_ever(night, answer, said):
-    problem, server, _ = night([answer], 9)
-    assert isinstance(problem, Problem) and said in str(problem) and len(server.requests) <= 10
-
-
-def test_a_reply_that_pauses_for_ever_is_one_idea(night):
-    _, server, here = night([*[("pause", "a")] * 6, numbered()], 2)
-    assert [result.operator for result in here.results[1:]] == ["tune", "improve"] and len(server.requests) == 7
-
-
 def test_counts_that_cannot_be_are_not_reported_and_another_word_for_the_end_is_one(night):
     text = [{"type": "text", "text": add("idea", 1)}]
     for usage in ({"input_tokens": -(10**7), "output_tokens": 9}, {"input_tokens": 10**400, "output_tokens": True}):
         message = Message()
         message.take({"type": "message", "content": text, "stop_reason": "stop", "usage": usage})
         assert not message.counted and all(0 <= count < 10**9 for count in message.usage.values())
-    whole = {
-        "type": "message",
-        "content": text,
-        "stop_reason": "stop",
-        "usage": {"input_tokens": 9, "output_tokens": 9},
-    }
-    _, _, here = night([("json", whole)], 1)
+    usage = {"input_tokens": 9, "output_tokens": 9}
+    _, _, here = night([("json", {"type": "message", "content": text, "stop_reason": "stop", "usage": usage})], 1)
     assert here.results[1].description == "idea 1"
 
 
-def test_blocks_are_put_together_by_their_index_and_sent_back_as_they_came():
+def test_a_reply_is_its_text_blocks_without_thoughts():
     message = Message()
-    start = {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}}
-    for index, block in enumerate(
-        ({"type": "thinking", "thinking": ""}, {"type": "text", "text": ""}, start, {"type": "text", "text": ""})
-    ):
-        message.take({"type": "content_block_start", "index": index, "content_block": block})
-    for index, delta in ((1, {"type": "text_delta", "text": "A"}), (0, {"type": "thinking_delta", "thinking": "hm"}),
-                         (0, {"type": "signature_delta", "signature": "S"}), (1, {"type": "text_delta", "text": "a"})):  # fmt: skip
-        message.take({"type": "content_block_delta", "index": index, "delta": delta})
-    thought = {"type": "thinking", "thinking": "hm", "signature": "S"}
-    assert message.content == [thought, {"type": "text", "text": "Aa"}, start] and message.text == "Aa"
+    for kind, words in (("thinking", "hm"), ("text", "A"), ("redacted_thinking", "x"), ("text", "")):
+        message.take({"type": "content_block_start", "content_block": {"type": kind, kind: words}})
+    for kind, words in (("thinking", "hm"), ("text", "b"), ("signature", "S"), ("text", "c")):
+        message.take({"type": "content_block_delta", "delta": {"type": f"{kind}_delta", kind: words}})
+    assert message.text == "Abc"
 
 
 @pytest.mark.parametrize("listed", [[None], [5], ["a"]])
@@ -413,9 +384,9 @@ def test_a_model_without_a_price_costs_tokens_and_a_servers_words_take_one_line(
     """As LiteLLM wraps what its own server said."""
     busy = ("status", (529, [("retry-after", "0.05")], "litellm.RateLimitError: busy\n\nLiteLLM: it failed\n"))
     with MessagesServer([*[busy] * 4, numbered()], models=("qwen",)) as server:
-        output = checkout.agent(
-            *NIGHT, "--experiments", "1", "--model", "qwen", ANTHROPIC_API_KEY="k", ANTHROPIC_BASE_URL=server.url
-        )
+        keys = {"ANTHROPIC_API_KEY": "canary-key", "ANTHROPIC_BASE_URL": server.url}
+        output = checkout.agent(*NIGHT, "--experiments", "1", "--model", "qwen", **keys)
+    assert b"canary-key" not in b"".join(p.read_bytes() for p in checkout.folder.rglob("*") if p.is_file())
     assert output.count("waiting for claude: 529 litellm.RateLimitError: busy LiteLLM: it failed\n") == 1
     read, written = (sum(server.usage.values()) - server.usage["output"], server.usage["output"])
     assert (
@@ -454,7 +425,7 @@ def test_a_system_prompt_in_blocks_a_status_of_422_and_other_words_are_no_obstac
         numbered(),
     ]
     _, server, here = night(script, 1)
-    assert isinstance(server.requests[-1]["system"], str) and "You are" not in server.requests[-1]["system"][:0]
+    assert isinstance(server.requests[-1]["system"], str) and "output_config" not in server.requests[-1]
     assert len(here.results) == 2 and capsys.readouterr().out.count("going on without it") == 3
     _, server, here = night(
         [("status", (400, [], "This model does not support the effort parameter.")), numbered()], 1, tag="u"
@@ -487,6 +458,7 @@ def test_a_server_that_does_not_answer_is_named_before_the_baseline(checkout, mo
     ("answer", "calls", "said"),
     [
         (("refusal", ""), 1, "no whole reply: refusal"),
+        (("pause_turn", "a"), 1, "no whole reply: pause_turn"),  # of a server's own tools, which nobody asks for
         (("max_tokens", "DESCRIPTION: x"), 2, "no whole reply: max_tokens"),  # once more, with less thought
         (("status", (400, [], "tools: bad request")), 1, "does not take the request: tools: bad request"),
         (("status", (403, [], "not from this address")), 1, "does not take the request: not from this address"),
@@ -529,22 +501,11 @@ def test_an_outage_has_a_line_at_its_third_failure(checkout, night, capsys, answ
     assert spent_usd(here.journal.rows) == pytest.approx(usd_of(PRICES[MODEL], server.usage))
 
 
-def test_an_outage_stands_in_a_log_too(checkout):
-    """As under nohup, with the output in a file."""
-    busy = ("status", (529, [("retry-after", "0.05")], "overloaded"))
-    with MessagesServer([*[busy] * 4, numbered()]) as server:
-        output = checkout.agent(
-            *NIGHT, "--experiments", "1", ANTHROPIC_API_KEY="canary-key", ANTHROPIC_BASE_URL=server.url
-        )
-    assert output.count("waiting for claude: 529 overloaded") == 1 and "the API has cost $" in output
-    assert b"canary-key" not in b"".join(p.read_bytes() for p in checkout.folder.rglob("*") if p.is_file())
-
-
 def test_the_cap_holds_before_every_attempt(night):
     """Retries after an error event included: each may have cost its worst case."""
     reason, server, here = night([("error event", "")], 5, max_usd=2.5)
     assert "might exceed --max-usd 2.5" in reason and 2 <= len(server.requests) <= 4
-    assert spent_usd(here.journal.rows, bound=True) <= 2.5
+    assert spent_usd(here.journal.rows) + 0.5 < spent_usd(here.journal.rows, bound=True) <= 2.5
 
 
 def test_ten_crashes_in_a_row_ask_for_a_new_direction_and_twenty_stop_the_night(checkout, night):
@@ -617,23 +578,10 @@ def test_the_money_is_never_exceeded(night):
     assert "needs the price of claude-opus-5-5x; add it to PRICES" in str(problem)
 
 
-def test_a_call_that_broke_off_counts_for_the_cap_at_its_worst_case(night):
-    """What was reported of it is shown; what it may have cost is what the cap believes."""
-    reason, _, here = night([("cut", add("idea", 1)), numbered()], 1000, max_usd=1.7)
-    rows = here.journal.rows
-    assert "might exceed" in reason
-    assert spent_usd(rows) + 0.5 < spent_usd(rows, bound=True) <= 1.7
-
-
-def test_experiments_stop_the_thinking_too(night):
-    _, server, here = night([numbered()], 3)
-    assert len(server.requests) == 3 and len(here.results) == 4
-
-
 def test_an_outage_is_waited_out_aloud_until_the_hours_are_used_up(night):
     script = [add("idea", 1), ("status", (529, [("retry-after", "0.1")], "overloaded"))]
     start = time.monotonic()
-    reason, server, here = night(script, hours=(340 + 342) / 2 / 3600 + 3 / 3600)
+    reason, server, here = night(script, hours=(340 + 342) / 2 / 3600 + 1 / 3600)
     assert reason.endswith("hours are used up") and time.monotonic() - start < 40
     assert len(here.results) == 2 and len(server.requests) > 3
 
@@ -677,17 +625,6 @@ def test_a_token_is_taken_like_a_key_and_neither_stays_in_the_environment(monkey
         assert credentials_of(take_secrets()) == wanted and not {"key", "token"} & set(os.environ.values())
 
 
-def test_another_server_that_lacks_options_is_taken_as_it_is(night):
-    script = [
-        ("status", (400, [], "output_config: unknown field")),
-        ("status", (400, [], "cache_control is not supported")),
-        numbered(),
-    ]
-    _, server, here = night(script, 1)
-    assert "output_config" not in server.requests[-1] and "cache_control" not in str(server.requests[-1]["system"])
-    assert len(here.results) == 2
-
-
 def test_no_key_is_one_message_with_four_ways_on(checkout):
     output = checkout.agent(*NIGHT, expect=1)
     assert all(
@@ -699,10 +636,8 @@ def test_interrupted_while_thinking_the_call_stands_at_its_worst_case(checkout):
     """Exit 0 at once; the call in flight is thrown away."""
     with MessagesServer([numbered()], think_s=20.0) as server:
         process = checkout.start(*NIGHT, "--experiments", "3", ANTHROPIC_API_KEY="k", ANTHROPIC_BASE_URL=server.url)
-        journal, deadline = checkout.folder / "runs" / "t" / "journal.jsonl", time.monotonic() + 60
-        while not (server.requests and journal.exists() and rows_of(checkout, "result")):
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.02)
+        journal = checkout.folder / "runs" / "t" / "journal.jsonl"
+        wait_for(lambda: server.requests and journal.exists() and rows_of(checkout, "result"), process)
         start = time.monotonic()
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=20)

@@ -9,15 +9,13 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from conftest import check_agreement, fake_measure, open_here, rows_of, run_here
-from test_claude import add, reply
+from test_claude import NIGHT, add, reply
 
 import lab.propose.command
 import lab.propose.model
 from constants import Problem
 from lab.propose.command import Command
 from lab.view import View, print_summary
-
-NIGHT = ("--tag", "t", "--profile", "cpu", "--no-confirm")
 
 
 @pytest.fixture
@@ -92,12 +90,12 @@ def test_of_one_that_chats_the_last_reply_counts(program):
             "exit status 1: TypeError: boom",
         ),
         ("sys.exit(0)", "it printed nothing"),
-        ("time.sleep(60)", "no reply within 4 s"),
+        ("time.sleep(60)", "no reply within 2 s"),
         ("os.kill(os.getpid(), 9)", "exit status -9"),
     ],
 )
 def test_a_failure_is_waited_out_aloud(checkout, program, monkeypatch, capsys, trouble, said):
-    monkeypatch.setattr(lab.propose.command, "LIMIT_S", 4.0)
+    monkeypatch.setattr(lab.propose.command, "LIMIT_S", 2.0 if "sleep" in trouble else 10.0)
     monkeypatch.setattr(lab.propose.model, "PATIENCE_S", 0.05)
     reason, here = program(f"if 0 < n < 4:\n    {trouble}\nprint({add('idea', 7)!r}.replace('7', str(n)))", 2)
     assert reason == "all 2 experiments are done" and here.results[2].description == "idea 4"

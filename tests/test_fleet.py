@@ -137,8 +137,9 @@ def test_the_next_is_proposed_knowing_what_runs_and_the_limit_counts_it(checkout
 
 def test_the_baseline_is_measured_with_all_workers_at_work(checkout):
     """As all that it is compared with: alone it would have memory and bandwidth to itself."""
-    night, view, together = open_here(checkout), Quiet(), threading.Barrier(3, timeout=30)
-    seeds, run = [], fake_measure(night)
+    night, together = open_here(checkout), threading.Barrier(3, timeout=30)
+    seeds, lines, run = [], [], fake_measure(night)
+    night.say = lines.append
 
     def measure(source, seed, title, fresh=False):
         seeds.append(seed)
@@ -146,9 +147,9 @@ def test_the_baseline_is_measured_with_all_workers_at_work(checkout):
             together.wait()
         return run(source, seed, title, fresh)
 
-    run_here(night, None, Script(better(0.2)), second_seed=True, measure=measure, view=view, workers=3)
+    run_here(night, None, Script(better(0.2)), second_seed=True, measure=measure, workers=3)
     assert sorted(seeds[:3]) == [1, 2, 2] and night.noise is not None
-    assert [line for line in view.lines if "two seeds" in line] == [f"      {night.noise_text}"]
+    assert [line for line in lines if "two seeds" in line] == [f"      {night.noise_text}"]
 
 
 def test_the_hours_count_what_an_experiment_takes_not_the_runs_beside_the_baseline(checkout):

@@ -5,7 +5,9 @@ import os
 import re
 import shutil
 import subprocess
-import time
+from functools import partial
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from conftest import (
@@ -15,19 +17,24 @@ from conftest import (
     better,
     check_agreement,
     fake_measure,
+    fake_run,
     make_checkout,
     mount_small,
     open_here,
     rows_of,
     run_here,
     story,
+    wait_for,
 )  # fmt: skip
 
-from agent import experiment
-from constants import Problem
+from agent import experiment, measure
+from constants import CONFIRM_SEED, SEED, Problem
 from lab.measure.files import folder_bytes
+from lab.record.git import Repository
 from lab.record.journal import FORMAT, Journal, night_runs, read_journal, seconds_of_earlier_starts
-from lab.records import Proposal
+from lab.record.night import make_run_here
+from lab.record.start import open_night
+from lab.records import Proposal, sha256
 
 # --- the journal
 
@@ -134,22 +141,23 @@ def test_a_run_that_fills_the_disk_is_a_crash_and_the_night_goes_on(small_disk, 
     assert len(check_agreement(small_disk)) == 4
 
 
-def test_the_files_of_a_run_without_a_verdict_make_room_for_another_run_and_come_back(checkout):
-    """Its second seed was cut off, and another proposer takes the number of its folder."""
+def test_the_files_of_a_run_wait_for_its_verdict_whoever_takes_the_number(checkout, monkeypatch):
+    """Its second seed was cut off, and another proposer is first. A run on another seed makes no experiment."""
+
+    def measure_at(place, view, folder, source, seed, title, references):
+        folder.mkdir(exist_ok=True)
+        (folder / "train.py").write_text(source)
+        return fake_run(night)(source, seed, title)
+
+    monkeypatch.setattr("lab.record.night.measure_at", measure_at)
     night = open_here(checkout)
     run_here(night, 0)
     waiting = night.add_proposal(Proposal("waits", "", night.baseline.source.replace(*better(0.3)), parent=0), 1)
-    fake_measure(night)(waiting.source, 1, "")
-    folder = night.run_folder(1)
-    folder.mkdir()
-    (folder / "train.py").write_text(waiting.source)
-    night.put_aside(folder)
-    assert not folder.exists()
-    folder.mkdir()
-    (folder / "train.py").write_text("of a run that nobody knows")
-    night.put_aside(folder)
-    assert not folder.exists()
+    for seed in (SEED, CONFIRM_SEED):
+        measure(night, partial(make_run_here, night, None), waiting.source, seed, "")
+    assert not night.run_folder(1).exists() and len(list(night.folder.glob("arrived-*"))) == 1
     run_here(night, 1, Script(("beta=0.8", "beta=0.7")))
+    night = open_here(checkout)
     experiment(night, waiting, fake_measure(night))
     assert (night.run_folder(2) / "train.py").read_text() == waiting.source and not list(night.folder.glob("arrived-*"))
 
@@ -202,14 +210,8 @@ def test_killed_after_any_row_the_night_ends_as_an_undisturbed_one(finished, und
         night, again = open_here(checkout), []
         run_here(night, measure=fake_measure(night, lambda source, seed: again.append((source, seed))))  # noqa: B023
         assert story(checkout) == undisturbed
-        assert not counted & {(night_sha(source), seed) for source, seed in again}
+        assert not counted & {(sha256(source), seed) for source, seed in again}
         shutil.rmtree(checkout.folder)
-
-
-def night_sha(source: str) -> str:
-    from lab.record.night import sha256
-
-    return sha256(source)
 
 
 def test_killed_between_the_moves_of_refs_they_are_made_on_resume(finished, tmp_path):
@@ -249,8 +251,7 @@ def test_two_proposals_that_wait_after_a_kill_are_both_run_and_no_third_is_asked
 def test_until_the_baseline_is_done_another_train_py_begins_the_night_anew(checkout):
     checkout.slow(0.3)
     process = checkout.start(*NIGHT, "--experiments", "1")
-    while not (checkout.folder / "runs" / "t" / "0000" / "run.log").exists():
-        time.sleep(0.01)
+    wait_for(lambda: (checkout.folder / "runs" / "t" / "0000" / "run.log").exists(), process)
     process.kill()
     process.wait()
     (checkout.folder / "train.py").write_text(STUB.replace("width=64", "width=90"))
@@ -263,16 +264,31 @@ def test_a_night_that_has_no_baseline_yet_keeps_its_setting(checkout, tmp_path):
     """Dataset, budget and profile of its first start, also if train.py was edited meanwhile."""
     text = tmp_path / "t.txt"
     text.write_text("stub")
-    checkout.slow(0.3)
+    checkout.slow(0.05)
     process = checkout.start(*NIGHT, "--dataset", str(text), "--budget", "4")
-    while not (checkout.folder / "runs" / "t" / "0000" / "run.log").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+    wait_for(lambda: (checkout.folder / "runs" / "t" / "0000" / "run.log").exists(), process)
     process.kill()
     process.wait()
     (checkout.folder / "train.py").write_text(STUB + "#\n")
     output = checkout.agent("--tag", "t", "--experiments", "1")
     assert f"dataset {text}" in output and "4 s a run" in output
+
+
+def test_a_night_that_begins_anew_gives_up_nothing_that_was_paid_for(checkout):
+    """Calls of a model, made beside the baseline; nor anything at all, if the machine cannot be asked."""
+    night = open_here(checkout)
+    (checkout.folder / "train.py").write_text(STUB + "#\n")
+    args = SimpleNamespace(describe=None, profile="cpu", dataset=None, budget=None, confirm=None)
+
+    def again(**how):
+        return open_night(checkout.folder, night.folder, args, night.repository, **how)
+
+    with pytest.raises(Problem, match="the driver is busy"):
+        again(ask=Mock(side_effect=Problem("the driver is busy")))
+    night.journal.append("call", id=0, usd=0.5)
+    with pytest.raises(Problem, match=r"what its model has cost would be forgotten.*--tag NEW"):
+        again()
+    assert read_journal(night.journal.path)[0] == night.journal.rows
 
 
 # --- what stops a night, and what does not
@@ -301,52 +317,44 @@ def test_refs_without_a_journal_stop_the_night_with_the_command_that_deletes_the
     assert "autoresearch" not in checkout.git("for-each-ref")
 
 
-def test_what_changed_since_the_night_began_refuses_to_resume(checkout):
+def test_what_changed_or_is_gone_since_the_night_began_refuses_to_go_on(checkout, monkeypatch):
     """Rules of the checkout, the frozen rules, data, device, torch, a flag: each is named, with the way on. Touching is no change."""
-    checkout.agent(*NIGHT, "--experiments", "1")
-    data, harness = checkout.cache / "cpu-sotu", checkout.folder / "runs" / "t" / "harness"
-    os.utime(data / "train.bin", (1, 1))
-    checkout.agent("--tag", "t", "--experiments", "1")
-    for path in (
-        harness / "prepare.py",
-        harness / "score.py",
-        harness / "night.json",
-        data / "val.bin",
-        data / "tokenizer.txt",
-    ):
-        before, mode = path.read_bytes(), path.stat().st_mode
-        path.chmod(0o644)
-        path.write_bytes(before.replace(b"stub", b"bust") if path.suffix == ".json" else before + b"#")
-        output = checkout.agent("--tag", "t", "--experiments", "2", expect=1)
-        assert f"{path.name} changed" in output and "--tag NEW" in output
-        path.write_bytes(before)
-        path.chmod(mode)
-    for name in ("constants.py", "lab/measure/score.py"):
-        with open(checkout.folder / name, "a") as file:
-            file.write("\n# changed\n")
-        output = checkout.agent("--tag", "t", "--experiments", "2", expect=1)
-        assert f"git checkout autoresearch/t -- {name}" in output and "--tag NEW" in output
-        checkout.git("checkout", "autoresearch/t", "--", name)
-    for fact in ("device_name", "torch"):
-        output = checkout.agent("--tag", "t", "--experiments", "2", expect=1, **{f"STUB_{fact.upper()}": "another"})
-        assert f"ran with {fact} stub, here it is another" in output and "--tag NEW" in output
-    output = checkout.agent("--tag", "t", "--budget", "20", expect=1)
-    assert "--budget 300, not 20" in output and "--tag NEW" in output
-    checkout.agent("--tag", "t", "--experiments", "2")
-
-
-def test_what_is_gone_or_not_to_be_written_is_one_clear_line(checkout):
     (checkout.folder / "runs").write_text("")
     output = checkout.agent(*NIGHT, expect=1)
     assert "have to be folders that you may write to" in output and "Traceback" not in output
     (checkout.folder / "runs").unlink()
     checkout.agent(*NIGHT, "--experiments", "1")
-    harness, data = checkout.folder / "runs" / "t" / "harness", checkout.cache / "cpu-sotu"
-    for path in (harness / "night.json", harness / "score.py", data / "val.bin"):
-        path.rename(path.with_suffix(".away"))
-        output = checkout.agent("--tag", "t", "--experiments", "2", expect=1)
-        assert f"{path.name} is gone; restore it" in output and "Traceback" not in output
-        path.with_suffix(".away").rename(path)
+    folder, data = checkout.folder / "runs" / "t", checkout.cache / "cpu-sotu"
+    os.utime(data / "train.bin", (1, 1))
+    args = SimpleNamespace(describe=None, profile=None, dataset=None, budget=None, confirm=None)
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(checkout.cache))
+
+    def refused() -> str:
+        with pytest.raises(Problem) as problem:
+            open_night(checkout.folder, folder, args, Repository(checkout.folder)).check_unchanged()
+        return str(problem.value)
+
+    harness = [folder / "harness" / name for name in ("prepare.py", "score.py", "night.json")]
+    for path in (*harness, data / "val.bin", data / "tokenizer.txt"):
+        before, mode = path.read_bytes(), path.stat().st_mode
+        path.chmod(0o644)
+        path.write_bytes(before.replace(b"stub", b"bust") if path.suffix == ".json" else before + b"#")
+        assert f"{path.name} changed" in refused() and "--tag NEW" in refused()
+        path.unlink()
+        assert f"{path.name} is gone; restore it" in refused()
+        path.write_bytes(before)
+        path.chmod(mode)
+    for name in ("constants.py", "lab/measure/score.py"):
+        with open(checkout.folder / name, "a") as file:
+            file.write("\n# changed\n")
+        assert f"git checkout autoresearch/t -- {name}" in refused() and "--tag NEW" in refused()
+        checkout.git("checkout", "autoresearch/t", "--", name)
+    for fact in ("device_name", "torch"):
+        monkeypatch.setenv(f"STUB_{fact.upper()}", "another")
+        assert f"ran with {fact} stub, here it is another" in refused() and "--tag NEW" in refused()
+        monkeypatch.delenv(f"STUB_{fact.upper()}")
+    output = checkout.agent("--tag", "t", "--budget", "20", expect=1)
+    assert "--budget 300, not 20" in output and "--tag NEW" in output
     checkout.agent("--tag", "t", "--experiments", "2")
 
 

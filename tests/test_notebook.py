@@ -69,13 +69,12 @@ AFTERMATH = [  # of a night that Claude proposed, that was checked and ablated
     {"event": "call", "id": 0, "tokens": {"input": 9000, "output": 800}, "usd": 0.07, "at_least": False},
     proposal(0, "a\nb\nc\n"), proposal(1, "a\nB\nc\nd\n"),
     *(run(seed, BASELINE["source"], 1.5 + seed / 10_000) for seed in (1, 2, 101, 102)), run(2, f"{1:064x}", 1.4804),
-    {"event": "check", "seeds": 2, "baseline": [1.52, 1.53], "incumbent": [1.51, 1.5], "claimed": 0.02, "mean": 0.02, "welch": [0.01, 0.03]},
+    {"event": "check", "seeds": 2, "baseline": [1.52, 1.53], "incumbent": [1.51, 1.5], "claimed": 0.02, "mean": 0.02, "welch": [0.01, 0.03], "word": "better than the baseline"},
     {"event": "ablate", "incumbent": [1.5], "rows": [{"number": 1, "word": "carries weight", "test_bpb": 1.52}]},
 ]  # fmt: skip
 STRANGE = "$\\frac{1$ <b>bold</b>"  # no formula, no markup: a model wrote it
 NIGHTS = {  # rows, and how many pictures there are of them
     "zero": ([], 1),
-    "one": ([BASELINE], 3),
     "crash only": ([BASELINE] + [result(i, "crash", None) for i in range(1, 5)], 4),
     "no baseline": ([result(0, "crash", None)], 2),
     "no keep": ([BASELINE] + [result(i, "discard", 1.5 + i / 10) for i in range(1, 5)], 4),
@@ -142,36 +141,32 @@ def test_the_notebook_reads_nights_of_every_kind(tmp_path):
     assert "better than the baseline" in text and "$0.07" in text and "9,000 input, 800 output tokens" in text
 
 
-def test_the_notebook_reads_what_other_programs_write(tmp_path):
+NO_RESULTS = ["", HEADER.replace("status", "verdict") + "a\tb\tc\td\te\n"]
+
+
+def test_the_notebook_reads_results_tsv_of_other_programs_and_names_what_is_none(tmp_path):
     """A tab in a description, Latin-1, a byte order mark, another system's line ends, no number; a line that cannot be read is named."""
+    verdicts = ("keep", "discard", "discard", "crash")
+    plain = [
+        f"{i:07x}\t{0 if i % 4 == 3 else 1 - i / 1000:.6f}\t44.0\t{verdicts[i % 4]}\tidea {i}\n" for i in range(40)
+    ]
+    (tmp_path / "results.tsv").write_text(HEADER + "".join(plain))
     lines = "a\t1.0\t44\tkeep\tbaseline\nb\tN/A\tN/A\tcrash\ttabs\there\tand caf\u00e9\nc\t0.9\t44\tkeep\tbetter\n"
     (tmp_path / "latin.tsv").write_bytes((HEADER + lines).encode("latin-1"))
     (tmp_path / "other.tsv").write_bytes((HEADER + lines).replace("\n", "\r\n").encode("utf-8-sig"))
     (tmp_path / "short.tsv").write_text(HEADER + lines + "d\t0.9\n")
-    *read, short = execute(*((tmp_path, f'NIGHT = "{name}.tsv"') for name in ("latin", "other", "short")))
-    for outputs in read:
-        assert errors(outputs) == [] and "2 experiments after the baseline\n1 keep, 0 discard, 1 crash" in said(outputs)
-    assert "short.tsv, line 5: 2 fields, and the first line names 5" in errors(short)[0]
-
-
-NO_RESULTS = ["", "not a table\n", HEADER.replace("status", "verdict") + "a\tb\tc\td\te\n", "a\tb\n" * 3 + "a\tb\tc\n"]
-
-
-def test_the_notebook_reads_a_plain_results_tsv_and_names_another_file_as_such(tmp_path):
-    verdicts = ("keep", "discard", "discard", "crash")
-    lines = [
-        f"{i:07x}\t{0 if i % 4 == 3 else 1 - i / 1000:.6f}\t44.0\t{verdicts[i % 4]}\tidea {i}\n" for i in range(40)
-    ]
-    (tmp_path / "results.tsv").write_text(HEADER + "".join(lines))
     for i, text in enumerate(NO_RESULTS):
-        (tmp_path / f"other{i}.tsv").write_text(text)
-    names = ["results", *(f"other{i}" for i in range(len(NO_RESULTS)))]
-    outputs, *others = execute(*((tmp_path, f'NIGHT = "{name}.tsv"') for name in names))
+        (tmp_path / f"none{i}.tsv").write_text(text)
+    names = ["results", "latin", "other", "short", *(f"none{i}" for i in range(len(NO_RESULTS)))]
+    outputs, *read, short, none0, none1 = execute(*((tmp_path, f'NIGHT = "{name}.tsv"') for name in names))
     assert errors(outputs) == []
     assert (tmp_path / "results.png").stat().st_size > 5_000 and pictures(outputs) == 2
     assert "39 experiments after the baseline\n9 keep, 20 discard, 10 crash" in said(outputs)
-    for i, other in enumerate(others):
-        assert f"other{i}.tsv is no results.tsv" in errors(other)[0]
+    for other in read:
+        assert errors(other) == [] and "2 experiments after the baseline\n1 keep, 0 discard, 1 crash" in said(other)
+    assert "short.tsv, line 5: 2 fields, and the first line names 5" in errors(short)[0]
+    for i, other in enumerate((none0, none1)):
+        assert f"none{i}.tsv is no results.tsv" in errors(other)[0]
 
 
 def test_the_notebook_is_committed_without_outputs():

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -190,39 +191,29 @@ def test_a_second_run_does_nothing_and_does_not_import_torch(cache):
     assert "nothing to do" in done.stdout and "train.bin" in done.stdout
 
 
-def test_prepare_killed_at_any_instant_is_completed_by_the_next_start(cache, tmp_path):
+def test_prepare_killed_at_any_instant_is_completed_by_the_next_starts(cache, tmp_path):
+    """Two at once: one works, the other waits for it and finds nothing to do."""
+    command = [sys.executable, str(ROOT / "prepare.py"), "--profile", "cpu"]
+    environment = {**os.environ, "AUTORESEARCH_CACHE": str(tmp_path)}
     for delay in (0.2, 0.7, 1.1):
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "prepare.py"), "--profile", "cpu"],
-            env={**os.environ, "AUTORESEARCH_CACHE": str(tmp_path)}, stdout=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
         time.sleep(delay)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    assert run_prepare(tmp_path).returncode == 0
-    for name in ("tokenizer.txt", "train.bin", "val.bin", "test.bin"):
-        assert (data_of(tmp_path) / name).read_bytes() == (data_of(cache) / name).read_bytes()
-    assert sorted(path.name for path in data_of(tmp_path).iterdir()) == [
-        "test.bin",
-        "tokenizer.txt",
-        "train.bin",
-        "val.bin",
-    ]
-
-
-def test_two_prepares_at_once_both_succeed(cache, tmp_path):
-    command = [sys.executable, str(ROOT / "prepare.py"), "--profile", "cpu"]
-    environment = {**os.environ, "AUTORESEARCH_CACHE": str(tmp_path)}
     both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [process.communicate(timeout=120)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert sum("nothing to do" in output for output in outputs) == 1
-    assert (data_of(tmp_path) / "val.bin").read_bytes() == (data_of(cache) / "val.bin").read_bytes()
+    names = ["test.bin", "tokenizer.txt", "train.bin", "val.bin"]
+    assert sorted(path.name for path in data_of(tmp_path).iterdir()) == names
+    for name in names:
+        assert (data_of(tmp_path) / name).read_bytes() == (data_of(cache) / name).read_bytes()
 
 
 # --- one's own text
 
 
+@lru_cache
 def paragraphs(count: int, seed: int = 0) -> str:
     """Text of so many paragraphs of some 700 characters, from 3,000 made-up words."""
     random = np.random.default_rng(seed)
@@ -250,7 +241,7 @@ def test_a_text_of_ones_own_is_prepared(tmp_path, kind):
         texts = paragraphs(1_200).split("\n\n")
         pyarrow.parquet.write_table(pyarrow.table({"text": texts, "id": range(len(texts))}), place / "a.parquet")
     output = own(tmp_path, place / "a.txt" if kind == "one txt" else place)
-    assert "ready" in output and "nothing to do" in own(tmp_path, place / "a.txt" if kind == "one txt" else place)
+    assert "ready" in output
     (folder,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
     encoding = prepare.load_tokenizer(folder / "tokenizer.txt")
     text = {}
@@ -301,27 +292,27 @@ def test_an_own_text_is_read_once_for_each_split(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_ones_own_text_is_one_clear_line(tmp_path):
-    def place(name, content):
-        (tmp_path / name).write_bytes(content)
-        return tmp_path / name
+    def refused(name, content=None) -> str:
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(constants.Problem) as problem:
+            prepare.own_documents(tmp_path / name, "train")
+        return str(problem.value)
 
-    assert "is too small" in own(tmp_path, place("small.txt", paragraphs(300).encode()), 1)
-    assert "is too small: its tokenizer learns" in own(tmp_path, place("tiny.txt", b"a few words"), 1)
-    assert "is not UTF-8 (byte 4); convert it" in own(
-        tmp_path, place("latin.txt", "na\u00efve caf\u00e9".encode("latin-1") * 9), 1
-    ).replace("(byte 2)", "(byte 4)")
-    table = pyarrow.table({"content": ["x"]})
-    pyarrow.parquet.write_table(table, tmp_path / "other.parquet")
-    assert "has no column `text`, but content" in own(tmp_path, tmp_path / "other.parquet", 1)
+    (tmp_path / "small.txt").write_text(paragraphs(300))
+    assert "is too small" in own(tmp_path, tmp_path / "small.txt", 1)
+    assert "is not UTF-8 (byte 2); convert it" in refused("latin.txt", "na\u00efve caf\u00e9".encode("latin-1") * 9)
+    pyarrow.parquet.write_table(pyarrow.table({"content": ["x"]}), tmp_path / "other.parquet")
+    assert "has no column `text`, but content" in refused("other.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
-    assert "has int64 in its column `text`" in own(tmp_path, tmp_path / "numbers.parquet", 1)
+    assert "has int64 in its column `text`" in refused("numbers.parquet")
     for kind in (pyarrow.list_(pyarrow.string()), pyarrow.struct([("string", pyarrow.string())]), pyarrow.binary()):
         assert not prepare.is_text(kind)
     for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())):
         assert prepare.is_text(kind)
-    assert "cannot be read as parquet" in own(tmp_path, place("broken.parquet", b"PAR1 not"), 1)
+    assert "cannot be read as parquet" in refused("broken.parquet", b"PAR1 not")
     (tmp_path / "empty").mkdir()
-    assert "has no .txt and no .parquet file" in own(tmp_path, tmp_path / "empty", 1)
+    assert "has no .txt and no .parquet file" in refused("empty")
 
 
 def test_text_without_paragraphs_is_cut_at_spaces():

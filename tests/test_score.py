@@ -24,7 +24,7 @@ from lab.propose.screen import screen
 from lab.records import Rejected
 
 TRAIN = small((ROOT / "train.py").read_text())
-SHORT = replace(constants.PROFILES["cpu"], max_seq_len=64)  # rows of a quarter, for speed
+SHORT = replace(constants.PROFILES["cpu"], max_seq_len=64, eval_batch_rows=16)  # a sixteenth of a batch, for speed
 SETTINGS = constants.Settings(
     profile=SHORT, dataset="sotu", data="", train_file="train.bin", train_rows=1_000, budget_s=300.0, compile=False, device="cpu",
     device_name="cpu", capability=None, sizes_reason="", compiler_trouble="", threads=1, torch="", flash_attention={},

@@ -526,7 +526,7 @@ def test_another_error_in_the_warm_up_is_no_lack_of_memory(error, small_run):
 # --- the gpu sizes, without a GPU
 
 
-@pytest.mark.parametrize(("sizes", "compiled"), [("H100", False), ("small", False), ("H100", True)])
+@pytest.mark.parametrize(("sizes", "compiled"), [("H100", False), ("H100", True)])
 def test_a_full_training_step_at_the_gpu_sizes_runs_on_meta(sizes, compiled, monkeypatch):
     """Shapes, dtypes and the 16-bit attention inputs that FlashAttention asks for (asserted in attend)."""
     windows = []
@@ -545,8 +545,7 @@ def test_a_full_training_step_at_the_gpu_sizes_runs_on_meta(sizes, compiled, mon
     loss_fn = torch.compile(model.loss, backend="eager", fullgraph=True, dynamic=False) if compiled else model.loss
     train.train_step(loss_fn, optimizers, iter([(rows[:, :-1], rows[:, 1:])]), 1)
     if not compiled:
-        assert windows == [*[256] * 4, 0, *[256] * 3, 0] if sizes == "H100" else windows[-1] == 0
-    assert sum(p.numel() for p in model.parameters()) == pytest.approx(SIZES[sizes][5], rel=1e-4)
+        assert windows == [*[256] * 4, 0, *[256] * 3, 0]
 
 
 @pytest.mark.parametrize("sizes", SIZES)
@@ -574,7 +573,7 @@ def test_what_a_card_has_to_hold(sizes):
         f"{sizes}: {config.n_layer} x {config.n_embd}, {params / 1e6:.2f}M parameters, {flops / 1e6:.0f} MFLOP a token, "
         f"{micro_rows} rows at a time keep {gigabytes:.1f} GB"
     )
-    assert loss.requires_grad and gigabytes > 0.5
+    assert loss.requires_grad and gigabytes > 0.5 and params == pytest.approx(SIZES[sizes][5], rel=1e-4)
 
 
 def test_flops_of_a_token_by_hand():
@@ -587,20 +586,14 @@ def test_flops_of_a_token_by_hand():
 # --- runs by hand
 
 
-def by_hand(real_checkout, seconds, **environment):
-    train_file = real_checkout.folder / "train.py"
-    if "n_layer=2," in train_file.read_text():
-        train_file.write_text(small(train_file.read_text()))
-        real_checkout.git("-c", "user.name=User", "-c", "user.email=u@example.com", "commit", "-qam", "small")
-    process = real_checkout.start(script="train.py", AUTORESEARCH_TIME_BUDGET=str(seconds), **environment)
-    output, _ = process.communicate(timeout=180)
-    return process.returncode, output
-
-
 def test_a_run_by_hand_learns_and_its_score_agrees(real_checkout, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(real_checkout.cache))
-    status, output = by_hand(real_checkout, 3)
-    assert status == 0, output
+    train_file = real_checkout.folder / "train.py"
+    train_file.write_text(small(train_file.read_text()))
+    real_checkout.git("-c", "user.name=User", "-c", "user.email=u@example.com", "commit", "-qam", "small")
+    process = real_checkout.start(script="train.py", AUTORESEARCH_TIME_BUDGET="2")
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output
     closing = output[output.rindex("---\n") :].splitlines()
     assert [line.split(":")[0] for line in closing[1:]] == list(prepare.SUMMARY_DIGITS)
     folder = real_checkout.folder / "runs" / "by-hand"
@@ -619,18 +612,20 @@ def test_a_run_by_hand_learns_and_its_score_agrees(real_checkout, monkeypatch):
     assert real_checkout.git("status", "--short") == ""
 
 
-def test_a_loss_that_is_no_number_ends_the_run_at_once(real_checkout):
-    source = (real_checkout.folder / "train.py").read_text()
+def test_a_loss_that_is_no_number_ends_the_run_at_once(cache, tmp_path, monkeypatch):
+    source = small((ROOT / "train.py").read_text())
     assert source.count("losses.append(loss.detach())") == 1
     edited = source.replace("losses.append(loss.detach())", "losses.append(loss.detach() * math.nan)")
-    (real_checkout.folder / "train.py").write_text(edited)
-    status, output = by_hand(real_checkout, 20)
-    assert status == 1 and "loss nan at step 1" in output
+    monkeypatch.setattr(prepare, "start", lambda: make_run(data_of(cache), tmp_path, budget_s=20.0))
+    with pytest.raises(SystemExit, match="loss nan at step 1"):
+        exec(compile(edited, "train.py", "exec"), {"__name__": "__main__"})
 
 
-def test_what_is_missing_is_one_clear_line(real_checkout, monkeypatch):
-    status, output = by_hand(real_checkout, 3, AUTORESEARCH_PROFILE="gpu", CUDA_VISIBLE_DEVICES="")
-    assert status == 1 and "error: profile gpu: torch" in output and "Traceback" not in output
+def test_what_is_missing_is_one_clear_line(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    if not torch.cuda.is_available():
+        with pytest.raises(constants.Problem, match="profile gpu: torch"):
+            prepare.settings_by_hand("gpu", "sotu")
     monkeypatch.setenv("AUTORESEARCH_CACHE", "/nowhere")
     message = "no prepared data in /nowhere for profile cpu, dataset sotu; run: python prepare.py --profile cpu"
     with pytest.raises(constants.Problem, match=message):
@@ -653,10 +648,9 @@ def test_a_real_night_comes_to_its_baseline(real_checkout):
     """Trained, scored, probed and measured on test by the real programs; the hours are used up with it."""
     train_file = real_checkout.folder / "train.py"
     train_file.write_text(small(train_file.read_text()))
-    output = real_checkout.agent("--demo", "--budget", "2", "--hours", "0.0001")
+    output = real_checkout.agent("--demo", "--budget", "1", "--hours", "0.0001")
     assert "show the loop, not a result" in output
     assert "scored on a quarter of the text" in output
     (result,) = rows_of(real_checkout, "result", "demo")
     assert 1.5 < result["val_bpb"] < 3 and abs(result["test_bpb"] - result["val_bpb"]) < 0.5 and not result["distrust"]
     assert os.path.exists(real_checkout.folder / "runs" / "demo" / "0000" / "score.json")
-    assert real_checkout.folder != ROOT

@@ -153,14 +153,12 @@ def strays() -> list:
         if process.pid in spared:
             with contextlib.suppress(psutil.Error):
                 spared |= {child.pid for child in process.children(recursive=True)}
-    return [process for process in own if process.pid not in spared and session_of(process.pid) not in running]
-
-
-def session_of(pid: int) -> int | None:
-    try:
-        return os.getsid(pid)
-    except ProcessLookupError:
-        return None
+    left = []
+    for process in own:
+        with contextlib.suppress(ProcessLookupError):
+            if process.pid not in spared and os.getsid(process.pid) not in running:
+                left.append(process)
+    return left
 
 
 def started_for(place: str) -> list:

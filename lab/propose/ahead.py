@@ -1,9 +1,4 @@
-"""The next proposal: who is asked, until one passes the screen, beside the runs; and a person's own train.py.
-
-A proposer has a `name`, between_runs(number) (whether it is asked for that experiment between runs, not while one trains), `exhausted` (why
-it proposes nothing more) and propose(source, history, feedback) -> Proposal | None, which raises Rejected for what is no proposal. It may
-have `max_rejects`, how many of its proposals in a row may be refused, in the place of MAX_REJECTS.
-"""
+"""The next proposal: who is asked, until one passes the screen, beside the runs; and a person's own train.py."""
 
 import threading
 import time
@@ -14,8 +9,6 @@ from constants import Problem
 from lab.propose.screen import screen
 from lab.record.night import Night
 from lab.records import DESCRIPTION_CHARS, Proposal, Rejected, Result, fingerprint, one_line
-
-MAX_REJECTS = 20  # proposals for one experiment that are refused before the night stops
 
 
 @dataclass(frozen=True)
@@ -47,14 +40,25 @@ class History:
         return self.night.source(self.results[number])
 
 
-def propose(night: Night, proposer, history: History, feedback: list[str]) -> Proposal | None:
+class Proposer:
+    """Who proposes. A subclass has a `name` and propose(source, history, feedback) -> Proposal | None, which raises Rejected for what is none."""
+
+    exhausted = "nothing is left to propose"  # why it proposes nothing more, once propose() has returned None
+    max_rejects = 20  # proposals for one experiment that may be refused before the night stops
+
+    def between_runs(self, number: int) -> bool:
+        """Whether it is asked for that experiment between runs, not while one trains."""
+        return True
+
+
+def propose(night: Night, proposer: Proposer, history: History, feedback: list[str]) -> Proposal | None:
     """A proposal that passes the screen, journalled; None if the proposer has nothing left. Raises Problem.
 
     An objection goes back to the proposer as feedback. The background thread may be here.
     """
     parent, refused, feedback = history.incumbent, 0, list(feedback)
     source = night.source(parent) if parent else night.baseline.source
-    while refused < getattr(proposer, "max_rejects", MAX_REJECTS):
+    while refused < proposer.max_rejects:
         start, proposal = time.perf_counter(), None
         try:
             proposal = proposer.propose(source, history, feedback)
@@ -169,7 +173,7 @@ def rebased(night: Night, proposal: Proposal, number: int) -> Proposal:
 # try: the checkout's train.py
 
 
-class Try:
+class Try(Proposer):
     """One proposal: the checkout's train.py, as a person or a coding agent left it."""
 
     name, exhausted = "try", "tried"
@@ -177,9 +181,6 @@ class Try:
     def __init__(self, description: str, hypothesis: str, source: str):
         self.description = one_line(description)[:DESCRIPTION_CHARS]
         self.hypothesis, self.source, self.proposed = one_line(hypothesis)[:2_000], source, False
-
-    def between_runs(self, number: int) -> bool:
-        return True
 
     def propose(self, source: str, history: History, feedback: list[str]) -> Proposal | None:
         if feedback:

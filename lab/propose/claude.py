@@ -28,8 +28,7 @@ PRICES = {
 LONG_PROMPTS = {"claude-haiku-5-5": (100_000, 5.0)}  # from so many tokens on, everything costs so many times as much
 REPLY_TOKENS, LEAST_REPLY_TOKENS = 32_000, 8_000  # of one reply, thinking included; where the context is small
 TIMEOUT_S = 600.0  # without a byte from the server
-MAX_LOST = 3  # ideas that a server refuses in a row before the night ends, if it never replied
-MAX_PAUSES = 5  # of one reply
+MAX_LOST = 3  # ideas that a server refuses before the night ends, if it never replied
 # Stop reasons of what is no whole reply.
 BROKEN_OFF = frozenset("refusal tool_use max_tokens length pause_turn model_context_window_exceeded".split())
 GATEWAYS = (408, 502, 504, 524)  # statuses of a server in between: the one behind it may have begun
@@ -66,10 +65,6 @@ def credentials_of(secrets: dict[str, str]) -> dict[str, str]:
         name = next(name for name in SECRETS if name in secrets)
         return {"api_key" if name == SECRETS[0] else "auth_token": secrets[name]}
     return {"api_key": "none"} if os.environ.get("ANTHROPIC_BASE_URL") else {}
-
-
-class Refused(LostIdea):
-    """The server does not take the request."""
 
 
 class Claude(Researcher):
@@ -160,33 +155,18 @@ class Claude(Researcher):
             return []
 
     def ask(self, system: list[str], number: int) -> str | None:
-        """The reply. Raises LostIdea if there is none, Problem."""
-        try:
-            reply, self.refused = self.ask_until(system, number), 0
-            return reply
-        except LostIdea as lost:
-            self.refused = self.refused + 1 if isinstance(lost, Refused) else 0
-            if self.refused >= MAX_LOST and not self.replied:
-                raise Problem(
-                    f"the server refused {self.refused} ideas in a row and never replied ({lost}); check the key, --model and "
-                    f"ANTHROPIC_BASE_URL, {RUN_AGAIN}"
-                ) from None
-            raise
-
-    def ask_until(self, system: list[str], number: int) -> str | None:
         """The reply, through outages, however long; None if the next attempt might cost too much.
 
         Each attempt has two `call` rows: before it at its worst case, after it with what it cost. Raises LostIdea, Problem.
         """
-        failures, text, more, effort = 0, "", [], self.effort
+        failures, effort = 0, self.effort
         while True:
-            turns = [*self.turns, *more]
-            size = sum(len(part.encode()) for part in (*system, *(str(turn["content"]) for turn in turns)))
+            size = sum(len(part.encode()) for part in (*system, *(turn["content"] for turn in self.turns)))
             worst = usd_of(self.price, {"cache_write": size // 2, "output": self.reply_tokens}, self.model)
             if self.max_usd is not None and spent_usd(list(self.night.journal.rows), bound=True) + worst > self.max_usd:
                 return None
             call, start, message = self.open_call(number, self.model, worst), time.perf_counter(), Message()
-            failed = self.read(message, system, turns, effort)
+            failed = self.read(message, system, effort)
             begun = failed is None or failed.begun
             bound = {} if (failed is None and message.counted) or not begun else {"bound_usd": worst}
             said = {"error": failed.message} if failed else {"stop": message.stop, "reply": message.text}
@@ -201,22 +181,18 @@ class Claude(Researcher):
                     continue
                 self.give_up(failed)
                 failures += 1
-                self.wait_out(failures, failed.told(), failed.delay_s)
+                self.wait_out(failures, f"{failed.status or ''} {failed.message}".strip(), failed.delay_s)
                 continue
-            text, self.status = text + message.text, ""
-            if message.stop == "pause_turn" and len(more) < MAX_PAUSES:
-                more.append({"role": "assistant", "content": message.content})
-            elif message.stop in ("max_tokens", "length") and effort == "high":  # it thought for too long
-                effort, text, more = "medium", "", []
-            elif message.stop in ("end_turn", "stop_sequence") or (text and message.stop not in BROKEN_OFF):
+            self.status = ""
+            if message.stop in ("end_turn", "stop_sequence") or (message.text and message.stop not in BROKEN_OFF):
                 self.replied = True
-                return text
-            elif message.stop == "model_context_window_exceeded" and self.shorten():
-                text, more = "", []
-            else:
+                return message.text
+            if message.stop in ("max_tokens", "length") and effort == "high":  # it thought for too long
+                effort = "medium"
+            elif not (message.stop == "model_context_window_exceeded" and self.shorten()):
                 raise LostIdea(f"no whole reply: {message.stop}")
 
-    def read(self, message: "Message", system: list[str], turns: list[dict], effort: str) -> "Failed | None":
+    def read(self, message: "Message", system: list[str], effort: str) -> "Failed | None":
         """Fills the message from one request; why that failed, else None."""
         from anthropic import APIError
         from httpx2 import HTTPError
@@ -229,7 +205,7 @@ class Claude(Researcher):
             asked["output_config"] = {"effort": effort}
         try:
             with self.client.messages.with_streaming_response.create(
-                model=self.model, max_tokens=self.reply_tokens, messages=turns, stream=True, **asked
+                model=self.model, max_tokens=self.reply_tokens, messages=self.turns, stream=True, **asked
             ) as response:
                 for event in events_of(response):
                     message.take(event)
@@ -241,7 +217,7 @@ class Claude(Researcher):
             broken = not isinstance(error, (APIError, HTTPError))
             return Failed(status, error_text(error), retry_after(error), begun, broken)
         if message.stop is None:
-            return Failed(None, "its reply broke off" if message.content else "its answer has no text", broken=True)
+            return Failed(None, "its reply broke off" if message.text else "its answer has no text", broken=True)
         return None
 
     def adapt(self, failed: "Failed") -> bool:
@@ -286,7 +262,11 @@ class Claude(Researcher):
             )
         refused = status and 400 <= status < 500 and status not in (408, 409, 425, 429)
         if "content filter" in message or refused or status == 501:
-            raise Refused(f"the server does not take the request: {message}")
+            self.refused, reason = self.refused + 1, f"the server does not take the request: {message}"
+            if self.refused >= MAX_LOST and not self.replied:
+                how = f"check the key, --model and ANTHROPIC_BASE_URL, {RUN_AGAIN}"
+                raise Problem(f"the server refused {self.refused} ideas and never replied ({reason}); {how}")
+            raise LostIdea(reason)
         self.broken += failed.broken
         if self.broken >= MAX_BROKEN and not self.replied:
             raise Problem(
@@ -315,27 +295,15 @@ class Failed(Exception):
             self.status and self.delay_s is None and NO_MONEY.search(self.message) and not PASSES.search(self.message)
         )
 
-    def told(self) -> str:
-        return f"{self.status or ''} {self.message}".strip()
-
 
 @dataclass
 class Message:
     """A reply as far as it has come. The SDK's own accumulator takes no stream that lacks an event or a count."""
 
-    blocks: dict[int, dict] = field(default_factory=dict)  # by index
+    text: str = ""
     stop: str | None = None  # why it ended; None for what is not whole
     usage: dict[str, int] = field(default_factory=dict)  # what was reported last, by the names of COUNTS
     final: int = 0  # tokens of the reply as reported after it
-
-    @property
-    def content(self) -> list[dict]:
-        """Its blocks, as they are sent back after pause_turn."""
-        return [block for block in self.blocks.values() if block.get("type") != "text" or block.get("text")]
-
-    @property
-    def text(self) -> str:
-        return "".join(str(block.get("text") or "") for block in self.content if block.get("type") == "text")
 
     @property
     def counted(self) -> bool:
@@ -351,34 +319,24 @@ class Message:
         if kind == "message_start":
             self.count(inner(inner(event, "message"), "usage"))
         elif kind == "message":
-            self.blocks = dict(enumerate(block for block in event.get("content") or () if isinstance(block, dict)))
+            for block in event.get("content") or ():
+                self.add(block)
             self.final = self.count(inner(event, "usage"))
             self.end(event.get("stop_reason"))
         elif kind == "content_block_start":
-            self.blocks[self.index(event, len(self.blocks))] = {"type": "text"} | inner(event, "content_block")
+            self.add(inner(event, "content_block"))
         elif kind == "content_block_delta":
-            delta = inner(event, "delta")
-            name = {"text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature"}.get(
-                delta.get("type")
-            )
-            if name:
-                self.add("text" if name == "text" else "thinking", name, str(delta.get(name) or ""), event)
+            self.add(inner(event, "delta"))
         elif kind == "message_delta":
             self.stop = inner(event, "delta").get("stop_reason") or self.stop
             self.final = self.count(inner(event, "usage"))
         elif kind == "message_stop":
             self.end(self.stop)
 
-    def add(self, kind: str, name: str, words: str, event: dict) -> None:
-        """Adds to the block that a delta belongs to, by its index, else the last one; servers leave out blocks and indices."""
-        place = self.index(event, max(self.blocks, default=0))
-        if self.blocks.get(place, {"type": kind}).get("type") != kind:
-            place = max(self.blocks) + 1
-        block = self.blocks.setdefault(place, {"type": kind})
-        block[name] = (block.get(name) or "") + words
-
-    def index(self, event: dict, other: int) -> int:
-        return event["index"] if isinstance(event.get("index"), int) else other
+    def add(self, part: dict) -> None:
+        """Adds the words of a text block, or of a delta of one; thoughts are left out."""
+        if part.get("type") in ("text", "text_delta"):
+            self.text += str(part.get("text") or "")
 
     def end(self, stop: str | None) -> None:
         """It ended in order, whether or not it says why."""
@@ -386,12 +344,9 @@ class Message:
 
     def count(self, usage: dict) -> int:
         """Takes what is reported; the tokens of the reply in it."""
-        self.usage |= {name: usage[key] for name, key in COUNTS.items() if is_count(usage.get(key))}
+        counts = {name: usage.get(key) for name, key in COUNTS.items()}
+        self.usage |= {name: n for name, n in counts.items() if type(n) is int and 0 <= n < 10**9}
         return self.usage.get("output", 0) if COUNTS["output"] in usage else 0
-
-
-def is_count(value) -> bool:
-    return type(value) is int and 0 <= value < 10**9
 
 
 def inner(outer: dict, name: str) -> dict:

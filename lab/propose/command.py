@@ -28,7 +28,7 @@ SERVED_HERE = {"ollama"}  # programs whose model takes the card or the cores tha
 class Command(Researcher):
     """Starts the program for each reply, as the user, in an empty folder; it alone gets the keys."""
 
-    name, exhausted, spent_usd = "command", "nothing is left to propose", 0.0
+    name, spent_usd = "command", 0.0
 
     def __init__(self, night: Night, here: Path, command: str, secrets: dict[str, str]):
         self.words, self.secrets, self.place = words_of(command), secrets, str(night.folder / "command")

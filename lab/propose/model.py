@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from constants import Problem, write_atomically
-from lab.propose.ahead import History
+from lab.propose.ahead import History, Proposer
 from lab.propose.prompt import (
     DIVIDER,
     HISTORY_LINES,
@@ -121,10 +121,10 @@ def first_line(text: str) -> str:
 # Who is asked, and what for
 
 
-class Researcher:
+class Researcher(Proposer):
     """Asks a model for one proposal at a time, and the numeric search at the turns that program.md gives to it.
 
-    A subclass has `name`, `exhausted`, `spent_usd` and ask(system, number) -> str | None: the reply to `turns`, None if it might cost
+    A subclass has `name`, `spent_usd` and ask(system, number) -> str | None: the reply to `turns`, None if it might cost
     too much. It raises LostIdea, or Problem if going on is of no use. Called from the background thread; the live view shows `status`.
     """
 
@@ -222,10 +222,7 @@ class Researcher:
         """After the attempt that failed: a line at the third and each hour, and a pause."""
         delay = delay or min(PATIENCE_S, 2.0 ** min(failures, 6)) * random.uniform(0.5, 1.0)
         self.status = f"{one_line(reason)[:60]}, again in {delay:.0f} s"
-        self.remind(failures, f"waiting for {self.name}: {one_line(reason)}")
-        time.sleep(delay)
-
-    def remind(self, failures: int, line: str) -> None:
         if failures == 3 or (failures > 3 and time.perf_counter() - self.reminded > OUTAGE_REMINDER_S):
             self.reminded = time.perf_counter()
-            self.night.say(line)
+            self.night.say(f"waiting for {self.name}: {one_line(reason)}")
+        time.sleep(delay)

@@ -3,13 +3,12 @@
 import difflib
 import math
 import re
-from functools import partial
 from pathlib import Path
 from statistics import median
 
 from constants import Problem
 from lab.propose.ahead import History
-from lab.propose.tune import Move, moves_of, numbers_of
+from lab.propose.tune import moves_of, numbers_of
 from lab.records import Result, Run, change_of, clean, one_line, only_crashes, pace_text
 
 RUN_TIME, COMMAND = (
@@ -226,26 +225,21 @@ def numbers_text(source: str, history: History) -> str:
     sizes = history.night.settings.profile.sizes
     now, lines = numbers_of(source, sizes), []
     for name, moves in moves_of(history, sizes).items():
-        tried = {}
+        tried, worth = {}, []  # what changed nothing else is worth more, then what brought most
         for move in moves:
             change = change_of(history.results, move.result)
             brought = move.result.verdict.word if change is None else f"{change:+.4f}"
             tried.setdefault(move.new, []).append(brought + ("" if move.alone else "+"))
+            worth.append((not move.alone, math.inf if change is None else change, move.new))
         if name in now:
             tried.setdefault(now[name].value, []).append("*")
-            shown = {move.new for move in sorted(moves, key=partial(worth, history.results))[:VALUES]}
+            shown = {value for _, _, value in sorted(worth)[:VALUES]}
             cells = []
             for value in sorted(shown | {now[name].value}):
                 text = str(value) if isinstance(value, int) else f"{value:g}"
                 cells.append(f"{text} {' '.join(tried[value][-3:])}")
             lines.append(f"{name}: {', '.join(cells)}")
     return "\n".join(lines)
-
-
-def worth(results: tuple[Result, ...], move: Move) -> tuple[bool, float]:
-    """What sorts the moves of a number: those that changed nothing else first, then by what they brought."""
-    change = change_of(results, move.result)
-    return not move.alone, math.inf if change is None else change
 
 
 def near_misses(history: History, shown: list[Result]) -> list[Result]:
@@ -340,8 +334,3 @@ def metrics_text(metrics: dict) -> str:
         parts.append(f"a step of the warm-up {step_text(metrics)}")
     losses = ", ".join(f"{loss:.3f} at {seconds:.0f} s" for seconds, _, loss in metrics.get("losses", [])[::4])
     return ", ".join(parts) + (f"; training loss, mean of a window: {losses}" if losses else "")
-
-
-def verdict_counts(results: list[Result]) -> dict[str, int]:
-    words = [result.verdict.word for result in results]
-    return {word: words.count(word) for word in ("keep", "discard", "crash", "invalid")}

@@ -5,19 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from constants import Problem
-from lab.propose.ahead import History
+from lab.propose.ahead import History, Proposer
 from lab.record.journal import read_journal
 from lab.record.night import Night
 from lab.records import Proposal
 
 
-class Replay:
+class Replay(Proposer):
     """The experiments of another night's journal in order: each change is merged into the incumbent of this night."""
 
     name, exhausted, max_rejects = "replay", "the replay is complete", math.inf  # it comes to an end
-
-    def between_runs(self, number: int) -> bool:
-        return True
 
     def __init__(self, night: Night, proposals: list[tuple[Proposal, str]]):
         """proposals: each with the source of its parent in its own night."""
@@ -38,35 +35,26 @@ TO_REPLAY = "--replay takes a night's tag or its journal, such as runs/nov23/jou
 
 
 def rows_to_replay(runs: Path, name: str) -> list[dict]:
-    """The journal of a night, by its tag, folder or journal. Raises Problem if there is none."""
-    places = [runs / name / "journal.jsonl", Path(name) / "journal.jsonl", Path(name)]
-    path = next((place for place in places if place.is_file()), None)
+    """The journal of a night, by its tag or its path. Raises Problem if there is none."""
+    path = next((place for place in (runs / name / "journal.jsonl", Path(name)) if place.is_file()), None)
     if path is None:
         raise Problem(f"{name} is no night; {TO_REPLAY}")
     try:
         return read_journal(path)[0]
-    except (Problem, UnicodeDecodeError):
-        raise Problem(f"{path} is not a night's journal; {TO_REPLAY}") from None
+    except Problem as problem:
+        raise Problem(f"{problem}; {TO_REPLAY}") from None
 
 
 def proposals_to_replay(rows: list[dict], kept_only: bool) -> list[tuple[Proposal, str]]:
     """(proposal, its parent's source) of the experiments of a night. Raises Problem if there are none."""
-    try:
-        sources = {row["id"]: row["source"] for row in rows if row["event"] == "proposal"}
-        results = [row for row in rows if row["event"] == "result"]
-        of_number = {row["number"]: sources[row["proposal"]] for row in results}
-        of_id = {row["proposal"]: row for row in results if row["number"] > 0}
-        proposals = {row["id"]: row for row in rows if row["event"] == "proposal" and row["id"] in of_id}
-    except (TypeError, KeyError):
-        raise Problem(f"its rows are not a night's; {TO_REPLAY}") from None
-    wanted = [row for row in of_id.values() if row["verdict"] == "keep" or not kept_only]
+    sources = {row["id"]: row["source"] for row in rows if row["event"] == "proposal"}
+    results = [row for row in rows if row["event"] == "result"]
+    of_number = {row["number"]: sources[row["proposal"]] for row in results}
+    wanted = [row for row in results[1:] if row["verdict"] == "keep" or not kept_only]
     if not wanted:
-        what = "kept nothing but its baseline; without --kept all are run" if of_id else "has no experiments"
+        what = "kept nothing but its baseline; without --kept all are run" if results[1:] else "has no experiments"
         raise Problem(f"the night to replay {what}; {TO_REPLAY}")
     return [
-        (
-            Proposal(row["description"], row["hypothesis"], sources[row["proposal"]]),
-            of_number[proposals[row["proposal"]]["parent"]],
-        )
+        (Proposal(row["description"], row["hypothesis"], of_number[row["number"]]), of_number[row["parent"]])
         for row in wanted
     ]

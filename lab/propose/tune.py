@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from constants import Problem
-from lab.propose.ahead import History
+from lab.propose.ahead import History, Proposer
 from lab.record.night import Night
 from lab.records import Proposal, Result, change_of, fingerprint, parsed
 
@@ -188,16 +188,13 @@ def numbers_alone(night: Night, args) -> bool:
 # The search
 
 
-class Tune:
+class Tune(Proposer):
     """Proposes without a model of language. Draws depend on the tag, the experiment's number, its rejects and the history alone."""
 
-    name, exhausted = "tune", "nothing is left to propose"
+    name = "tune"
 
     def __init__(self, tag: str, sizes: str):
         self.tag, self.sizes = tag, sizes
-
-    def between_runs(self, number: int) -> bool:
-        return True
 
     def propose(self, source: str, history: History, feedback: list[str]) -> Proposal | None:
         """Raises Problem if train.py has no numbers."""

@@ -77,11 +77,6 @@ class Journal:
 # What the rows of a night say about its starts, its time and its money
 
 
-def first_start(rows: list[dict]) -> dict:
-    """The arguments with which a night began."""
-    return next((row["arguments"] for row in rows if row["event"] == "night"), {})
-
-
 def last_start(rows: list[dict]) -> dict:
     """The arguments of a night's last start; of a --check, an --ablate or a --try only if there was no other."""
     starts = [row["arguments"] for row in rows if row["event"] == "night"]

@@ -24,7 +24,6 @@ from lab.records import (
     fingerprint,
     log_tail,
     one_line,
-    run_of,
     run_trouble,
     runs_of,
     sha256,
@@ -129,21 +128,15 @@ class Night(Place):
         first, second = self.results[0].run.val_bpb, self.baseline_second
         return f"the baseline on two seeds: {first:.6f} and {second:.6f}, {self.noise:.6f} apart"
 
-    def known_run(self, source: str, seed: int) -> Run | None:
-        """A run of this source (its sha256) and seed that counts: it is not repeated."""
-        return next(iter(self.runs_on(source, seed)), None)
-
     def runs_on(self, source: str, seed: int) -> list[Run]:
-        """Those of this source and seed that count."""
-        rows = [row for row in self.journal.of("run") if (row["source"], row["seed"]) == (source, seed)]
-        return [run for run in map(run_of, rows) if self.counts(run)]
+        """Those of this source (its sha256) and seed that count: they are not repeated."""
+        return [
+            run for run in self.runs.values() if (run.source, run.seed) == (source, seed) and not self.run_trouble(run)
+        ]
 
     def run_trouble(self, run: Run) -> str:
         """Why a run's number does not count; empty if it does."""
         return run.crash or run_trouble(run, self.baseline_run, self.settings.budget_s)
-
-    def counts(self, run: Run) -> bool:
-        return not self.run_trouble(run)
 
     def add_proposal(self, proposal: Proposal, number: int, **more) -> Proposal:
         """Journals a proposal for experiment `number`, with its id. Any thread may."""
@@ -241,22 +234,14 @@ class Night(Place):
         write_atomically(self.folder / "results.tsv", "\n".join(lines) + "\n")
 
     def arrived(self, source: str) -> Path:
-        """Where the files of a worker's run of a source (its sha256) lie until its experiment has a number."""
+        """Where the files of a run of a source (its sha256) lie until it is judged: meanwhile others may run, also after a stop."""
         return self.folder / f"arrived-{source[:16]}"
-
-    def put_aside(self, folder: Path) -> None:
-        """Makes room for a run. What another proposal has run there before a stop, and will be judged by, keeps its files."""
-        source = folder / "train.py"
-        if source.exists() and self.known_run(hashed := sha256(source.read_text()), constants.SEED):
-            remove(self.arrived(hashed))
-            os.replace(folder, self.arrived(hashed))
-        remove(folder)
 
     def tidy(self) -> None:
         """Keeps of the last run's output its result.json, and the weights of the incumbent only."""
         last, best = self.results[-1], self.incumbent
         if self.arrived(last.run.source).exists():
-            self.put_aside(self.run_folder(last.number))
+            remove(self.run_folder(last.number))
             os.replace(self.arrived(last.run.source), self.run_folder(last.number))
         remove(self.run_folder(last.number) / "cache")
         for path in (self.run_folder(last.number) / "out").glob("*"):
@@ -319,12 +304,15 @@ def measure(night: Night, make_run, source: str, seed: int, title: str, fresh: b
     make_run(source, seed, title) -> Run is made here or by a fleet. A (source, seed) whose run counts stands in the journal and is
     not repeated, unless `fresh`.
     """
-    known = None if fresh else night.known_run(sha256(source), seed)
-    return known or night.add_run(make_run(source, seed, title))
+    known = [] if fresh else night.runs_on(sha256(source), seed)
+    return known[0] if known else night.add_run(make_run(source, seed, title))
 
 
 def make_run_here(night: Night, view, source: str, seed: int, title: str) -> Run:
     """A run on this process's device, in the folder of the experiment that it may become."""
     folder = night.run_folder(len(night.results)) if seed == constants.SEED else night.folder / "second"
-    night.put_aside(folder)
-    return measure_at(night, view, folder, source, seed, title, night.references)
+    run = measure_at(night, view, folder, source, seed, title, night.references)
+    if seed == constants.SEED and folder.exists():
+        remove(night.arrived(run.source))
+        os.replace(folder, night.arrived(run.source))
+    return run

@@ -129,8 +129,8 @@ def difference(host: dict, settings: Settings) -> str:
 def open_night(here: Path, folder: Path, args, repository: Repository, ask=None, check=lambda source: None) -> Night:
     """Creates the night or takes it up again. Raises Problem if it cannot.
 
-    Until the baseline has its result, another train.py, other rules or other flags begin the night anew. ask: see create_night().
-    check(source) may refuse a new baseline, before anything is made or given up.
+    Until the baseline has its result, another train.py, other rules or other flags begin the night anew, unless a model was paid.
+    ask: see create_night(). check(source) may refuse a new baseline, before anything is made or given up.
     """
     journal, checkout = Journal(folder / "journal.jsonl"), read_checkout(here, "train.py")
     if journal.of("result"):
@@ -149,9 +149,13 @@ def open_night(here: Path, folder: Path, args, repository: Repository, ask=None,
                     proposal_of(journal.of("proposal")[0]),
                     resume_night(here, folder, args, journal, ask),
                 )
+        if opened is None and journal.of("call"):
+            kept = "what its model has cost would be forgotten; undo what was changed"
+            raise Problem(f"night {folder.name} cannot begin anew: {kept}, or start another night with --tag NEW")
         if opened is None:
+            opened = create_night(here, folder, args, repository, ask)  # first: what it refuses gives up nothing
             journal.path.unlink(missing_ok=True)
-            journal, opened = Journal(journal.path), create_night(here, folder, args, repository, ask)
+            journal = Journal(journal.path)
     settings, device_id = opened
     night = Night(folder, settings, device_id, journal, repository, baseline)
     night.recover()
@@ -161,20 +165,17 @@ def open_night(here: Path, folder: Path, args, repository: Repository, ask=None,
 
 def journal_start(night: Night, args, environment: list[str]) -> None:
     """The `night` row of this start, and at the first one the baseline's proposal."""
-    rules = night.folder / "harness" / "night.json"
+    rules, arguments = night.folder / "harness" / "night.json", vars(args)
+    if args.command:  # its first word alone, since the rest may hold a key
+        arguments = arguments | {"command": shlex.split(args.command)[0]}
     night.journal.append(
         "night", format=FORMAT, tag=night.tag, pid=os.getpid(), device=night.settings.device_name, sandbox=night.tier,
         versions={"python": sys.version.split()[0], "torch": night.settings.torch},
         harness=night.settings.harness_sha256 | {"night.json": sha256_of(rules)}, environment=environment,
-        arguments={name: value for name, value in stored_arguments(args).items() if value is not None},
+        arguments={name: value for name, value in arguments.items() if value is not None},
     )  # fmt: skip
     if not night.journal.of("proposal"):
         night.baseline = night.add_proposal(night.baseline, 0)
-
-
-def stored_arguments(args) -> dict:
-    """The arguments as the journal has them: of a command its first word alone, since the rest may hold a key."""
-    return vars(args) | ({"command": shlex.split(args.command)[0]} if args.command else {})
 
 
 def renew_demo(here: Path, folder: Path, args, repository: Repository) -> None:
