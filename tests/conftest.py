@@ -182,10 +182,10 @@ def checkout(tmp_path):
 
 @pytest.fixture
 def real_checkout(tmp_path, cache):
-    """A checkout of the real files on prepared data, of which 64 rows of val and of test are left, for speed."""
+    """A checkout of the real files on prepared data, of which 16 rows of val and of test are left, for speed."""
     shutil.copytree(cache, tmp_path / "cache")
     for name in ("val.bin", "test.bin"):
-        os.truncate(data_of(tmp_path / "cache") / name, 64 * 257 * 2)
+        os.truncate(data_of(tmp_path / "cache") / name, 16 * 257 * 2)
     return make_checkout(tmp_path / "checkout", tmp_path / "cache", stub=False)
 
 

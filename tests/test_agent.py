@@ -29,7 +29,8 @@ import agent
 import constants
 from constants import CONFIRM_SEED, Problem
 from lab.arguments import choose_tag, complete, restore_arguments
-from lab.record.journal import FORMAT
+from lab.check import rehearse
+from lab.record.journal import FORMAT, has_ended
 from lab.records import Stopped, Verdict, sha256
 
 # --- verdicts
@@ -326,15 +327,16 @@ def test_a_rehearsal_says_in_seconds_whether_it_would_run_and_records_nothing(ch
     train.write_text(STUB.replace("lr=0.4", "lr=0.2"))
     flags = ("--profile", "cpu", "--try", "x", "--dry")
     assert "passes the screen, builds and takes three steps" in checkout.agent(*flags)
-    for source, message in (
-        (STUB + "import os\n", "`os` is refused"),
-        (STUB.replace("    steps = 0", "    steps = missing"), "passes the screen"),  # after the clock: not rehearsed
-        (STUB.replace("    model = build_model(None)", "    model = 1 // 0"), "ZeroDivisionError"),
-        (STUB.replace("    clock = run.start_clock(model)", "    raise SystemExit()\n    clock = run.start_clock(1)"), "before its clock"),
-    ):  # fmt: skip
-        train.write_text(source)
-        assert message in checkout.agent(*flags, expect=0 if "passes" in message else 1)
+    train.write_text(STUB + "import os\n")
+    assert "`os` is refused" in checkout.agent(*flags, expect=1)
     assert not list(checkout.folder.glob("runs/*")) and not checkout.git("for-each-ref", "refs/autoresearch")
+    night = open_here(checkout)
+    for old, new, trouble in (
+        ("    steps = 0", "    steps = missing", ""),  # after the clock: not rehearsed
+        ("    model = build_model(None)", "    model = 1 // 0", "ZeroDivisionError"),
+        ("    clock = run.start_clock(model)", "    raise SystemExit()\n    clock = run.start_clock(1)", "before its clock"),
+    ):  # fmt: skip
+        assert trouble in (said := rehearse(night, STUB.replace(old, new))) and bool(said) == bool(trouble)
 
 
 def test_a_try_says_why_and_how_its_run_went_beside_the_incumbents(checkout):
@@ -376,15 +378,14 @@ def test_a_demo_is_deleted_only_if_the_next_one_can_run(checkout):
     check_agreement(checkout, "demo")
 
 
-def test_a_night_that_ended_is_not_taken_up_by_a_command_without_a_tag(checkout):
+def test_a_night_that_ended_is_not_taken_up_by_a_command_without_a_tag(checkout, monkeypatch):
     output = checkout.agent(*NIGHT, "--experiments", "1")
     assert "go on      python agent.py --tag t  (with a larger --experiments or --hours)\n" in output
     assert rows_of(checkout, "end")[0]["reason"] == "the one experiment is done"
-    checkout.agent(*NIGHT[2:], "--experiments", "1")
-    (other,) = {path.parent.name for path in checkout.folder.glob("runs/*/journal.jsonl")} - {"t"}
-    checkout.agent("--check", "t", expect=1)
-    checkout.agent("--tag", other, "--experiments", "1")
-    assert len(check_agreement(checkout, other)) == 2
+    other = choose_tag(arguments(monkeypatch), checkout.folder / "runs")
+    assert other != "t"
+    (checked,) = rows_of(checkout, "night")
+    assert has_ended([*rows_of(checkout), checked | {"arguments": {"check": "t"}}])
 
 
 def arguments(monkeypatch, *words):

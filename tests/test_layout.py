@@ -17,17 +17,7 @@ ORDER = [  # each module may import what stands before it, and the folders stand
     "lab.fleet", "lab.check", "lab.arguments", "lab.progress", "lab.view", "agent",
 ]  # fmt: skip
 # which import all others at once
-ALL = [
-    "constants",
-    "prepare",
-    "train",
-    "lab.measure.score",
-    "lab.measure.trial",
-    "lab.propose.tune",
-    "lab.machine",
-    "lab.fleet",
-    "agent",
-]
+ALL = ["prepare", "train", "lab.measure.score", "lab.measure.trial", "lab.fleet", "agent"]
 WITHOUT_TORCH = [name for name in ORDER if name not in ("prepare", "train", "lab.measure.score")]
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -484,7 +485,7 @@ def test_progress_is_a_line_every_few_seconds_or_one_that_is_written_over(data, 
 
 
 def test_start_clock_refuses_a_model_that_is_already_trained(data, tmp_path):
-    run = make_run(data, tmp_path)
+    run = make_run(data, tmp_path, profile=replace(CPU, eval_batch_rows=8))
     rows = prepare.open_rows(data / "train.bin", CPU)[:200]
     counts = torch.full((CPU.vocab_size, CPU.vocab_size), 0.01)
     for row in torch.from_numpy(rows.astype(np.int64)):
@@ -506,7 +507,7 @@ def test_an_untrained_model_that_copies_from_a_rows_own_past_may_start(data, tmp
             share = seen / torch.arange(1, idx.size(1) + 1)[:, None]
             return (0.7 / CPU.vocab_size + 0.3 * share).log()
 
-    assert make_run(data, tmp_path).start_clock(Past())
+    assert make_run(data, tmp_path, profile=replace(CPU, eval_batch_rows=8)).start_clock(Past())
 
 
 # --- evaluation

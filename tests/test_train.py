@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, data_of, rows_of, small
+from conftest import ROOT, bubblewrap_works, data_of, rows_of, small
 from test_prepare import make_run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -591,7 +591,7 @@ def test_a_run_by_hand_learns_and_its_score_agrees(real_checkout, monkeypatch):
     train_file = real_checkout.folder / "train.py"
     train_file.write_text(small(train_file.read_text()))
     real_checkout.git("-c", "user.name=User", "-c", "user.email=u@example.com", "commit", "-qam", "small")
-    process = real_checkout.start(script="train.py", AUTORESEARCH_TIME_BUDGET="2")
+    process = real_checkout.start(script="train.py", AUTORESEARCH_TIME_BUDGET="3")
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
     closing = output[output.rindex("---\n") :].splitlines()
@@ -650,7 +650,7 @@ def test_a_real_night_comes_to_its_baseline(real_checkout):
     train_file.write_text(small(train_file.read_text()))
     output = real_checkout.agent("--demo", "--budget", "1", "--hours", "0.0001")
     assert "show the loop, not a result" in output
-    assert "scored on a quarter of the text" in output
+    assert "scored on a quarter of the text" in output and ("sandbox: bubblewrap," in output or not bubblewrap_works())
     (result,) = rows_of(real_checkout, "result", "demo")
     assert 1.5 < result["val_bpb"] < 3 and abs(result["test_bpb"] - result["val_bpb"]) < 0.5 and not result["distrust"]
     assert os.path.exists(real_checkout.folder / "runs" / "demo" / "0000" / "score.json")
