@@ -316,9 +316,8 @@ def at_work(night: Night, args, proposer, fleet) -> str:
             return future.result()
         left_s = math.inf if args.hours is None else 3600 * args.hours - seconds_of_earlier_starts(night.journal.rows)
         end = time.perf_counter() + left_s
-        limits = Limits(args.experiments, args.hours, end, args.workers or 1)
-        if args.describe:  # it proposes once
-            limits = Limits(None, None)
+        own = Limits(args.experiments, args.hours, end, args.workers or 1)
+        limits = Limits(None, None) if args.describe else own  # --try proposes once
         second_seed = not args.demo and (not args.describe or bool(args.confirm))
         return run_night(night, proposer, limits, measured, lambda: fleet.room if fleet else 1, view, second_seed)
 
@@ -354,7 +353,6 @@ def start_and_work(args, secrets: dict) -> None:
     folder, new = RUNS / tag, not (RUNS / tag).exists()
     with contextlib.ExitStack() as locks:
         locks.enter_context(locked(folder / "lock", f"night {tag}", f"agent.py, tag {tag}"))
-        locks.callback(end_processes, str(folder))  # at last a researcher that is still thinking
         if args.demo:
             renew_demo(HERE, folder, args, repository)
         try:
@@ -383,6 +381,9 @@ def start_and_work(args, secrets: dict) -> None:
         finally:
             if isinstance(proposer, Researcher):
                 proposer.stopped = True
+            if fleet:
+                fleet.close()
+            end_processes(str(folder))  # a researcher that is still thinking
     if proposer:
         print_summary(night, why, proposer, goes_on=not (args.demo or args.describe))
     else:

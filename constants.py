@@ -245,7 +245,7 @@ def lock(path: Path, note: str, wait: bool = False, shared: bool = False) -> IO[
         file.close()
         raise BlockingIOError(holder) from None
     file.truncate(0)
-    file.write(f"pid {os.getpid()}, {note}, in {os.getcwd()}")
+    file.write(f"pid {os.getpid()}, {note}, in {Path(__file__).parent}")
     file.flush()
     return file
 

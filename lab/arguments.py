@@ -41,7 +41,7 @@ def parse_arguments(description_text: str) -> argparse.Namespace:
         return text
 
     parser = argparse.ArgumentParser(
-        usage="python agent.py [options], which --help lists",
+        usage="python agent.py [options]    (--help lists them)",
         description=description_text,
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=120),
     )

@@ -45,8 +45,8 @@ def check(night: Night, seeds: int, measure, say) -> str:
     interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
     low, high = (mean if math.isnan(bound) else float(bound) for bound in (interval.low, interval.high))
     claimed = first.run.val_bpb - best.run.val_bpb
-    word = "not distinguishable from" if low <= 0 <= high else "better than" if low > 0 else "worse than"
-    word = f"{word} the baseline"
+    than = "not distinguishable from" if low <= 0 <= high else "better than" if low > 0 else "worse than"
+    word = f"{than} the baseline"
     night.journal.append("check", seeds=seeds, **numbers, claimed=claimed, mean=mean, welch=[low, high], word=word)
     say(f"in the night, on one seed, on val: {claimed:.6f} (experiment {best.number})")
     say(f"on {seeds} fresh seeds, on test: {mean:+.6f}, Welch's 95 % interval {low:+.6f} to {high:+.6f}")

@@ -219,6 +219,8 @@ class Fleet:
 
     def close(self) -> None:
         """Ends the workers and what they run."""
+        if not self.ray.is_initialized():
+            return
         for ending in [worker.close.remote() for worker in self.workers.values()]:
             with contextlib.suppress(self.ray.exceptions.RayError):
                 self.ray.get(ending, timeout=CLOSE_LIMIT_S)

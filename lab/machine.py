@@ -186,7 +186,6 @@ def sizes_of(card: str, peak: float | None, uuid: str, measure) -> tuple[str, st
     known = json.loads(path.read_text()) if path.exists() else {}
     if key not in known:
         known[key] = measure()
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(known, indent=1))
     return card_class(None, known[key]), f"measured {known[key]:.3g} TFLOP/s, kept in {path.name}"
 

@@ -350,6 +350,7 @@ def check_agreement(checkout, tag="t"):
     keeps = [row["commit"] for row in results if row["verdict"] == "keep"]
     on_branch = checkout.git("rev-list", "--reverse", f"autoresearch/{tag}", "--not", "main").split("\n")
     assert on_branch == keeps
+    assert not list((checkout.folder / "runs" / tag).glob("arrived-*"))
     lines = (checkout.folder / "runs" / tag / "results.tsv").read_text().splitlines()
     assert lines[0] == "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
     for line, row in zip(lines[1:], results, strict=True):

@@ -618,6 +618,7 @@ def test_a_token_is_taken_like_a_key_and_neither_stays_in_the_environment(monkey
 
 def test_no_key_is_one_message_with_four_ways_on(checkout):
     output = checkout.agent(*NIGHT, expect=1)
+    assert "Traceback" not in output and not list(checkout.folder.glob("runs/*"))
     assert all(
         way in output for way in ("--demo", "--command", "--proposer tune", "program.md", "--try", "ANTHROPIC_API_KEY")
     )

@@ -342,6 +342,8 @@ def test_what_changed_or_is_gone_since_the_night_began_refuses_to_go_on(checkout
         assert f"{path.name} changed" in refused() and "--tag NEW" in refused()
         path.unlink()
         assert f"{path.name} is gone; restore it" in refused()
+        if path.name == "val.bin":
+            assert "val.bin is gone; restore it" in checkout.agent("--tag", "t", "--experiments", "2", expect=1)
         path.write_bytes(before)
         path.chmod(mode)
     for name in ("constants.py", "lab/measure/score.py"):

@@ -361,17 +361,18 @@ def test_what_is_wrong_with_a_folder_is_said_and_other_errors_are_not_hidden():
 
 
 @pytest.mark.parametrize(
-    ("environment", "message"),
+    ("script", "environment", "message"),
     [
-        ({"AUTORESEARCH_PROFILE": "tpu"}, "unknown profile 'tpu'"),
-        ({"AUTORESEARCH_PROFILE": "cpu", "AUTORESEARCH_DATASET": "web"}, "there is no dataset and no path 'web'"),
-        ({"AUTORESEARCH_PROFILE": "cpu", "AUTORESEARCH_CACHE": "/etc/passwd"}, "AUTORESEARCH_CACHE have to be folders"),
+        ("prepare.py", {"AUTORESEARCH_PROFILE": "tpu"}, "unknown profile 'tpu'"),
+        ("prepare.py", {"AUTORESEARCH_DATASET": "web"}, "there is no dataset and no path 'web'"),
+        ("prepare.py", {"AUTORESEARCH_CACHE": "/etc/passwd"}, "AUTORESEARCH_CACHE have to be folders"),
+        ("train.py", {}, "for profile cpu, dataset sotu; run: python prepare.py --profile cpu"),
     ],
 )
-def test_bad_environment_is_one_clear_line(environment, message, tmp_path):
+def test_bad_environment_is_one_clear_line(script, environment, message, tmp_path):
+    usual = {"AUTORESEARCH_CACHE": str(tmp_path), "AUTORESEARCH_PROFILE": "cpu"}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "prepare.py")], capture_output=True, text=True, timeout=60,
-        env={**os.environ, "AUTORESEARCH_CACHE": str(tmp_path), **environment},
+        [sys.executable, str(ROOT / script)], capture_output=True, text=True, timeout=60, env={**os.environ, **usual, **environment},
     )  # fmt: skip
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 

@@ -217,7 +217,7 @@ class Claude(Researcher):
             broken = not isinstance(error, (APIError, HTTPError))
             return Failed(status, error_text(error), retry_after(error), begun, broken)
         if message.stop is None:
-            return Failed(None, "its reply broke off" if message.text else "its answer has no text", broken=True)
+            return Failed(None, "its answer has no text" if message.ended else "its reply broke off", broken=True)
         return None
 
     def adapt(self, failed: "Failed") -> bool:
@@ -304,6 +304,7 @@ class Message:
     stop: str | None = None  # why it ended; None for what is not whole
     usage: dict[str, int] = field(default_factory=dict)  # what was reported last, by the names of COUNTS
     final: int = 0  # tokens of the reply as reported after it
+    ended: bool = False  # in order
 
     @property
     def counted(self) -> bool:
@@ -340,7 +341,7 @@ class Message:
 
     def end(self, stop: str | None) -> None:
         """It ended in order, whether or not it says why."""
-        self.stop = stop or ("end_turn" if self.text else None)
+        self.stop, self.ended = stop or ("end_turn" if self.text else None), True
 
     def count(self, usage: dict) -> int:
         """Takes what is reported; the tokens of the reply in it."""

@@ -42,7 +42,7 @@ def rows_to_replay(runs: Path, name: str) -> list[dict]:
     try:
         return read_journal(path)[0]
     except Problem as problem:
-        raise Problem(f"{problem}; {TO_REPLAY}") from None
+        raise Problem(f"{str(problem).partition(';')[0]}; {TO_REPLAY}") from None
 
 
 def proposals_to_replay(rows: list[dict], kept_only: bool) -> list[tuple[Proposal, str]]:

@@ -30,7 +30,7 @@ REFUSED = {  # name or attribute: why
         "__delattr__ getattr_static attrgetter methodcaller globals locals vars",
         "reads files; run.train_rows has the data": "open memmap open_memmap fromfile from_file loadtxt genfromtxt DataSource load hub package "
         "PyTorchFileReader",
-        "writes files; run.finish saves the weights": "save savez savez_compressed savetxt tofile dump write_text write_bytes write_atomically written "
+        "writes files; run.finish saves the weights": "save savez savez_compressed savetxt tofile dump write_text write_bytes write_atomically "
         "PyTorchFileWriter",
         "the seed belongs to the harness, and its generators have it": "manual_seed manual_seed_all set_rng_state_all seed_all default_generator "
         "default_rng RandomState SeedSequence PCG64 PCG64DXSM MT19937 Philox SFC64 seed",

@@ -312,7 +312,8 @@ def make_run_here(night: Night, view, source: str, seed: int, title: str) -> Run
     """A run on this process's device, in the folder of the experiment that it may become."""
     folder = night.run_folder(len(night.results)) if seed == constants.SEED else night.folder / "second"
     run = measure_at(night, view, folder, source, seed, title, night.references)
-    if seed == constants.SEED and folder.exists():
+    if seed == constants.SEED:
         remove(night.arrived(run.source))
-        os.replace(folder, night.arrived(run.source))
+        if folder.exists():
+            os.replace(folder, night.arrived(run.source))
     return run

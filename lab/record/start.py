@@ -14,7 +14,7 @@ from constants import Problem, Settings, locked, sha256_of, write_atomically
 from lab.measure.files import remove
 from lab.measure.place import HARNESS
 from lab.record.git import Repository
-from lab.record.journal import FORMAT, Journal, has_ended, read_journal
+from lab.record.journal import FORMAT, Journal, has_ended, read_journal, spent_usd
 from lab.record.night import Night, proposal_of, read_checkout
 from lab.records import Proposal
 
@@ -143,15 +143,18 @@ def open_night(here: Path, folder: Path, args, repository: Repository, ask=None,
             )
         check(source)
         baseline, opened = Proposal("baseline", "", source), None
+        changed = "train.py has changed"
         if journal.of("proposal") and proposal_of(journal.of("proposal")[0]).source == source:
-            with contextlib.suppress(Problem):
-                baseline, opened = (
-                    proposal_of(journal.of("proposal")[0]),
-                    resume_night(here, folder, args, journal, ask),
-                )
-        if opened is None and journal.of("call"):
-            kept = "what its model has cost would be forgotten; undo what was changed"
-            raise Problem(f"night {folder.name} cannot begin anew: {kept}, or start another night with --tag NEW")
+            try:
+                opened = resume_night(here, folder, args, journal, ask)
+                baseline = proposal_of(journal.of("proposal")[0])
+            except Problem as problem:
+                changed = str(problem)
+        if opened is None and spent_usd(journal.rows, bound=True):
+            kept = f"what its model has cost would be forgotten ({changed})"
+            raise Problem(
+                f"night {folder.name} cannot begin anew: {kept}; undo that, or start another night with --tag NEW"
+            )
         if opened is None:
             opened = create_night(here, folder, args, repository, ask)  # first: what it refuses gives up nothing
             journal.path.unlink(missing_ok=True)
