@@ -68,13 +68,13 @@ def score(
         seconds[part], clock[0] = seconds.get(part, 0.0) + now - clock[0], now
 
     token_bytes = token_byte_lengths(load_tokenizer(Path(settings.data, "tokenizer.txt")))
-    first = random.integers(0, len(token_bytes), (profile.eval_batch_rows, profile.max_seq_len))
+    first = random.integers(0, len(token_bytes), (1, profile.max_seq_len))
     scores = {"val_bpb": None, "test_bpb": None, "val_tokens": None, "invalid": "", "seconds": seconds}
     scored, stated = [], []  # rows of val and test, and the nats that the first process states for them
 
     def warm_up(connection) -> None:
-        for some in (first, first[:1]):  # also a batch that is not full, as the last one may be
-            ask_logits(connection, some, np.zeros(len(some), np.int64), len(token_bytes))
+        """One row: what an honest model takes for it is little beside the load, whatever its size."""
+        ask_logits(connection, first, np.zeros(1, np.int64), len(token_bytes))
 
     @contextmanager
     def evaluating():
