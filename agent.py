@@ -51,6 +51,7 @@ from lab.record.night import Night, make_run_here, measure, read_checkout
 from lab.record.start import journal_start, open_night, renew_demo, stored_settings
 from lab.records import (
     RUN_AGAIN,
+    UNEVEN,
     OutOfTime,
     Proposal,
     Rejected,
@@ -70,7 +71,6 @@ from lab.view import View, print_summary
 HERE = Path(__file__).resolve().parent
 RUNS = Path(os.path.realpath(HERE / "runs"))
 TEST_ALARM = 0.01  # bpb, or x incumbent if more: a gain on val that exceeds the gain on test by this is not believed
-UNEVEN = 0.1  # share of tokens by which two runs of the baseline may differ; more, and it is measured again
 MAX_CRASHES = 20  # crashes in a row before the night stops
 
 

@@ -153,9 +153,11 @@ class Settings:
     def text(self) -> str:
         """The settings as one line, for the terminal and for the researcher."""
         memory = f" with {self.profile.memory_gb:g} GB" if self.profile.memory_gb else ""
+        short = f" (runs under {COMPILE_FROM_S:g} s)" if self.budget_s < COMPILE_FROM_S else ""
+        compiled = "compiled" if self.compile else f"not compiled{short}"
         return (
             f"profile {self.profile.name}, dataset {self.dataset}, {self.device_text}{memory}, {self.profile.dtype}, "
-            f"{'compiled' if self.compile else 'not compiled'}, {counted(self.threads, 'thread')}, {self.budget_s:g} s a run"
+            f"{compiled}, {counted(self.threads, 'thread')}, {self.budget_s:g} s a run"
             f"{', scored on a quarter of the text' if self.score_every > 1 else ''}"
         )
 

@@ -182,6 +182,7 @@ def pace_text(run: Run, other: Run) -> str:
 # ---------------------------------------------------------------------------
 # Which runs count
 
+UNEVEN = 0.1  # share of tokens by which two runs of the baseline may differ; more, and it is measured again
 MOST_GROWTH = 8.0  # of the weights against the baseline's: more gives no more time to save them
 LEAST_CHANGE = {"last_mean_nats": 1e-4, "last_abs_nats": 1e-4}  # of the probe, that is never held against a run
 # Of the probe: what two kernels differ by in bfloat16.

@@ -85,7 +85,7 @@ class View:
         self.say(f"sandbox: {self.night.tier}, branch autoresearch/{self.night.tag}")
         if self.proposer:
             memory = "  memory" if self.night.settings.device == "cuda" else ""
-            self.say("change and tokens: against the experiment that it was made on")
+            self.say("change, tokens: compared with the best at that time")
             self.say(f"{'no.':>4}  {'val_bpb':>9}  {'change':>9}  {'tokens':>6}  {'verdict':8}{memory}  description")
         for result in self.shown:
             self.finished(result)
@@ -167,7 +167,8 @@ def pace_doubt(run: Run, other: Run) -> str:
     """What a large difference in tokens means for a keep; empty if there is none."""
     if abs(pace_of(run, other) or 0.0) <= UNUSUAL_PACE:
         return ""
-    return f"{pace_text(run, other)} tokens: the program is faster or slower, or the machine was busy during one of the two runs"
+    program, busy = ("faster", "the earlier run") if pace_of(run, other) > 0 else ("slower", "this run")
+    return f"{pace_text(run, other)} tokens: the program is {program}, or the machine was busy during {busy}"
 
 
 def print_summary(night: Night, why: str, proposer, goes_on: bool) -> None:
@@ -242,7 +243,7 @@ def print_summary(night: Night, why: str, proposer, goes_on: bool) -> None:
             f"go on      {again}{'  (with a larger --experiments or --hours)' if why.endswith(('done', 'used up')) else ''}"
         )
     if best.number:
-        print(f"is it so?  python agent.py --check {tag}")
+        print(f"verify     python agent.py --check {tag}")
     if tag == "demo":
         print(
             "what now?  python agent.py --proposer tune --budget 60 --hours 1      an hour of this, in runs that mean more"

@@ -15,6 +15,7 @@ from lab.measure.run import RESULT_BYTES, measure_at, settle_cache
 from lab.record.git import Repository
 from lab.record.journal import Journal
 from lab.records import (
+    UNEVEN,
     Proposal,
     References,
     Result,
@@ -24,6 +25,7 @@ from lab.records import (
     fingerprint,
     log_tail,
     one_line,
+    pace_of,
     run_trouble,
     runs_of,
     sha256,
@@ -111,9 +113,13 @@ class Night(Place):
     @property
     def baseline_second(self) -> float | None:
         """The baseline's val_bpb on the second seed; None if it was not measured there."""
-        first = self.keeps[0].run.source if self.keeps else ""
-        found = [run.val_bpb for run in self.runs_on(first, constants.CONFIRM_SEED)]
-        return found[-1] if found else None  # the last: on a busy machine it was measured again
+        if not self.keeps:
+            return None
+        first = self.keeps[0].run
+        found = self.runs_on(first.source, constants.CONFIRM_SEED)
+        # On a busy machine it was measured again.
+        even = [run for run in found if abs(pace_of(run, first) or 0.0) <= UNEVEN]
+        return (even or found[-1:])[0].val_bpb if found else None
 
     @property
     def noise(self) -> float | None:
