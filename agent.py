@@ -51,7 +51,6 @@ from lab.record.night import Night, make_run_here, measure, read_checkout
 from lab.record.start import journal_start, open_night, renew_demo, stored_settings
 from lab.records import (
     RUN_AGAIN,
-    UNEVEN,
     OutOfTime,
     Proposal,
     Rejected,
@@ -63,8 +62,8 @@ from lab.records import (
     fingerprint,
     log_tail,
     only_crashes,
-    pace_of,
     run_trouble,
+    uneven,
 )
 from lab.view import View, print_summary
 
@@ -163,7 +162,7 @@ def measure_noise(night: Night, measure, compare: bool) -> None:
     while compare and not night.results:
         if night.stop.wait(0.1):
             raise Stopped
-    if compare and abs(pace_of(second, night.results[0].run) or 0.0) > UNEVEN:
+    if compare and uneven(second, night.results[0].run):
         tokens = [run.metrics["total_tokens_M"] for run in (night.results[0].run, second)]
         night.say(
             f"the baseline's two runs read {tokens[0]:.2f} and {tokens[1]:.2f} million tokens: was the machine busy? It is run once more"

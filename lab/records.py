@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 DESCRIPTION_CHARS = 200  # of a proposal's description: it is the title of a commit
+UNEVEN = 0.1  # share of tokens by which two runs may differ: more in the baseline's, and it is measured again; in a keep's, it is said
 RUN_AGAIN = "then run the same command: it goes on where it stopped"
 
 
@@ -173,6 +174,11 @@ def pace_of(run: Run, other: Run) -> float | None:
     return own / theirs - 1 if own and theirs else None
 
 
+def uneven(run: Run, other: Run) -> bool:
+    """Whether two runs read so different numbers of tokens that their numbers are hard to compare."""
+    return abs(pace_of(run, other) or 0.0) > UNEVEN
+
+
 def pace_text(run: Run, other: Run) -> str:
     """The same in words: `-6 %`; empty if one of them does not say."""
     pace = pace_of(run, other)
@@ -182,7 +188,6 @@ def pace_text(run: Run, other: Run) -> str:
 # ---------------------------------------------------------------------------
 # Which runs count
 
-UNEVEN = 0.1  # share of tokens by which two runs of the baseline may differ; more, and it is measured again
 MOST_GROWTH = 8.0  # of the weights against the baseline's: more gives no more time to save them
 LEAST_CHANGE = {"last_mean_nats": 1e-4, "last_abs_nats": 1e-4}  # of the probe, that is never held against a run
 # Of the probe: what two kernels differ by in bfloat16.

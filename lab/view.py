@@ -16,9 +16,8 @@ from lab.propose.model import Researcher
 from lab.propose.prompt import OPERATORS, beside_text, step_text
 from lab.record.journal import night_runs
 from lab.record.night import Night
-from lab.records import Result, Run, log_tail, one_line, pace_of, pace_text
+from lab.records import Result, Run, log_tail, one_line, pace_of, pace_text, uneven
 
-UNUSUAL_PACE = 0.1  # difference in tokens between a keep and its parent that is pointed out
 STYLES = {"keep": "green", "discard": "", "crash": "red", "invalid": "magenta"}
 
 
@@ -165,7 +164,7 @@ class View:
 
 def pace_doubt(run: Run, other: Run) -> str:
     """What a large difference in tokens means for a keep; empty if there is none."""
-    if abs(pace_of(run, other) or 0.0) <= UNUSUAL_PACE:
+    if not uneven(run, other):
         return ""
     program, busy = ("faster", "the earlier run") if pace_of(run, other) > 0 else ("slower", "this run")
     return f"{pace_text(run, other)} tokens: the program is {program}, or the machine was busy during {busy}"

@@ -229,7 +229,7 @@ def own(tmp_path, place, expect=0):
 
 
 @pytest.mark.parametrize("kind", ["one txt", "many txt", "parquet"])
-def test_a_text_of_ones_own_is_prepared(tmp_path, kind):
+def test_a_text_of_ones_own_is_prepared(tmp_path, kind, monkeypatch):
     """Split by document, or by file if there are many; the tokenizer learns from train alone; each word is somewhere."""
     place = tmp_path / "my texts"
     place.mkdir()
@@ -244,6 +244,8 @@ def test_a_text_of_ones_own_is_prepared(tmp_path, kind):
     output = own(tmp_path, place / "a.txt" if kind == "one txt" else place)
     assert "ready" in output
     (folder,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+    assert prepare.prepared(CPU, str(place / "a.txt" if kind == "one txt" else place)) == (folder, "train.bin")
     encoding = prepare.load_tokenizer(folder / "tokenizer.txt")
     text = {}
     for split in ("train", "val", "test"):

@@ -15,7 +15,6 @@ from lab.measure.run import RESULT_BYTES, measure_at, settle_cache
 from lab.record.git import Repository
 from lab.record.journal import Journal
 from lab.records import (
-    UNEVEN,
     Proposal,
     References,
     Result,
@@ -25,10 +24,10 @@ from lab.records import (
     fingerprint,
     log_tail,
     one_line,
-    pace_of,
     run_trouble,
     runs_of,
     sha256,
+    uneven,
 )
 
 OWN_BYTES, OWN_LINES = 64_000, 6  # of a run's log, to find the lines that are train.py's own
@@ -118,7 +117,7 @@ class Night(Place):
         first = self.keeps[0].run
         found = self.runs_on(first.source, constants.CONFIRM_SEED)
         # On a busy machine it was measured again.
-        even = [run for run in found if abs(pace_of(run, first) or 0.0) <= UNEVEN]
+        even = [run for run in found if not uneven(run, first)]
         return (even or found[-1:])[0].val_bpb if found else None
 
     @property
