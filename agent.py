@@ -186,15 +186,15 @@ class Limits:
     workers: int = 1
     reason: str = ""  # why no other experiment may begin
 
-    def left(self, night: Night, running: int = 0) -> int | None:
-        """How many more experiments may begin, about, while so many run: 0 for none, None without a limit. Sets `reason`, night.until."""
-        begun = len(night.results) + running
+    def left(self, night: Night, running: list[Proposal]) -> int | None:
+        """How many more experiments may begin, about, while these run: 0 for none, None without a limit. Sets `reason`, night.until."""
+        begun = night.begun(running)
         by_number = math.inf if self.experiments is None else self.experiments + 1 - begun
         runs = [run for result in night.results for run in (result.run, *(result.second or ()))]
         mean_s = sum(run.seconds for run in runs) / len(night.results) if night.results else night.settings.budget_s
         by_time, night.until = math.inf, self.end - mean_s
         if self.hours is not None:
-            by_time = self.workers * int((self.end - time.perf_counter()) / mean_s) - running
+            by_time = self.workers * int((self.end - time.perf_counter()) / mean_s) - len(running)
         if by_number <= 0:
             self.reason = (
                 "the one experiment is done"
@@ -248,7 +248,7 @@ def run_night(night: Night, proposer, limits: Limits, measure, room, view, secon
                     view.finished(result)
                 refuse_to_go_on(night)
             under_way = [proposal for proposal in running.values() if proposal]
-            more, free = limits.left(night, len(under_way)) != 0, room() - len(running)
+            more, free = limits.left(night, under_way) != 0, room() - len(running)
             proposal = None
             if more and free > 0:
                 if second_seed and (night.results or under_way):

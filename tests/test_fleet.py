@@ -171,6 +171,25 @@ def test_a_baseline_that_fails_beside_a_run_on_the_second_seed_that_works_ends_t
             run_here(night, None, Script(), second_seed=True, measure=measure, workers=3)
 
 
+def test_an_experiment_that_was_just_recorded_is_not_counted_as_running_too(checkout):
+    night = open_here(checkout)
+    record, seen = night.record, []
+
+    def slow_record(*args):
+        result = record(*args)
+        time.sleep(0.2)  # meanwhile the thread of the experiment has not ended
+        return result
+
+    class Looks(Script):
+        def propose(self, source, history, feedback):
+            seen.append((history.number, history.more))
+            return super().propose(source, history, feedback)
+
+    night.record = slow_record
+    assert run_here(night, 2, Looks(better(0.3), ("beta=0.8", "beta=0.7")), workers=2) == "all 2 experiments are done"
+    assert seen == [(1, 1), (2, 0)]
+
+
 def test_what_a_thread_raises_ends_the_night_and_what_the_others_run(checkout):
     night = open_here(checkout)
 

@@ -17,7 +17,7 @@ class History:
 
     night: Night
     results: tuple[Result, ...]
-    running: tuple[Proposal, ...] = ()  # what trains meanwhile
+    running: tuple[Proposal, ...] = ()  # what trains meanwhile and has no result
     more: int | None = None  # about how many experiments follow this one; None: until it is stopped
 
     @property
@@ -80,8 +80,8 @@ def propose(night: Night, proposer: Proposer, history: History, feedback: list[s
 class Proposals:
     """The next proposal of a night, made by a daemon thread while experiments train: Ctrl-C never waits for a reply."""
 
-    def __init__(self, night: Night, proposer, left: Callable[[int], int | None]):
-        """left(running): about how many more experiments may begin while so many run; None: no limit."""
+    def __init__(self, night: Night, proposer, left: Callable[[list[Proposal]], int | None]):
+        """left(running): about how many more experiments may begin while these run; None: no limit."""
         self.night, self.proposer, self.left, self.thread = night, proposer, left, None
         self.made, self.error, self.exhausted, self.feedback = None, None, False, []
 
@@ -95,7 +95,7 @@ class Proposals:
             return None if running or night.results else night.baseline
         if self.thread and not self.thread.is_alive():
             self.thread = None
-        number = len(night.results) + len(running)
+        number = night.begun(running)
         prepared = self.made if name == "try" else night.unused_proposal(name, running)
         self.made = None
         if prepared:
@@ -122,17 +122,18 @@ class Proposals:
 
     def ahead(self, running: list[Proposal]) -> None:
         """Begins to make the one after these, if there is room for it, the proposer is asked while they train, and none waits."""
-        if self.left(len(running)) == 0:
+        if self.left(running) == 0:
             return
-        number = len(self.night.results) + len(running)
         waits = self.thread or self.night.unused_proposal(self.proposer.name, running)
-        if not waits and not self.proposer.between_runs(number):
+        if not waits and not self.proposer.between_runs(self.night.begun(running)):
             self.begin(running)
 
     def begin(self, running: list[Proposal]) -> None:
-        left, feedback = self.left(len(running)), self.feedback
-        more = None if left is None else max(0, left - 1)
-        history = History(self.night, tuple(self.night.results), tuple(running), more)
+        left, feedback, results = self.left(running), self.feedback, tuple(self.night.results)
+        more, recorded = None if left is None else max(0, left - 1), {result.proposal for result in results}
+        history = History(
+            self.night, results, tuple(proposal for proposal in running if proposal.id not in recorded), more
+        )
 
         def body():
             try:

@@ -105,6 +105,10 @@ class Night(Place):
 
     # --- runs and proposals
 
+    def begun(self, running: list[Proposal]) -> int:
+        """How many experiments have a result or are among `running`, of which some may just have been recorded."""
+        return len({result.proposal for result in self.results} | {proposal.id for proposal in running})
+
     @property
     def runs(self) -> dict[int, Run]:
         return runs_of(self.journal.rows)
