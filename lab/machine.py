@@ -11,6 +11,8 @@ import sys
 import sysconfig
 import time
 import warnings
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import constants
@@ -203,10 +205,12 @@ def machine(profile: str) -> dict:
     import torch
 
     threads = len(cores())
-    flash = ("flash-attn-3", "flash-attn-4")
     host = {"torch": torch.__version__, "threads": threads, "peak_tflops": None, "memory_gb": None, "capability": None}
     host |= {"sizes": constants.PROFILES[profile].sizes, "sizes_reason": "", "compiler": False, "compiler_trouble": ""}
-    host["flash_attention"] = {name: version(name) for name in flash if version(name)}
+    host["flash_attention"] = {}
+    for name in ("flash-attn-3", "flash-attn-4"):
+        with suppress(PackageNotFoundError):
+            host["flash_attention"][name] = version(name)
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi numbers them
     trouble = card_trouble(torch) if profile == "gpu" else ""
     if profile == "gpu" and not trouble:
@@ -250,17 +254,6 @@ def card_facts(torch) -> dict:
     }
 
 
-def version(package: str) -> str | None:
-    """The version of an installed package; None if it is not installed."""
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as installed
-
-    try:
-        return installed(package)
-    except PackageNotFoundError:
-        return None
-
-
 # ---------------------------------------------------------------------------
 # How fast it is
 
@@ -287,11 +280,6 @@ def speed_advice(settings: Settings, backend: str | None) -> str:
     if backend == "FA2" and capability[0] in (9, 10):
         return "FlashAttention 4 reads 5 to 8 % more tokens than 2 on this card; run: pip install -e '.[hopper]'"
     return ""
-
-
-def warn_of_speed(settings: Settings, backend: str | None) -> None:
-    if advice := speed_advice(settings, backend):
-        print(f"warning: {advice}", flush=True)
 
 
 # ---------------------------------------------------------------------------

@@ -22,9 +22,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-if worker and hasattr(
-    os, "sched_setaffinity"
-):  # a core for each: torch's threads of two workers would slow each other fivefold
+# A core for each: torch's threads of two workers would slow each other fivefold.
+if worker and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 for name in list(os.environ):
@@ -35,6 +34,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 import constants  # noqa: E402 (after the path)
+import lab.measure.child  # noqa: E402
 from agent import Limits, run_night  # noqa: E402
 from lab.measure.place import HARNESS  # noqa: E402
 from lab.propose.ahead import Proposer  # noqa: E402
@@ -42,11 +42,9 @@ from lab.propose.tune import Tune  # noqa: E402
 from lab.record.git import Repository  # noqa: E402
 from lab.record.journal import FORMAT, Journal  # noqa: E402
 from lab.record.night import Night, measure, proposal_of  # noqa: E402
-from lab.records import (  # noqa: E402
-    Proposal,
-    Run,
-    sha256,
-)
+from lab.records import Proposal, Run, sha256  # noqa: E402
+
+lab.measure.child.strays = list  # those of this process are the servers of its tests
 
 STUB = (ROOT / "tests" / "stub_train.py").read_text()
 NIGHT = ("--tag", "t", "--proposer", "tune", "--profile", "cpu", "--no-confirm")
@@ -68,10 +66,12 @@ def cache(tmp_path_factory):
     return folder
 
 
+TRIAL = ["bwrap", "--unshare-user", "--unshare-pid", "--ro-bind", "/", "/", "--proc", "/proc", "true"]
+
+
 def bubblewrap_works() -> bool:
     try:
-        command = ["bwrap", "--unshare-user", "--unshare-pid", "--ro-bind", "/", "/", "--proc", "/proc", "true"]
-        return subprocess.run(command, capture_output=True).returncode == 0
+        return subprocess.run(TRIAL, capture_output=True).returncode == 0
     except FileNotFoundError:
         return False
 
@@ -83,8 +83,7 @@ CONTAINER = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none /proc/driver && e
 def container_works() -> bool:
     """Whether this machine lets the tests stand in for a container in which bubblewrap gets no /proc of its own."""
     try:
-        command = ["bwrap", "--unshare-user", "--unshare-pid", "--ro-bind", "/", "/", "--proc", "/proc", "true"]
-        done = subprocess.run([*CONTAINER, *command], capture_output=True, text=True)
+        done = subprocess.run([*CONTAINER, *TRIAL], capture_output=True, text=True)
         return "mount proc" in done.stderr
     except FileNotFoundError:
         return False
@@ -95,10 +94,7 @@ def small(source: str) -> str:
     for large, little in (
         ("        n_layer=2,", "        n_layer=1,"),
         ("        ngram_rows=2**16,", "        ngram_rows=2**10,"),
-        (
-            "        step_tokens=2**12,",
-            "        step_tokens=2**10,",
-        ),  # some steps in a short run, however busy the machine
+        ("        step_tokens=2**12,", "        step_tokens=2**10,"),  # some steps, however busy the machine
     ):
         assert source.count(large) == 1
         source = source.replace(large, little)
@@ -117,10 +113,10 @@ class Checkout:
         git = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null"}
         return {**os.environ, **git, "AUTORESEARCH_CACHE": str(self.cache), "CUDA_VISIBLE_DEVICES": ""}
 
-    def start(self, *args, script="agent.py", stdout=subprocess.PIPE, **environment):
+    def start(self, *args, script="agent.py", **environment):
         return subprocess.Popen(
             [*self.within, sys.executable, script, *args], cwd=self.folder, env={**self.environment, **environment}, text=True,
-            stdout=stdout, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
         )  # fmt: skip
 
     def slow(self, step_s: float) -> None:
@@ -245,13 +241,6 @@ def open_here(checkout, tag: str = "t", baseline: str | None = None, **changes) 
     return night
 
 
-def model_of(source: str) -> dict:
-    """The stub's model of a train.py."""
-    namespace = {"__name__": "stub"}
-    exec(compile(source, "train.py", "exec"), namespace)
-    return namespace["build_model"](None)
-
-
 def fake_measure(night: Night, before=lambda source, seed: None):
     """The closed form of stub_score.py as a `measure`, memoised and journalled like the real one. `before` is called for each run."""
     return partial(measure, night, fake_run(night, before))
@@ -266,7 +255,9 @@ def fake_run(night: Night, before=lambda source, seed: None):
         metrics = {"training_seconds": 300.0, "num_steps": 1000, "total_tokens_M": 10.0, "backend": "sdpa"}
         run = Run(sha256(source), seed, None, None, "", "", metrics, 320.0, 301.0, 20.0, 0.1, saving_seconds=0.1)
         try:
-            model = model_of(source)
+            namespace = {"__name__": "stub"}
+            exec(compile(source, "train.py", "exec"), namespace)
+            model = namespace["build_model"](None)
             caught = model.get("distrust_seed") in (None, seed) and model.get("distrust", "")
             true_bpb = truth(model, seed)
             best, val_bpb = night.incumbent, true_bpb - model.get("overfit", 0.0)
@@ -282,22 +273,13 @@ def fake_run(night: Night, before=lambda source, seed: None):
 
 
 def run_here(
-    night: Night,
-    experiments: int | None = 6,
-    proposer=None,
-    hours=None,
-    second_seed=False,
-    measure=None,
-    view=None,
-    workers=1,
+    night: Night, experiments: int | None = 6, proposer=None, hours=None, second_seed=False, measure=None, workers=1
 ) -> str:
     """Runs a night of this process to its end; returns the reason."""
     proposer = proposer or Tune(night.tag, "cpu")
     end = math.inf if hours is None else time.perf_counter() + 3600 * hours
     limits = Limits(experiments, hours, end, workers)
-    return run_night(
-        night, proposer, limits, measure or fake_measure(night), lambda: workers, view or Quiet(), second_seed
-    )
+    return run_night(night, proposer, limits, measure or fake_measure(night), lambda: workers, Quiet(), second_seed)
 
 
 class Script(Proposer):

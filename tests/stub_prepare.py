@@ -1,7 +1,7 @@
 """Stands in for prepare.py in tests of the agent: the same commands and contract, no torch, runs of milliseconds.
 
-The "model" is the dict that build_model returns; stub_score.py has the closed form of its val_bpb. It may be `slow`, and may have used
-`peak_mb` of a card.
+The "model" is the dict that build_model returns; stub_score.py has the closed form of its val_bpb. It may have used `peak_mb`
+of a card.
 """
 
 import json
@@ -36,7 +36,7 @@ class Training:
         print(constants.FINISH_MARK, flush=True)
         Path("model.pt").write_text(json.dumps(model))
         result = {
-            "training_seconds": 0.01 * model.get("slow", 1), "total_seconds": 0.1, "total_tokens_M": tokens / 1e6, "num_steps": steps,
+            "training_seconds": 0.01, "total_seconds": 0.1, "total_tokens_M": tokens / 1e6, "num_steps": steps,
             "peak_vram_mb": model.get("peak_mb"), "reserved_vram_mb": model.get("peak_mb"), "mfu_percent": None, "num_params_M": 0.1, "startup_seconds": 0.05, "epoch": 0.1,
             "loader_wait_seconds": 0.0, "micro_rows": None, "seed": 1, "backend": "sdpa", "losses": [[0.0, 0, 2.0], [0.01, 9, 1.5]],
         }  # fmt: skip

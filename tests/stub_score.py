@@ -1,8 +1,7 @@
 """Stands in for lab/measure/score.py: val_bpb is a closed form of the model, so that every verdict can be derived by hand.
 
-1 + (ln(lr / 0.1))^2 + width / 10000. A model may have `luck` on the night's seed, twice its reverse on others, `overfit` val, be caught for
-`distrust` (on every seed, or on the one that `distrust_seed` names), show the differences `probe` in its first scoring, crash once if it `stumbles` (in the first scoring on the second
-seed), and its numbers may carry `noise` by seed.
+1 + (ln(lr / 0.1))^2 + width / 10000. A model may have `luck` on the night's seed, twice its reverse on others, crash once if it `stumbles`
+(in the first scoring on the second seed), and its numbers may carry `noise` by seed.
 """
 
 import json
@@ -28,15 +27,8 @@ def main():
         stumbled.touch()
         sys.exit("stumbled")
     true_bpb = truth(model, seed)
-    val_bpb = true_bpb - model.get("overfit", 0.0)
-    test_bpb = true_bpb if val_bpb < below and "--no-test" not in sys.argv else None
-    rounded, probe = folder.parent / "rounded", model.get("probe", {})
-    if probe and not rounded.exists():  # the first scoring of it alone
-        rounded.touch()
-    else:
-        probe = {}
-    distrust = model.get("distrust", "") if model.get("distrust_seed") in (None, seed) else ""
-    scores = {"val_bpb": val_bpb, "test_bpb": test_bpb, "invalid": distrust, "seconds": {}, "probe": probe}
+    test_bpb = true_bpb if true_bpb < below and "--no-test" not in sys.argv else None
+    scores = {"val_bpb": true_bpb, "test_bpb": test_bpb, "invalid": "", "seconds": {}, "probe": {}}
     (folder / "score.json").write_text(json.dumps(scores))
 
 

@@ -1,20 +1,16 @@
 """The loop and its command line: verdicts, the second seed, limits, the next proposal, tags, messages."""
 
-import json
 import re
 import subprocess
 import sys
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 from conftest import (
     FIRST,
     NIGHT,
-    ROOT,
     STUB,
-    Quiet,
     Script,
     better,
     check_agreement,
@@ -30,6 +26,7 @@ import constants
 from constants import CONFIRM_SEED, Problem
 from lab.arguments import choose_tag, complete, restore_arguments
 from lab.check import rehearse
+from lab.measure.files import folder_bytes
 from lab.record.journal import FORMAT, has_ended
 from lab.records import Stopped, Verdict, sha256
 
@@ -51,9 +48,6 @@ from lab.records import Stopped, Verdict, sha256
 )
 def test_the_verdict_is_a_pure_function_of_the_numbers(changes, word):
     assert agent.judge(replace(RUN, **changes), RUN, RUN, 300.0).word == word
-
-
-def test_the_baseline_is_kept():
     assert agent.judge(RUN, None, None, 300.0) == Verdict("keep", "baseline")
 
 
@@ -86,14 +80,15 @@ def seconds(night):
     return [(row["source"], row["seed"]) for row in night.journal.of("run") if row["seed"] == CONFIRM_SEED]
 
 
-def test_luck_is_not_confirmed(checkout):
-    lucky, real = (FIRST, f"{FIRST}\n        luck=0.01,"), better(0.395)
+def test_luck_and_a_cheat_that_behaves_on_the_first_seed_only_are_not_confirmed(checkout):
+    lucky, cheat = (FIRST, f"{FIRST}\n        luck=0.01,"), better(0.3, distrust="looks ahead", distrust_seed=2)
     night = open_here(checkout)
     night.confirm = True
-    run_here(night, proposer=Script(lucky, real))
-    assert [result.verdict.word for result in night.results] == ["keep", "discard", "keep"]
+    run_here(night, proposer=Script(lucky, cheat, better(0.395)))
+    assert [result.verdict.word for result in night.results] == ["keep", "discard", "discard", "keep"]
     assert "not confirmed: on the second seed" in night.results[1].verdict.reason
-    own, incumbent = night.results[2].second
+    assert night.results[2].verdict.reason == "not confirmed: on the second seed looks ahead"
+    own, incumbent = night.results[3].second
     assert own.val_bpb < incumbent.val_bpb
     check_agreement(checkout)
 
@@ -111,13 +106,6 @@ def test_on_a_cpu_the_second_look_is_a_fresh_pair(checkout, profile, fresh):
     expected = [(base, 1), (base, 2), (one, 1), (one, 2), (base, 2), (two, 1), (two, 2), (one, 2)]
     stored = [(base, 1), (base, 2), (one, 1), (one, 2), (two, 1), (two, 2)]
     assert order == (expected if fresh else stored)
-
-
-def test_a_cheat_that_behaves_on_the_first_seed_only_is_caught_on_the_second(checkout):
-    night = open_here(checkout)
-    night.confirm = True
-    run_here(night, proposer=Script(better(0.3, distrust="looks ahead", distrust_seed=2)))
-    assert night.results[1].verdict == Verdict("discard", "not confirmed: on the second seed looks ahead")
 
 
 def test_the_baseline_is_measured_on_both_seeds(checkout):
@@ -179,16 +167,15 @@ def test_twenty_crashes_in_a_row_stop_the_night(checkout):
     assert [result.verdict.word for result in night.results[1:]] == ["crash"] * 20
 
 
-def test_a_baseline_that_crashes_ends_the_night_with_its_log(checkout):
+def test_a_baseline_that_crashes_ends_the_night_with_its_log(checkout, monkeypatch):
     source = STUB.replace("    steps = 0\n", "    steps = 0\n    raise RuntimeError('at once')\n")
     (checkout.folder / "train.py").write_text(source)
     output = checkout.agent(*NIGHT, expect=1)
     assert "the baseline failed" in output and "RuntimeError: at once" in output and "--tag NEW" in output
-    assert "the baseline failed" in checkout.agent("--tag", "t", expect=1)
-    assert "no baseline with a number" in checkout.agent("--check", "t", expect=1)
-    (checkout.folder / "train.py").write_text(STUB)
-    checkout.agent(*NIGHT[2:], "--experiments", "1")  # without a tag it is not taken up again
-    assert len(rows_of(checkout, "result")) == 1
+    runs = checkout.folder / "runs"
+    assert choose_tag(arguments(monkeypatch), runs) != "t"  # without a tag it is not taken up again
+    with pytest.raises(Problem, match="no baseline with a number"):
+        choose_tag(arguments(monkeypatch, "--check", "t"), runs)
 
 
 # --- the next proposal
@@ -259,19 +246,6 @@ def test_a_proposal_that_is_made_while_one_looks_for_it_does_not_end_the_night(c
     assert run_here(night, None, script) == "the script is complete" and len(night.results) == 5
 
 
-def test_a_wait_for_a_proposal_ends_with_the_hours(checkout):
-    night = open_here(checkout)
-
-    class Stuck(Slow):
-        def propose(self, source, history, feedback):
-            time.sleep(30)
-
-    start = time.perf_counter()
-    measure = fake_measure(night)
-    assert run_here(night, 5, Stuck(), hours=(320 + 20 + 1) / 3600, measure=measure).endswith("hours are used up")
-    assert time.perf_counter() - start < 20
-
-
 def test_a_proposer_that_never_gets_past_the_screen_stops_the_night(checkout):
     night = open_here(checkout)
     with pytest.raises(Problem, match=r"20 proposals in a row were refused, the last with: .*`os` is refused"):
@@ -282,26 +256,40 @@ def test_a_proposer_that_never_gets_past_the_screen_stops_the_night(checkout):
 # --- the command
 
 
-def test_a_start_without_a_model_does_not_forget_what_a_model_may_cost():
-    flags = dict.fromkeys(
-        "experiments hours no_sandbox model max_usd confirm kept proposer replay workers command describe check ablate".split()
+def arguments(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["agent.py", *words])
+    return agent.parse_arguments("")
+
+
+def test_what_a_start_takes_over_from_the_last(monkeypatch):
+    """What only goes with Claude is forgotten with another proposer, what a model may cost is not; a --try and a --check are no such starts."""
+    claude, tune = (
+        {"proposer": "claude", "max_usd": 9.0, "model": "m", "hours": 3.0},
+        {"proposer": "tune", "workers": 2},
     )
-    starts = [{"proposer": "claude", "max_usd": 5.0, "model": "m"}, {"proposer": "tune", "workers": 2}]
-    rows = [{"event": "night", "arguments": arguments} for arguments in starts]
-    args = SimpleNamespace(**flags | {"proposer": "claude"})
-    restore_arguments(args, rows, key=True)
-    assert (args.max_usd, args.model, args.workers) == (5.0, "m", 2)
-    args = SimpleNamespace(**flags | {"check": "t"})
-    restore_arguments(args, rows, key=False)
-    assert args.workers is None
+    for starts, flags, key, expected in (
+        ([claude], "--proposer tune", False, {"proposer": "tune", "max_usd": None, "model": None, "hours": 3.0}),
+        ([claude], "", True, {"proposer": "claude", "max_usd": 9.0, "hours": 3.0}),
+        ([claude, {"describe": "x"}, {"check": "t"}], "", True, {"proposer": "claude", "describe": None}),
+        ([claude, tune], "--proposer claude", True, {"max_usd": 9.0, "model": "m", "workers": 2}),
+        ([claude, tune], "--check t", False, {"workers": None}),
+    ):
+        args = arguments(monkeypatch, *flags.split())
+        restore_arguments(args, [{"event": "night", "arguments": start} for start in starts], key)
+        assert {name: getattr(args, name) for name in expected} == expected
 
 
 def test_try_runs_the_checkout_against_the_committed_baseline(checkout):
     flags = ("--tag", "t", "--profile", "cpu", "--no-confirm", "--try")
     assert "edit it" in checkout.agent(*flags, "nothing", expect=1)
-    (checkout.folder / "train.py").write_text(STUB.replace("lr=0.4", "lr=0.2"))
-    output = checkout.agent(*flags, "halve the  rate")
+    talks = STUB.replace("lr=0.4", "lr=0.2").replace("    steps = 0\n", "    steps = 0\n    print('counted 7')\n")
+    (checkout.folder / "train.py").write_text(talks)
+    output = checkout.agent(*flags, "halve the  rate", "--because", "it overshoots")
+    assert "Its run beside the incumbent's: tokens +0 %; loss after 25% of the time" in output
+    assert output.count("it printed: ") == 1 and "it printed: counted 7\n" in output
     results = check_agreement(checkout)
+    assert results[1]["hypothesis"] == "it overshoots"
+    assert "it overshoots" in checkout.git("log", "-1", "--format=%B", results[1]["commit"])
     assert [(row["verdict"], row["description"]) for row in results] == [
         ("keep", "baseline"),
         ("keep", "halve the rate"),
@@ -317,9 +305,6 @@ def test_try_runs_the_checkout_against_the_committed_baseline(checkout):
     ]  # its own experiment and the incumbent, not the whole night
     assert "put back   git checkout autoresearch/t -- train.py" in output
     assert checkout.git("log", "-1", "--format=%B", "refs/autoresearch/t/0002").startswith("still too high (discard, ")
-    (checkout.folder / "train.py").write_text(STUB + "import os\n")
-    bad = checkout.agent(*flags, "imports os", expect=1)
-    assert "`os` is refused" in bad and "Traceback" not in bad
 
 
 def test_a_rehearsal_says_in_seconds_whether_it_would_run_and_records_nothing(checkout):
@@ -339,17 +324,7 @@ def test_a_rehearsal_says_in_seconds_whether_it_would_run_and_records_nothing(ch
         assert trouble in (said := rehearse(night, STUB.replace(old, new))) and bool(said) == bool(trouble)
 
 
-def test_a_try_says_why_and_how_its_run_went_beside_the_incumbents(checkout):
-    talks = STUB.replace("lr=0.4", "lr=0.2").replace("    steps = 0\n", "    steps = 0\n    print('counted 7')\n")
-    (checkout.folder / "train.py").write_text(talks)
-    output = checkout.agent("--profile", "cpu", "--no-confirm", "--try", "lower rate", "--because", "it overshoots")
-    assert rows_of(checkout, "result", "try")[1]["hypothesis"] == "it overshoots"
-    assert "it overshoots" in checkout.git("log", "-1", "--format=%B", "refs/autoresearch/try/0001")
-    assert "Its run beside the incumbent's: tokens +0 %; loss after 25% of the time" in output
-    assert output.count("it printed: ") == 1 and "it printed: counted 7\n" in output
-
-
-def test_tries_replays_and_demos_are_nights_of_their_own(checkout, monkeypatch):
+def test_tries_and_replays_are_nights_of_their_own(checkout, monkeypatch):
     run_here(open_here(checkout), 1)  # not ended: one that names no tag would take it up
     (checkout.folder / "train.py").write_text(STUB.replace("lr=0.4", "lr=0.35"))
     output = checkout.agent("--profile", "cpu", "--budget", "30", "--no-confirm", "--try", "lower rate")
@@ -358,8 +333,6 @@ def test_tries_replays_and_demos_are_nights_of_their_own(checkout, monkeypatch):
     replayed = checkout.agent("--replay", "try", "--no-confirm", "--profile", "cpu")
     assert "30 s a run" in replayed  # as in the night that it repeats
     assert [row["description"] for row in check_agreement(checkout, "replay")] == ["baseline", "lower rate"]
-    demo = checkout.agent("--demo", "--experiments", "1")
-    assert "experiment is done" in demo and len(check_agreement(checkout, "demo")) == 2
     assert len(check_agreement(checkout)) == 2
     assert choose_tag(arguments(monkeypatch), checkout.folder / "runs") == "t"  # the night that has not ended
 
@@ -378,34 +351,20 @@ def test_a_demo_is_deleted_only_if_the_next_one_can_run(checkout):
     check_agreement(checkout, "demo")
 
 
-def test_a_night_that_ended_is_not_taken_up_by_a_command_without_a_tag(checkout, monkeypatch):
-    output = checkout.agent(*NIGHT, "--experiments", "1")
+def test_a_night_of_the_program_says_what_it_runs_on_and_ends(checkout, monkeypatch):
+    """It grows by little, keeps the weights of its best alone, and no command without a tag takes it up."""
+    trouble = {"STUB_SIZES": "cpu", "STUB_COMPILER_TROUBLE": "torch.compile needs g++"}
+    output = checkout.agent(*NIGHT, "--experiments", "6", "--budget", "60", **trouble)
+    lines, folder = output.splitlines(), checkout.folder / "runs" / "t"
+    (at,) = (i for i, line in enumerate(lines) if "baseline" in line and "keep" in line)
+    assert lines[at + 1].strip() == "stub (sizes cpu, a test), attention sdpa, 500,000 tokens a second"
+    assert "warning: runs are not compiled, so they train on fewer tokens: torch.compile needs g++" in output
     assert "go on      python agent.py --tag t  (with a larger --experiments or --hours)\n" in output
-    assert rows_of(checkout, "end")[0]["reason"] == "the one experiment is done"
-    other = choose_tag(arguments(monkeypatch), checkout.folder / "runs")
-    assert other != "t"
-    (checked,) = rows_of(checkout, "night")
-    assert has_ended([*rows_of(checkout), checked | {"arguments": {"check": "t"}}])
-
-
-def arguments(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["agent.py", *words])
-    return agent.parse_arguments("")
-
-
-def test_a_night_changes_its_proposer(monkeypatch):
-    """What only goes with Claude is forgotten, unless it is given."""
-    rows = [{"event": "night", "arguments": {"proposer": "claude", "max_usd": 9.0, "model": "m", "hours": 3.0}}]
-    args = arguments(monkeypatch, "--tag", "t", "--proposer", "tune")
-    restore_arguments(args, rows, False)
-    assert (args.proposer, args.max_usd, args.model, args.hours) == ("tune", None, None, 3.0)
-    args = arguments(monkeypatch, "--tag", "t")
-    restore_arguments(args, rows, True)
-    assert (args.proposer, args.max_usd, args.hours) == ("claude", 9.0, 3.0)
-    tried = [*rows, {"event": "night", "arguments": {"describe": "x"}}, {"event": "night", "arguments": {"check": "t"}}]
-    args = arguments(monkeypatch, "--tag", "t")
-    restore_arguments(args, tried, True)
-    assert args.proposer == "claude" and args.describe is None
+    assert rows_of(checkout, "end")[0]["reason"] == "all 6 experiments are done"
+    assert choose_tag(arguments(monkeypatch), folder.parent) != "t"
+    assert has_ended([*rows_of(checkout), {"event": "night", "arguments": {"check": "t"}}])
+    assert "MB in runs/t" in output and folder_bytes(folder) < 7 * 100_000
+    assert len(list(folder.glob("*/out/model.pt"))) == 1
 
 
 def test_replays_of_two_nights_do_not_mix(checkout, monkeypatch):
@@ -416,23 +375,22 @@ def test_replays_of_two_nights_do_not_mix(checkout, monkeypatch):
     assert choose_tag(arguments(monkeypatch, "--replay", "b"), runs) == "replay-2"
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ((), "--demo"),
-        (("--replay", "nowhere.jsonl"), "nowhere.jsonl is no night; --replay takes"),
-        (("--replay", "program.md"), "program.md line 1 is damaged"),
-        (("--replay", "empty.jsonl"), "has no experiments"),
-        (("--proposer", "claude"), "needs ANTHROPIC_API_KEY"),
-        (("--proposer", "tune", "--max-usd", "3"), "not with --proposer tune"),
-        (("--check", "none"), "there is no night none"),
-    ],
-)
-def test_what_a_newcomer_gets_wrong_is_one_clear_line(checkout, args, message, monkeypatch):
-    (checkout.folder / "empty.jsonl").touch()
-    monkeypatch.chdir(checkout.folder)
-    with pytest.raises(Problem, match=re.escape(message)):
-        complete(arguments(monkeypatch, *args), checkout.folder / "runs", key=False)
+def test_what_a_newcomer_gets_wrong_is_one_clear_line(tmp_path, monkeypatch):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "program.md").write_text("# no journal\n")
+    monkeypatch.chdir(tmp_path)
+    for flags, *said in (
+        ("", "ANTHROPIC_API_KEY", "--demo", "--command", "--proposer tune", "--try", "program.md"),
+        ("--replay nowhere.jsonl", "nowhere.jsonl is no night; --replay takes"),
+        ("--replay program.md", "program.md line 1 is damaged"),
+        ("--replay empty.jsonl", "has no experiments"),
+        ("--proposer claude", "needs ANTHROPIC_API_KEY"),
+        ("--proposer tune --max-usd 3", "not with --proposer tune"),
+        ("--check none", "there is no night none"),
+    ):
+        with pytest.raises(Problem) as problem:
+            complete(arguments(monkeypatch, *flags.split()), tmp_path / "runs", key=False)
+        assert all(part in str(problem.value) for part in said)
 
 
 @pytest.mark.parametrize(
@@ -442,20 +400,14 @@ def test_what_a_newcomer_gets_wrong_is_one_clear_line(checkout, args, message, m
         (("--tag", "a/b"), "a tag has letters"), (("--check", "by-hand"), "a tag has letters"), (("--try", " "), "a few words"),
         (("--demo", "--proposer", "tune"), "not allowed with"), (("--demo", "--tag", "x"), "has its own tag"), (("--kept",), "goes with --replay"),
         (("--seeds", "3"), "goes with --check"), (("--dry",), "goes with --try"), (("--check", "t", "--ablate", "t"), "not allowed with"),
+        (("--command", " "), "takes a program"), (("--help",), "--ablate"),
     ],
 )  # fmt: skip
 def test_usage_errors_exit_2(args, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["agent.py", *args])
     with pytest.raises(SystemExit) as stop:
         agent.parse_arguments("")
-    assert stop.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_help_reads_like_documentation():
-    done = subprocess.run([sys.executable, "agent.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=30)
-    assert done.returncode == 0
-    for flag in "--demo --tag --proposer --replay --try --experiments --hours --budget --profile --dataset --check --ablate".split():
-        assert flag in done.stdout
+    assert stop.value.code == (0 if args == ("--help",) else 2) and message in "".join(capsys.readouterr())
 
 
 def test_no_lock_is_held_after_the_last_line(checkout):
@@ -470,22 +422,6 @@ def test_no_lock_is_held_after_the_last_line(checkout):
     assert process.wait(timeout=10) == 0
 
 
-def test_the_view_says_what_a_night_runs_on(checkout):
-    trouble = {"STUB_COMPILER_TROUBLE": "torch.compile needs g++"}
-    output = checkout.agent(*NIGHT, "--experiments", "1", "--budget", "60", STUB_SIZES="cpu", **trouble)
-    lines = output.splitlines()
-    (at,) = (i for i, line in enumerate(lines) if "baseline" in line and "keep" in line)
-    assert lines[at + 1].strip() == "stub (sizes cpu, a test), attention sdpa, 500,000 tokens a second"
-    assert "warning: runs are not compiled, so they train on fewer tokens: torch.compile needs g++" in output
-
-
-def test_a_proposal_row_holds_the_whole_source(checkout):
-    night = open_here(checkout)
-    run_here(night, 1, Script(better(0.3)), view=Quiet())
-    row = rows_of(checkout, "proposal")[-1]
-    assert row["source"] == night.source(night.results[-1]) and json.dumps(row).count("lr=0.3") == 1
-
-
 # --- the terminal
 
 
@@ -493,7 +429,7 @@ def test_what_read_the_output_ends_and_so_does_the_night_with_one_line(checkout)
     """As with `| head`. rich would end it without a word."""
     checkout.slow(0.05)
     process = subprocess.Popen(
-        [sys.executable, "agent.py", *NIGHT, "--experiments", "30"], cwd=checkout.folder, env=checkout.environment, text=True,
+        [sys.executable, "agent.py", *NIGHT, "--experiments", "30"], cwd=checkout.folder, env=checkout.environment | {"PYTHONSAFEPATH": "1"}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     process.stdout.readline()
@@ -512,10 +448,7 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(checkout):
     assert "starting: baseline" in done.stdout and "scoring" in done.stdout and "\x1b[" not in done.stdout
 
 
-def test_python_that_does_not_look_beside_a_script_and_a_user_without_a_folder(checkout, monkeypatch):
-    assert "1 experiment" in checkout.agent(
-        "--tag", "t", "--profile", "cpu", "--proposer", "tune", "--experiments", "1", PYTHONSAFEPATH="1"
-    )
+def test_a_user_without_a_folder_is_told_how(monkeypatch):
     monkeypatch.delenv("HOME")
     monkeypatch.delenv("AUTORESEARCH_CACHE", raising=False)
     monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])

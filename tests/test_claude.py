@@ -4,17 +4,18 @@ import os
 import re
 import signal
 import time
+from contextlib import ExitStack, nullcontext
 from importlib.util import find_spec
 
 import pytest
 from conftest import FIRST as LINE
-from conftest import ROOT, check_agreement, fake_measure, open_here, rows_of, run_here, wait_for
+from conftest import ROOT, check_agreement, open_here, rows_of, run_here, wait_for
 from messages_server import ODD, MessagesServer
 
 import lab.propose.model
 from constants import Problem
 from lab.propose.claude import PRICES, Claude, Message, credentials_of, take_secrets, usd_of
-from lab.propose.model import parse_reply
+from lab.propose.model import LostIdea, parse_reply
 from lab.propose.prompt import DIVIDER, REPLACE, SEARCH
 from lab.record.journal import spent_usd
 from lab.records import Rejected
@@ -41,39 +42,6 @@ def numbered():
     """Endless different discards."""
     count = iter(range(10**6))
     return lambda body: add("idea", next(count))
-
-
-@pytest.fixture
-def night(checkout):
-    """A night in this process with a scripted server: night(script, experiments) -> (reason or Problem, server, night)."""
-
-    def run(
-        script,
-        experiments=None,
-        model=MODEL,
-        key="canary-key",
-        hours=None,
-        max_usd=None,
-        train_s=0.0,
-        think_s=0.0,
-        schedule="improve",
-        tag="t",
-        **odd,
-    ):
-        with MessagesServer(script, think_s, **odd) as server, pytest.MonkeyPatch.context() as patch:
-            patch.setenv("ANTHROPIC_BASE_URL", server.url)
-            patch.setattr(lab.propose.model, "PATIENCE_S", 0.02)
-            here = open_here(checkout, tag)
-            (checkout.folder / "program.md").write_text(f"Schedule: {schedule}\n")
-            try:
-                claude = Claude(here, checkout.folder, {"api_key": key}, model, max_usd)
-                measure = fake_measure(here, lambda source, seed: time.sleep(train_s))
-                outcome = run_here(here, experiments, claude, hours, measure=measure)
-            except Problem as problem:
-                outcome = problem
-        return outcome, server, here
-
-    return run
 
 
 # --- the reply
@@ -167,7 +135,250 @@ def test_a_reply_that_is_no_proposal_is_rejected_with_its_reason(text, said):
         parse_reply(text, "a\nc\nc\na = 1\n")
 
 
+# --- one request
+
+
+@pytest.fixture
+def asking(checkout, monkeypatch):
+    """Claude before a scripted server, without runs: asking(script) -> (ask, claude, server); ask() is the reply, or what it raised."""
+    monkeypatch.setattr(lab.propose.model, "PATIENCE_S", 0.02)
+    with ExitStack() as stack:
+
+        def begin(script, model=MODEL, max_usd=None):
+            server = stack.enter_context(MessagesServer(script))
+            monkeypatch.setenv("ANTHROPIC_BASE_URL", server.url)
+            night = open_here(checkout, server.url.rpartition(":")[2])
+            claude = Claude(night, checkout.folder, {"api_key": "canary-key"}, model, max_usd)
+            claude.turns = [{"role": "user", "content": "?"}]
+
+            def ask():
+                try:
+                    return claude.ask(["programme", "train.py"], 1)
+                except (LostIdea, Problem) as trouble:
+                    return trouble
+
+            return ask, claude, server
+
+        yield begin
+
+
+def test_a_server_that_will_never_reply_is_named_in_its_own_words(asking):
+    """At once, after ten answers that are no reply, or after three ideas that it refused."""
+    for answer, said in (
+        (("empty", add("idea", 1)), "answered 10 times and never with a whole reply (its answer has no text)"),
+        (("html", "sign in"), "answers with text/html"),
+        (("status", (401, [], "invalid x-api-key")), "refuses the key"),
+        (("status", (404, [], "model: gone")), "does not know the model"),
+        (("error event", ("authentication_error", "no such key")), "refuses the key (no such key)"),
+        (("error event", ("not_found_error", "model: gone")), "does not know the model"),
+        (("status", (400, [], {"error": {"message": "No connected db.", "type": "no_db_connection", "code": "400"}})),
+         "refused 3 ideas and never replied (the server does not take the request: No connected db."),
+        (("status", (400, [], "Invalid model name passed in model=x")), "never replied"),
+        (("status", (422, [], {"detail": "Unprocessable"})), "never replied (the server does not take the request: Unprocessable"),
+        (("status", (422, [], "Budget has been exceeded! Current cost: 5.01")), "no credit or budget left (Budget has been exceeded!"),
+        (("status", (429, [], "crossed budget: 0.002 >= 1d\n")), "no credit or budget left"),
+        (("status", (429, [], "You exceeded your current quota, insufficient_quota")), "no credit or budget left"),
+        (("status", (415, [], "unsupported")), "refused 3 ideas"), (("status", (501, [], "not here")), "refused 3 ideas"),
+        (("json", {"type": "message", "content": 5}), "never with a whole reply"),
+        (("json", {"type": "error", "error": {"type": [], "message": "x"}}), "never with a whole reply"),
+    ):  # fmt: skip
+        ask, _, server = asking([answer])
+        problem = next(raised for _ in range(3) if isinstance(raised := ask(), Problem))
+        assert said in str(problem) and "same command" in str(problem) and len(server.requests) <= 10
+
+
+def test_what_brings_no_reply_costs_one_idea(asking):
+    for answer, calls, said in (
+        (("refusal", ""), 1, "no whole reply: refusal"),
+        (("pause_turn", "a"), 1, "no whole reply: pause_turn"),  # of a server's own tools, which nobody asks for
+        (("max_tokens", "DESCRIPTION: x"), 2, "no whole reply: max_tokens"),  # once more, with less thought
+        (("status", (400, [], "tools: bad request")), 1, "does not take the request: tools: bad request"),
+        (("status", (403, [], "not from this address")), 1, "does not take the request: not from this address"),
+        (("status", (400, [], FILTERED)), 1, FILTERED),
+        (("error event", FILTERED), 1, FILTERED),
+    ):
+        ask, _, server = asking([*[answer] * calls, numbered()])
+        lost, whole = ask(), ask()
+        assert isinstance(lost, LostIdea) and said in str(lost) and "idea 0" in whole
+        efforts = [body["output_config"]["effort"] for body in server.requests]
+        assert efforts == ["high", *["medium"] * (calls - 1), "high"]
+    ask, _, _ = asking([add("idea", 1), ("status", (400, [], "hm"))])  # one reply shows that key and model are right
+    assert "idea 1" in ask() and [type(ask()) for _ in range(5)] == [LostIdea] * 5
+
+
+def test_an_outage_is_waited_out_with_a_line_at_its_third_failure(asking, capsys):
+    """It shortens nothing. Each attempt is journalled and billed; what broke off counts for the cap at its worst case."""
+    statuses = [
+        (529, "overloaded"),
+        (429, "Quota exceeded for quota metric 'Generate requests per minute'"),
+        (429, "Resource has been exhausted (e.g. check quota)."),
+        (503, "upstream retry budget exceeded"),
+        (503, "Too many tokens, please wait before trying again."),
+        (500, "internal error while processing request {max_tokens: 32000}"),
+    ]
+    answers = [("status", (status, [], words)) for status, words in statuses]
+    for answer in (("cut", add("idea", 1)), ("error event", ""), *answers):
+        ask, claude, server = asking([answer] * 5 + [numbered()])
+        assert "idea 0" in ask() and capsys.readouterr().out.count("waiting for claude: ") == 1
+        rows = claude.night.journal.of("call")
+        calls = {row["id"]: row for row in rows}.values()
+        assert len(calls) == len(server.requests) == 6 and len(rows) == 12
+        assert sum("bound_usd" in row for row in calls) == (0 if answer[0] == "status" else 5)
+        assert spent_usd(rows) == pytest.approx(usd_of(PRICES[MODEL], server.usage))
+        assert {body["max_tokens"] for body in server.requests} == {32_000}
+
+
+def test_a_smaller_context_is_met_by_shorter_replies_then_by_a_shorter_history(asking, capsys):
+    """Which is said once, and kept."""
+    for status, words in (
+        (400, "max_tokens is too large: 32000"),
+        (500, "This model's maximum context length is 16384 tokens"),
+        (400, "request exceeds the available context size"),
+        (400, "prompt is too long: 70000 tokens"),
+    ):
+        no = ("status", (status, [], words))
+        ask, _, server = asking([lambda body, no=no: no if body["max_tokens"] > 8_000 else add("idea", 1)])
+        assert all("idea 1" in ask() for _ in range(2)) and capsys.readouterr().out.count("context is small") == 1
+        assert [body["max_tokens"] for body in server.requests] == [32_000, 16_000, 8_000, 8_000]
+    ask, claude, server = asking([lambda body: no if int(body["messages"][0]["content"]) > 20 else add("idea", 1)])
+    claude.request, claude.turns[0]["content"] = str, "300"
+    assert "idea 1" in ask() and claude.lines == 18
+    shown = [body["messages"][0]["content"] for body in server.requests]
+    assert shown == ["300", "300", "300", "150", "75", "37", "18"]
+
+
+def test_a_reply_is_taken_however_another_server_sends_it(asking):
+    """Without an event, a count or a name that the API always has, with some that it has not, or whole."""
+    text = add("idea", 1)
+    usage, blocks = {"input_tokens": 9, "output_tokens": 9}, [{"type": "text", "text": text}]
+    whole = {"type": "message", "content": blocks, "stop_reason": "stop", "usage": usage}  # another word for its end
+    kinds = [*(odd for odd in ODD if odd != "empty"), "json"]
+    ask, claude, server = asking([*((kind, text) for kind in kinds), ("json", whole)])
+    assert [ask() for _ in range(len(kinds) + 1)] == [text] * len(server.requests)
+    calls = dict(zip([*kinds, "whole"], claude.night.journal.of("call")[1::2], strict=True))
+    uncounted = {"no usage", "zeros", "no message_start", "no message_delta"}
+    assert {kind for kind, call in calls.items() if call["at_least"]} == uncounted
+    assert {kind for kind, call in calls.items() if "bound_usd" in call} == uncounted
+    for usage in ({"input_tokens": -(10**7), "output_tokens": 9}, {"input_tokens": 10**400, "output_tokens": True}):
+        message = Message()
+        message.take(whole | {"usage": usage})
+        assert not message.counted and all(0 <= count < 10**9 for count in message.usage.values())
+
+
+def test_a_reply_is_its_text_blocks_without_thoughts():
+    message = Message()
+    for kind, words in (("thinking", "hm"), ("text", "A"), ("redacted_thinking", "x"), ("text", "")):
+        message.take({"type": "content_block_start", "content_block": {"type": kind, kind: words}})
+    for kind, words in (("thinking", "hm"), ("text", "b"), ("signature", "S"), ("text", "c")):
+        message.take({"type": "content_block_delta", "delta": {"type": f"{kind}_delta", kind: words}})
+    assert message.text == "Abc"
+
+
+def test_what_another_server_does_not_take_is_left_out_aloud(asking, capsys):
+    other = [
+        ("status", (422, [], "extra fields: output_config")),
+        ("status", (422, [], "cache_control: extra fields not permitted")),
+        ("status", (400, [], "'system' must be a string")),
+    ]
+    for script in (other, [("status", (400, [], "This model does not support the effort parameter."))]):
+        ask, _, server = asking([*script, numbered()])
+        assert "idea 0" in ask() and capsys.readouterr().out.count("going on without it") == len(script)
+        assert "output_config" not in server.requests[-1]
+        assert isinstance(server.requests[-1]["system"], str) == (script is other)
+
+
+def test_the_cap_holds_before_every_attempt(asking):
+    """$0.64 each here at worst, which counts for what broke off or is not reported: text does not come from nothing."""
+    for answer, cap, replies, calls in ((("zeros", add("idea", 1)), 1.7, 2, 2), (("error event", ""), 2.5, 0, 3)):
+        ask, claude, server = asking([answer], max_usd=cap)
+        assert all(ask() for _ in range(replies)) and ask() is None and len(server.requests) == calls
+        assert f"might exceed --max-usd {cap}" in claude.exhausted
+        assert spent_usd(claude.night.journal.rows) + 0.5 < spent_usd(claude.night.journal.rows, bound=True) <= cap
+    with pytest.raises(Problem, match="needs the price of claude-x; add it to PRICES"):
+        asking([""], model="claude-x", max_usd=1.0)
+
+
+def test_what_is_wrong_is_found_before_the_baseline(asking, monkeypatch):
+    """Of the API. Another server may lack these routes, or give no key its models: the first message decides, unless its list lacks the name."""
+    _, claude, _ = asking([""])
+    forbidden = 403, {"error": {"type": "permission_error", "message": "only llm_api_routes"}}
+    unknown = "does not know the model claude-9"
+    for model, key, odd, said, of_another in (
+        (MODEL, "wrong", {}, "refuses the key (invalid x-api-key)", ""),
+        (MODEL, "k", {"get": forbidden}, "only llm_api_routes", ""),
+        ("claude-9", "k", {}, unknown, ""),
+        ("claude-9", "k", {"listed": [None]}, unknown, ""),
+        ("claude-9", "k", {"listed": [5]}, unknown, ""),
+        ("claude-9", "k", {"listed": ["qwen", "llama"]}, unknown, "that it has: qwen, llama"),
+    ):
+        with MessagesServer([""], **odd) as server:
+            claude.model, claude.client = model, claude.client.copy(base_url=server.url, api_key=key)
+            for address, wanted in (("", said), (server.url, of_another)):
+                monkeypatch.setenv("ANTHROPIC_BASE_URL", address)
+                with pytest.raises(Problem, match=re.escape(wanted)) if wanted else nullcontext():
+                    claude.preflight()
+
+
+def test_a_server_that_does_not_answer_and_a_proxy_of_an_unknown_kind_are_named(checkout, monkeypatch):
+    night = open_here(checkout)
+    proxy = r"the proxy that the environment names cannot be used [^\0]*pip install 'httpx2\[socks\]'"
+    kinds = ("socks4", "foo", *(() if find_spec("socksio") else ("socks5",)))
+    for name, value, said in (
+        ("ANTHROPIC_BASE_URL", "http://127.0.0.1:9", r"cannot be reached.*ANTHROPIC_BASE_URL"),
+        ("ANTHROPIC_BASE_URL", "nonsense", r"cannot be reached.*ANTHROPIC_BASE_URL"),
+        *(("ALL_PROXY", f"{kind}://127.0.0.1:9", proxy) for kind in kinds),
+    ):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(Problem, match=said):
+            Claude(night, ROOT, {"api_key": "k"}, MODEL, None)
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens", "usd"),
+    [
+        (MODEL, {"input": 1_000, "cache_write": 30_000, "cache_read": 20_000, "output": 10_000}, 0.004 + 0.24 + 0.004 + 0.2),
+        ("claude-sonnet-5-5", {"cache_read": 1_000_000, "output": 1_000}, 0.1 + 0.01),
+        ("claude-haiku-5-5", {"input": 40_000, "cache_read": 60_000, "output": 2_000}, 0.004 + 0.0006 + 0.001),
+        ("claude-haiku-5-5", {"input": 40_000, "cache_read": 60_001, "output": 2_000}, 5 * (0.004 + 0.00060001 + 0.001)),
+        ("another", {"input": 1}, None),
+    ],
+)  # fmt: skip
+def test_a_call_costs_what_the_table_says(model, tokens, usd):
+    assert usd_of(PRICES.get(model), tokens, model) == (usd if usd is None else pytest.approx(usd))
+
+
+def test_a_token_is_taken_like_a_key_and_neither_stays_in_the_environment(monkeypatch):
+    names = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_BASE_URL")
+    for given, wanted in (
+        (("key", "token", ""), {"api_key": "key"}), (("", "token", "http://here"), {"auth_token": "token"}),
+        (("", "", "http://here"), {"api_key": "none"}), (("", "", ""), {}),
+    ):  # fmt: skip
+        for name, value in zip(names, given, strict=True):
+            monkeypatch.setenv(name, value)
+        assert credentials_of(take_secrets()) == wanted and not {"key", "token"} & set(os.environ.values())
+
+
 # --- nights
+
+
+@pytest.fixture
+def night(checkout, monkeypatch):
+    """A night in this process with a scripted server: night(script, experiments) -> (reason or Problem, server, night)."""
+
+    def run(script, experiments=None, hours=None, max_usd=None, schedule="improve"):
+        with MessagesServer(script) as server:
+            monkeypatch.setenv("ANTHROPIC_BASE_URL", server.url)
+            monkeypatch.setattr(lab.propose.model, "PATIENCE_S", 0.02)
+            here = open_here(checkout)
+            (checkout.folder / "program.md").write_text(f"Schedule: {schedule}\n")
+            try:
+                claude = Claude(here, checkout.folder, {"api_key": "canary-key"}, MODEL, max_usd)
+                outcome = run_here(here, experiments, claude, hours)
+            except Problem as problem:
+                outcome = problem
+        return outcome, server, here
+
+    return run
 
 
 def test_a_night_with_replies_of_every_kind(checkout, night):
@@ -212,6 +423,8 @@ def test_a_night_with_replies_of_every_kind(checkout, night):
     assert told == server.usage and sum(row["at_least"] for row in calls.values()) >= 2
     assert spent_usd(here.journal.rows) == pytest.approx(usd_of(PRICES[MODEL], server.usage))
     assert "canary-key" not in (here.folder / "journal.jsonl").read_text()
+    assert len({body["system"][0]["text"] for body in server.requests}) == 1
+    assert all(block["cache_control"]["ttl"] == "1h" for block in server.requests[0]["system"])
     texts = [str(body["messages"]) for body in server.requests]
     assert any("lr matters" in text for text in texts[2:]), "its notes come back to it"
     assert any('crashed: "ZeroDivisionError' in text for text in texts)
@@ -241,274 +454,24 @@ def test_a_proposal_that_was_paid_for_is_used_after_a_kill(checkout):
     assert b"canary-key" not in b"".join(p.read_bytes() for p in checkout.folder.rglob("*") if p.is_file())
 
 
-@pytest.mark.parametrize(
-    ("answer", "said"),
-    [
-        (("status", (401, [], "invalid x-api-key")), "refuses the key"),
-        (("status", (400, [], "Your credit balance is too low")), "no credit"),
-        (("status", (404, [], "model: gone")), "does not know the model"),
-    ],
-)
-def test_what_no_waiting_mends_stops_the_night_and_it_goes_on_later(checkout, night, answer, said):
-    problem, _, here = night([add("idea", 1), answer], 5)
-    assert isinstance(problem, Problem) and said in str(problem) and "same command" in str(problem)
+def test_what_no_waiting_mends_stops_the_night_and_it_goes_on_later(checkout, night):
+    problem, _, here = night([add("idea", 1), ("status", (400, [], "Your credit balance is too low"))], 5)
+    assert isinstance(problem, Problem) and "no credit" in str(problem) and "same command" in str(problem)
     done = len(here.results)
     assert done >= 2
     night([numbered()], done)
     assert len(check_agreement(checkout)) == done + 1
 
 
-def test_a_wrong_key_is_found_before_the_baseline_unless_another_server_answers(checkout, night, monkeypatch):
-    """That may give no key its list of models: the first message decides."""
-    problem, server, _ = night([numbered()], 1, key="wrong")
-    assert "refuses the key (invalid x-api-key)" in str(problem) and len(server.requests) == 1
-    forbidden = 403, {"error": {"type": "permission_error", "message": "only llm_api_routes"}}
-    reason, _, here = night([numbered()], 1, get=forbidden, tag="u")
-    assert reason == "the one experiment is done" and here.results[1].description == "idea 0"
-    with MessagesServer([numbered()], get=forbidden) as server:
-        monkeypatch.setenv("ANTHROPIC_BASE_URL", server.url)
-        claude = Claude(open_here(checkout, "v"), ROOT, {"api_key": "k"}, MODEL, None)
-        monkeypatch.delenv("ANTHROPIC_BASE_URL")
-        with pytest.raises(Problem, match="only llm_api_routes"):
-            claude.preflight()
-
-
-def test_a_model_that_the_servers_list_lacks_is_named_with_those_that_it_has(night):
-    problem, server, here = night([numbered()], 1, model="claude-9", listed=["qwen", "llama"])
-    assert "does not know the model claude-9" in str(problem) and "qwen, llama" in str(problem)
-    assert server.requests == [] and here.results == []
-
-
-def test_a_reply_is_taken_however_another_server_sends_it(checkout, night):
-    """Without an event, a count or a name that the API always has, with some that it has not, or whole."""
-    kinds = [*(odd for odd in ODD if odd != "empty"), "json"]
-    _, server, here = night([*((odd, add("idea", odd)) for odd in kinds), numbered()], len(kinds))
-    assert [result.description for result in here.results[1:]] == [f"idea {odd}" for odd in kinds]
-    assert len(server.requests) == len(kinds) and not rows_of(checkout, "reject")
-    calls = {row["number"] - 1: row for row in rows_of(checkout, "call")}
-    uncounted = {"no usage", "zeros", "no message_start", "no message_delta"}
-    assert {kinds[number] for number, call in calls.items() if call["at_least"]} == uncounted
-    assert {kinds[number] for number, call in calls.items() if "bound_usd" in call} == uncounted
-
-
-@pytest.mark.parametrize(
-    ("answer", "said"),
-    [
-        (("empty", add("idea", 1)), "answered 10 times and never with a whole reply (its answer has no text)"),
-        (("html", "sign in"), "answers with text/html"),
-        (("error event", ("authentication_error", "no such key")), "refuses the key (no such key)"),
-        (("error event", ("not_found_error", "model: gone")), "does not know the model"),
-        (("status", (400, [], {"error": {"message": "No connected db.", "type": "no_db_connection", "code": "400"}})),
-         "refused 3 ideas and never replied (the server does not take the request: No connected db."),
-        (("status", (400, [], "Invalid model name passed in model=x")), "never replied"),
-        (("status", (422, [], {"detail": "Unprocessable"})), "never replied (the server does not take the request: Unprocessable"),
-        (("status", (422, [], "Budget has been exceeded! Current cost: 5.01")), "no credit or budget left (Budget has been exceeded!"),
-        (("status", (429, [], "crossed budget: 0.002 >= 1d\n")), "no credit or budget left"),
-        (("status", (429, [], "You exceeded your current quota, insufficient_quota")), "no credit or budget left"),
-        (("status", (415, [], "unsupported")), "refused 3 ideas"), (("status", (501, [], "not here")), "refused 3 ideas"),
-        (("json", {"type": "message", "content": 5}), "never with a whole reply"),
-        (("json", {"type": "error", "error": {"type": [], "message": "x"}}), "never with a whole reply"),
-    ],
-)  # fmt: skip
-def test_a_server_that_will_never_reply_ends_the_night_in_its_own_words(night, answer, said):
-    problem, server, _ = night([answer], 9)
-    assert isinstance(problem, Problem) and said in str(problem) and "same command" in str(problem)
-    assert len(server.requests) <= 10
-
-
-def test_what_waiting_mends_is_waited_out_and_shortens_nothing(night):
-    troubles = [
-        (429, "Quota exceeded for quota metric 'Generate requests per minute'"),
-        (429, "Resource has been exhausted (e.g. check quota)."),
-        (503, "upstream retry budget exceeded"),
-        (503, "Too many tokens, please wait before trying again."),
-        (500, "internal error while processing request {max_tokens: 32000}"),
-    ]
-    ideas = numbered()
-    script = [reply for status, words in troubles for reply in (("status", (status, [], words)), ideas)]
-    _, server, here = night(script, len(troubles))
-    assert [result.description for result in here.results[1:]] == [f"idea {n}" for n in range(5)]
-    assert len(server.requests) == 10 and {body["max_tokens"] for body in server.requests} == {32_000}
-
-
-def test_counts_that_cannot_be_are_not_reported_and_another_word_for_the_end_is_one(night):
-    text = [{"type": "text", "text": add("idea", 1)}]
-    for usage in ({"input_tokens": -(10**7), "output_tokens": 9}, {"input_tokens": 10**400, "output_tokens": True}):
-        message = Message()
-        message.take({"type": "message", "content": text, "stop_reason": "stop", "usage": usage})
-        assert not message.counted and all(0 <= count < 10**9 for count in message.usage.values())
-    usage = {"input_tokens": 9, "output_tokens": 9}
-    _, _, here = night([("json", {"type": "message", "content": text, "stop_reason": "stop", "usage": usage})], 1)
-    assert here.results[1].description == "idea 1"
-
-
-def test_a_reply_is_its_text_blocks_without_thoughts():
-    message = Message()
-    for kind, words in (("thinking", "hm"), ("text", "A"), ("redacted_thinking", "x"), ("text", "")):
-        message.take({"type": "content_block_start", "content_block": {"type": kind, kind: words}})
-    for kind, words in (("thinking", "hm"), ("text", "b"), ("signature", "S"), ("text", "c")):
-        message.take({"type": "content_block_delta", "delta": {"type": f"{kind}_delta", kind: words}})
-    assert message.text == "Abc"
-
-
-@pytest.mark.parametrize("listed", [[None], [5], ["a"]])
-def test_a_list_of_models_of_another_shape_is_none(night, listed, monkeypatch):
-    outcome, server, _ = night([numbered()], 1, model="b", listed=listed)
-    assert ("does not know the model b" in str(outcome)) == (listed == ["a"]) == (server.requests == [])
-
-
-def test_a_server_that_refuses_ideas_later_is_gone_on_with(night):
-    """One reply shows that key and model are right."""
-    reason, _, here = night([add("idea", 1), ("status", (400, [], "hm"))], 6)
-    assert (
-        reason == "all 6 experiments are done" and [r.operator for r in here.results[1:]] == ["improve"] + ["tune"] * 5
-    )
-
-
-@pytest.mark.parametrize(
-    ("status", "words"),
-    [
-        (400, "max_tokens is too large: 32000"),
-        (500, "This model's maximum context length is 16384 tokens"),
-        (400, "request exceeds the available context size"),
-        (400, "prompt is too long: 70000 tokens"),
-    ],
-)
-def test_a_smaller_context_is_met_by_shorter_replies_then_by_a_shorter_history(night, capsys, status, words):
-    """Which is said once, and kept."""
-    small = lambda body: ("status", (status, [], words)) if body["max_tokens"] > 8_000 else add("idea", len(server_of))  # noqa: E731
-    server_of = []
-
-    def answer(body):
-        server_of.append(body)
-        return small(body)
-
-    _, server, here = night([answer], 2)
-    assert [body["max_tokens"] for body in server.requests] == [32_000, 16_000, 8_000, 8_000]
-    assert len(here.results) == 3 and capsys.readouterr().out.count("context is small") == 1
-
-
-def test_a_history_that_does_not_fit_is_halved_until_it_does(night):
-    lengths = []
-
-    def answer(body):
-        shown = len(re.findall(r"^ *\d+ ", body["messages"][0]["content"].partition("# Now")[0], re.MULTILINE))
-        lengths.append((body["max_tokens"], shown))
-        return ("status", (400, [], "prompt is too long")) if shown > 20 and len(lengths) > 30 else numbers(body)
-
-    numbers = numbered()
-    reason, _, here = night([answer], 33)
-    assert reason == "all 33 experiments are done" and not [r for r in here.results if r.operator == "tune"]
-    assert lengths[-1][0] == 8_000 and lengths[-1][1] <= 20 < max(shown for _, shown in lengths)
-
-
-def test_the_cap_counts_what_is_not_reported_at_its_worst_case(night):
-    """A server that ends its streams with zeros: text does not come from nothing."""
-    ideas = numbered()
-    reason, server, here = night([lambda body: ("zeros", ideas(body))], 1000, max_usd=1.7)
-    assert "might exceed --max-usd 1.7" in reason and len(server.requests) == 2
-    assert spent_usd(here.journal.rows, bound=True) <= 1.7
-
-
-def test_a_system_prompt_in_blocks_a_status_of_422_and_other_words_are_no_obstacle(night, capsys):
-    script = [
-        ("status", (422, [], "extra fields: output_config")),
-        ("status", (422, [], "cache_control: extra fields not permitted")),
-        ("status", (400, [], "'system' must be a string")),
-        numbered(),
-    ]
-    _, server, here = night(script, 1)
-    assert isinstance(server.requests[-1]["system"], str) and "output_config" not in server.requests[-1]
-    assert len(here.results) == 2 and capsys.readouterr().out.count("going on without it") == 3
-    _, server, here = night(
-        [("status", (400, [], "This model does not support the effort parameter.")), numbered()], 1, tag="u"
-    )
-    assert "output_config" not in server.requests[-1] and len(here.results) == 2
-
-
-def test_an_unknown_model_is_found_before_the_baseline_unless_another_server_answers(checkout, night, monkeypatch):
-    """That may lack the route by which one asks for a model."""
-    reason, _, _ = night([numbered()], 1, model="claude-9", schedule="improve")
-    assert reason == "the one experiment is done"
-    with MessagesServer([numbered()]) as server:
-        monkeypatch.setenv("ANTHROPIC_BASE_URL", server.url)
-        claude = Claude(open_here(checkout, "u"), ROOT, {"api_key": "k"}, "claude-9", None)
-        monkeypatch.delenv("ANTHROPIC_BASE_URL")
-        with pytest.raises(Problem, match="does not know the model claude-9"):
-            claude.preflight()
-
-
-def test_a_server_that_does_not_answer_is_named_before_the_baseline(checkout, monkeypatch):
-    for address in ("http://127.0.0.1:9", "nonsense"):
-        monkeypatch.setenv("ANTHROPIC_BASE_URL", address)
-        with pytest.raises(Problem, match=r"cannot be reached.*ANTHROPIC_BASE_URL"):
-            Claude(open_here(checkout), ROOT, {"api_key": "k"}, MODEL, None)
-
-
-@pytest.mark.parametrize(
-    ("answer", "calls", "said"),
-    [
-        (("refusal", ""), 1, "no whole reply: refusal"),
-        (("pause_turn", "a"), 1, "no whole reply: pause_turn"),  # of a server's own tools, which nobody asks for
-        (("max_tokens", "DESCRIPTION: x"), 2, "no whole reply: max_tokens"),  # once more, with less thought
-        (("status", (400, [], "tools: bad request")), 1, "does not take the request: tools: bad request"),
-        (("status", (403, [], "not from this address")), 1, "does not take the request: not from this address"),
-        (("status", (400, [], FILTERED)), 1, FILTERED),
-        (("error event", FILTERED), 1, FILTERED),
-        ("", 4, "no SEARCH/REPLACE block"),
-        ("no edits at all", 4, "no SEARCH/REPLACE block"),
-    ],
-)
-def test_what_brings_no_proposal_costs_one_idea(checkout, night, capsys, answer, calls, said):
-    """The numeric search takes the turn, and the next idea is asked for as if nothing had been."""
-    reason, server, here = night([*[answer] * calls, numbered()], 2)
-    assert reason == "all 2 experiments are done" and len(server.requests) == calls + 1
-    assert [result.operator for result in here.results[1:]] == ["tune", "improve"]
-    assert all(said in row["reason"] for row in rows_of(checkout, "reject")) and rows_of(checkout, "reject")
-    assert [turn["role"] for turn in server.requests[-1]["messages"]] == ["user"]
-    if calls == 2:
-        assert [body["output_config"]["effort"] for body in server.requests] == ["high", "medium", "high"]
-
-
 def test_a_model_that_refuses_for_ever_does_not_end_a_night(checkout, night, capsys):
+    """Each time the numeric search takes the turn, and the next idea is asked for as if nothing had been."""
     reason, server, here = night([("refusal", "")], 6)
     assert reason == "all 6 experiments are done" and len(server.requests) == 6
     assert {result.operator for result in here.results[1:]} == {"tune"}
+    assert all(len(body["messages"]) == 1 for body in server.requests)
     lines = [line for line in capsys.readouterr().out.split("\n") if "lost" in line]
     why = "no whole reply: refusal; the numeric search takes this turn"
     assert lines == [f"      an idea of claude is lost: {why}"] * 6
-
-
-@pytest.mark.parametrize("answer", [("cut", add("idea", 1)), ("error event", ""), ("status", (529, [], "overloaded"))])
-def test_an_outage_has_a_line_at_its_third_failure(checkout, night, capsys, answer):
-    """Each attempt is in the journal and in the bill; what broke off counts for the cap at its worst case."""
-    reason, server, here = night([answer] * 5 + [numbered()], 1)
-    assert reason == "the one experiment is done" and here.results[1].description == "idea 0"
-    assert capsys.readouterr().out.count("waiting for claude: ") == 1
-    calls = {row["id"]: row for row in rows_of(checkout, "call")}.values()
-    assert len(calls) == len(server.requests) == 6 and sum("bound_usd" in row for row in calls) == (
-        0 if answer[0] == "status" else 5
-    )
-    assert spent_usd(here.journal.rows) == pytest.approx(usd_of(PRICES[MODEL], server.usage))
-
-
-def test_the_cap_holds_before_every_attempt(night):
-    """Retries after an error event included: each may have cost its worst case."""
-    reason, server, here = night([("error event", "")], 5, max_usd=2.5)
-    assert "might exceed --max-usd 2.5" in reason and 2 <= len(server.requests) <= 4
-    assert spent_usd(here.journal.rows) + 0.5 < spent_usd(here.journal.rows, bound=True) <= 2.5
-
-
-def test_ten_crashes_in_a_row_ask_for_a_new_direction_and_twenty_stop_the_night(checkout, night):
-    count = iter(range(100))
-    crash = lambda body: reply("x", ("        width=64,", f"        width={next(count)} // 0,"))  # noqa: E731
-    problem, server, here = night([crash], 50)
-    assert (
-        isinstance(problem, Problem) and "20 experiments crashed in a row" in str(problem) and len(here.results) == 21
-    )
-    asks = [body["messages"][0]["content"].split("# Now")[1] for body in server.requests]
-    new = ["another direction" in ask for ask in asks]
-    assert not any(new[:11]) and all(new[11:])
 
 
 def test_the_turns_of_tune_cost_nothing_and_are_seen_by_the_model(checkout, night):
@@ -520,19 +483,7 @@ def test_the_turns_of_tune_cost_nothing_and_are_seen_by_the_model(checkout, nigh
     assert here.results[2].description in text and "# Numbers tried" in text
 
 
-def test_what_is_cached_is_equal_byte_for_byte_between_two_keeps(night):
-    better = reply("better", (LINE, "        lr=0.3,  # best at 0.1"))
-    _, server, here = night([add("idea", 1), add("idea", 2), better, numbered()], 6)
-    systems = [[block["text"] for block in body["system"]] for body in server.requests]
-    kept = [result.number for result in here.results if result.verdict.word == "keep"]
-    assert kept == [0, 3] and len({system[0] for system in systems}) == 1
-    assert [system[1] == systems[0][1] for system in systems] == [True] * 4 + [
-        False
-    ] * 2  # the fourth was asked meanwhile
-    assert all(block["cache_control"]["ttl"] == "1h" for block in server.requests[0]["system"])
-
-
-def test_a_lost_structure_is_offered_once_more(checkout, night):
+def test_a_lost_structure_is_offered_once_more(night):
     """An `explore` that lost by no more than half of the discards did; a second loss is none."""
     near = reply("near", ("        beta=0.8,", "        beta=0.8,\n        overfit=-0.001,"))
     far = reply("far", ("        beta=0.8,", "        beta=0.8,\n        overfit=-0.9,"))
@@ -543,30 +494,25 @@ def test_a_lost_structure_is_offered_once_more(checkout, night):
     assert here.results[3].mends == 1 and not any("(near, mended) lost" in ask or "(far) lost" in ask for ask in asks)
 
 
-@pytest.mark.parametrize(
-    ("bad", "said"),
-    [
-        (reply("nowhere", ("nothing like it", "x")), "match 0 times"),
-        (reply("no-op", ("        width=64,", "        width=64,")), "tried already"),
-        (reply("forbidden", ("        width=64,", "        width=len(open('x').read()),")), "`open` is refused"),
-        (reply("broken", ("        width=64,", "        width=(64,")), "does not compile"),
-    ],
-)
-def test_a_bad_edit_is_bounced_with_its_reason(checkout, night, bad, said):
-    _, server, here = night([bad, bad, bad, add("idea", 1), numbered()], 1)
-    assert [said in row["reason"] for row in rows_of(checkout, "reject")] == [True] * 3
+def test_bad_edits_are_bounced_with_their_reasons(checkout, night):
+    bad = {
+        "match 0 times": reply("nowhere", ("nothing like it", "x")),
+        "`open` is refused": reply("forbidden", ("        width=64,", "        width=len(open('x').read()),")),
+        "tried already": reply("no-op", ("        width=64,", "        width=64,")),
+    }
+    _, server, here = night([*bad.values(), add("idea", 1), numbered()], 1)
     dialogue = server.requests[3]["messages"]
     assert [turn["role"] for turn in dialogue] == ["user", "assistant"] * 3 + ["user"]
-    assert said in dialogue[-1]["content"] and here.results[1].description == "idea 1"
+    for said, row, turn in zip(bad, rows_of(checkout, "reject"), dialogue[2::2], strict=True):
+        assert said in row["reason"] and said in turn["content"]
+    assert here.results[1].description == "idea 1"
 
 
 def test_the_money_is_never_exceeded(night):
     """A call starts only if its worst case still fits; an interrupted one counts as its worst case."""
-    reason, server, here = night([numbered()], 1000, max_usd=0.75)
-    assert "might exceed --max-usd 0.75" in reason and 0 < spent_usd(here.journal.rows) <= 0.75
+    reason, server, here = night([numbered()], 1000, max_usd=0.70)
+    assert "might exceed --max-usd 0.7" in reason and 0 < spent_usd(here.journal.rows) <= 0.70
     assert usd_of(PRICES[MODEL], server.usage) == pytest.approx(spent_usd(here.journal.rows))
-    problem, _, _ = night([numbered()], 1, model="claude-opus-5-5x", max_usd=1.0, tag="u")
-    assert "needs the price of claude-opus-5-5x; add it to PRICES" in str(problem)
 
 
 def test_an_outage_is_waited_out_aloud_until_the_hours_are_used_up(night):
@@ -575,53 +521,6 @@ def test_an_outage_is_waited_out_aloud_until_the_hours_are_used_up(night):
     reason, server, here = night(script, hours=(340 + 342) / 2 / 3600 + 1 / 3600)
     assert reason.endswith("hours are used up") and time.monotonic() - start < 40
     assert len(here.results) == 2 and len(server.requests) > 3
-
-
-def test_after_fifteen_discards_a_new_direction_is_asked_for(night):
-    _, server, _ = night([numbered()], 18)
-    asks = [body["messages"][0]["content"].split("# Now")[1] for body in server.requests]
-    assert "When stuck" not in asks[10] and "When stuck" in asks[-1]
-
-
-@pytest.mark.parametrize(
-    ("model", "tokens", "usd"),
-    [
-        (
-            MODEL,
-            {"input": 1_000, "cache_write": 30_000, "cache_read": 20_000, "output": 10_000},
-            0.004 + 0.24 + 0.004 + 0.2,
-        ),
-        ("claude-sonnet-5-5", {"cache_read": 1_000_000, "output": 1_000}, 0.1 + 0.01),
-        ("claude-haiku-5-5", {"input": 40_000, "cache_read": 60_000, "output": 2_000}, 0.004 + 0.0006 + 0.001),
-        (
-            "claude-haiku-5-5",
-            {"input": 40_000, "cache_read": 60_001, "output": 2_000},
-            5 * (0.004 + 0.00060001 + 0.001),
-        ),
-        ("another", {"input": 1}, None),
-    ],
-)
-def test_a_call_costs_what_the_table_says(model, tokens, usd):
-    assert usd_of(PRICES.get(model), tokens, model) == (usd if usd is None else pytest.approx(usd))
-
-
-def test_a_token_is_taken_like_a_key_and_neither_stays_in_the_environment(monkeypatch):
-    names = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_BASE_URL")
-    for given, wanted in (
-        (("key", "token", ""), {"api_key": "key"}), (("", "token", "http://here"), {"auth_token": "token"}),
-        (("", "", "http://here"), {"api_key": "none"}), (("", "", ""), {}),
-    ):  # fmt: skip
-        for name, value in zip(names, given, strict=True):
-            monkeypatch.setenv(name, value)
-        assert credentials_of(take_secrets()) == wanted and not {"key", "token"} & set(os.environ.values())
-
-
-def test_no_key_is_one_message_with_four_ways_on(checkout):
-    output = checkout.agent(*NIGHT, expect=1)
-    assert "Traceback" not in output and not list(checkout.folder.glob("runs/*"))
-    assert all(
-        way in output for way in ("--demo", "--command", "--proposer tune", "program.md", "--try", "ANTHROPIC_API_KEY")
-    )
 
 
 def test_interrupted_while_thinking_the_call_stands_at_its_worst_case(checkout):
@@ -636,14 +535,3 @@ def test_interrupted_while_thinking_the_call_stands_at_its_worst_case(checkout):
     assert process.returncode == 0 and time.monotonic() - start < 5 and "Traceback" not in output
     (row,) = rows_of(checkout, "call")
     assert row["usd"] > 0.5 and row["at_least"] and f"the API has cost ${row['usd']:.2f}" in output
-
-
-@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "socks4://127.0.0.1:9", "foo://x"])
-def test_a_proxy_of_an_unknown_kind_is_one_clear_line(checkout, proxy, monkeypatch):
-    if proxy.startswith("socks5") and find_spec("socksio"):
-        pytest.skip("socksio is installed: a SOCKS proxy is none of an unknown kind")
-    monkeypatch.setenv("ALL_PROXY", proxy)
-    with pytest.raises(
-        Problem, match=r"the proxy that the environment names cannot be used [^\0]*pip install 'httpx2\[socks\]'"
-    ):
-        Claude(open_here(checkout), ROOT, {"api_key": "k"}, MODEL, None)

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import check_agreement, fake_measure, open_here, rows_of, run_here
+from conftest import check_agreement, open_here, rows_of, run_here, wait_for
 from test_claude import NIGHT, add, reply
 
 import lab.propose.command
 import lab.propose.model
 from constants import Problem
-from lab.propose.command import Command
+from lab.propose.command import Command, words_of
 from lab.view import View, print_summary
 
 
@@ -22,12 +22,12 @@ from lab.view import View, print_summary
 def program(checkout, tmp_path):
     """A night whose researcher is a Python program: program(code, experiments) -> (reason or Problem, night)."""
 
-    def run(code, experiments=1, secrets=None, schedule="improve", hours=None):
-        (checkout.folder / "program.md").write_text(f"Schedule: {schedule}\n")
+    def run(code, experiments=1, secrets=None):
+        (checkout.folder / "program.md").write_text("Schedule: improve\n")
         here = open_here(checkout)
         try:
             command = Command(here, checkout.folder, written(tmp_path, code), secrets or {})
-            outcome = run_here(here, experiments, command, hours, measure=fake_measure(here))
+            outcome = run_here(here, experiments, command)
         except Problem as problem:
             outcome = problem
         return outcome, here
@@ -52,7 +52,11 @@ def ended(pid: int) -> bool:
 
 
 def test_its_reply_is_run_and_it_is_asked_for_the_next_meanwhile(checkout, program, tmp_path):
-    reason, _ = program(f"print({add('idea', 7)!r}.replace('7', str(n)))", 3)
+    """It may chat: in fences, with colours, with line ends of another system, after a first draft; the last reply counts."""
+    draft, final = reply("draft", ("        width=64,", "        width=1,")), add("idea", 7)
+    text = f"Let me think.\n\x1b[1m{draft}\x1b[0m\nOn reflection:\n```\n{final}\n```\nGood luck!\n"
+    lines = text.replace("\n", "\r\n")
+    reason, _ = program(f"sys.stdout.write({lines!r}.replace('7', str(n)))", 3)
     assert reason == "all 3 experiments are done"
     assert [row["description"] for row in check_agreement(checkout)][1:] == ["idea 0", "idea 1", "idea 2"]
     prompt = (tmp_path / "prompt2").read_text()
@@ -71,58 +75,41 @@ def test_a_reply_that_cannot_be_run_is_sent_back_with_the_objection(checkout, pr
     assert prompt.index("nothing like it") < prompt.index("That cannot be run: block 1: its SEARCH lines match 0 times")
 
 
-def test_of_one_that_chats_the_last_reply_counts(program):
-    """In fences, with colours, with line ends of another system, after a first draft."""
-    draft, final = reply("draft", ("        width=64,", "        width=1,")), add("final", 2)
-    text = f"Let me think.\n\x1b[1m{draft}\x1b[0m\nOn reflection:\n```\n{final}\n```\nGood luck!\n".replace(
-        "\n", "\r\n"
-    )
-    _, here = program(f"sys.stdout.write({text!r})")
-    assert here.results[1].description == "final 2"
-
-
-@pytest.mark.parametrize(
-    ("trouble", "said"),
-    [
-        ("sys.exit('out of quota')", "exit status 1: out of quota"),
-        (
-            "print('x.js:3\\nthrow new Error(1)\\n  ^\\nTypeError: boom\\n    at Error (x.js:3)\\n\\nNode.js v20', file=sys.stderr); sys.exit(1)",
-            "exit status 1: TypeError: boom",
-        ),
-        ("sys.exit(0)", "it printed nothing"),
-        ("time.sleep(60)", "no reply within 2 s"),
-        ("os.kill(os.getpid(), 9)", "exit status -9"),
-    ],
-)
-def test_a_failure_is_waited_out_aloud(checkout, program, monkeypatch, capsys, trouble, said):
-    monkeypatch.setattr(lab.propose.command, "LIMIT_S", 2.0 if "sleep" in trouble else 10.0)
+def test_a_failure_is_waited_out_aloud(checkout, program, monkeypatch, capsys):
     monkeypatch.setattr(lab.propose.model, "PATIENCE_S", 0.05)
+    trouble, said = "sys.exit('out of quota')", "exit status 1: out of quota"
     reason, here = program(f"if 0 < n < 4:\n    {trouble}\nprint({add('idea', 7)!r}.replace('7', str(n)))", 2)
     assert reason == "all 2 experiments are done" and here.results[2].description == "idea 4"
     errors = [row["error"] for row in rows_of(checkout, "call") if "error" in row]
-    assert len(errors) == 3 and all(said in error for error in errors)
-    assert capsys.readouterr().out.count(f"waiting for command: {said}") == 1
+    assert errors == [said] * 3 and capsys.readouterr().out.count(f"waiting for command: {said}") == 1
 
 
-def test_what_failed_in_an_earlier_start_was_no_reply(program, checkout, monkeypatch):
-    """The same command again ends as soon: three failures of a program that never replied."""
-    monkeypatch.setattr(lab.propose.model, "PATIENCE_S", 0.05)
-    for _ in range(2):
-        problem, _ = program("sys.exit('wrong key')")
-        assert isinstance(problem, Problem) and "failed 3 times and never replied: exit status 1: wrong key" in str(
-            problem
-        )
-    assert len({row["id"] for row in rows_of(checkout, "call")}) == 6
+def test_what_keeps_a_program_from_replying_is_named(checkout, tmp_path, monkeypatch):
+    """In its own words, without its arguments, which may be secret."""
+    night = open_here(checkout)
+    node = "x.js:3\nthrow new Error(1)\n  ^\nTypeError: boom\n    at Error (x.js:3)\n\nNode.js v20"
+    for code, said in (
+        (f"sys.exit({node!r})", "exit status 1: TypeError: boom"),
+        ("sys.exit('bad ' + sys.argv[1])", "exit status 1: bad ..."),
+        ("", "it printed nothing"),
+        ("time.sleep(60)", "no reply within 1 s"),
+        ("os.kill(os.getpid(), 9)", "exit status -9"),
+    ):
+        monkeypatch.setattr(lab.propose.command, "LIMIT_S", 1.0 if "sleep" in code else 10.0)
+        reply, trouble = Command(night, checkout.folder, f"{written(tmp_path, code)} canary-token", {}).run("?")
+        assert reply == "" and trouble.startswith(said)
 
 
-def test_one_that_never_replied_is_no_outage(program, monkeypatch, capsys):
+def test_one_that_never_replied_is_no_outage_nor_at_the_next_start(checkout, program, monkeypatch, capsys):
     """Nor is it kept quiet until what runs has ended."""
     monkeypatch.setattr(lab.propose.model, "PATIENCE_S", 0.05)
-    problem, here = program("sys.exit('no such model: --key sk-canary')")
-    assert (
-        isinstance(problem, Problem) and "failed 3 times and never replied" in str(problem) and len(here.results) == 1
-    )
-    assert f"nothing more is proposed: {problem}; what runs now is finished first" in capsys.readouterr().out
+    for start in range(2):
+        problem, here = program("sys.exit('no such model')")
+        assert isinstance(problem, Problem) and len(here.results) == 1
+        assert "failed 3 times and never replied: exit status 1: no such model" in str(problem)
+        line = f"nothing more is proposed: {problem}; what runs now is finished first"
+        assert start or line in capsys.readouterr().out
+    assert len({row["id"] for row in rows_of(checkout, "call")}) == 6
 
 
 def test_one_that_fails_for_ever_loses_its_turns_to_the_numeric_search(program, monkeypatch, capsys):
@@ -145,29 +132,23 @@ def test_output_without_end_is_cut_and_ended(checkout, program, capsys):
     assert "4 proposals could not be run; the journal says why\n" in capsys.readouterr().out
 
 
-def test_what_it_leaves_behind_is_ended(program, tmp_path):
+def test_it_works_in_an_empty_folder_with_the_key_and_what_it_leaves_behind_is_ended(checkout, program, tmp_path):
     code = (
         "p = subprocess.Popen(['sleep', '600'], start_new_session=True)\n"
-        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid))\nprint({add('idea', 1)!r})"
-    )
-    program(code)
-    assert ended(int((tmp_path / "pid").read_text()))
-
-
-def test_it_works_in_an_empty_folder_with_the_key_and_nothing_else_gets_it(checkout, program, tmp_path):
-    code = (
-        f"open({str(tmp_path / 'seen')!r}, 'w').write(os.environ['ANTHROPIC_API_KEY'] + str(os.listdir()))\n"
+        f"open({str(tmp_path / 'seen')!r}, 'w').write(f\"{{p.pid}} {{os.environ['ANTHROPIC_API_KEY']}} {{os.listdir()}}\")\n"
         f"print({add('idea', 1)!r})"
     )
     program(code, secrets={"ANTHROPIC_API_KEY": "canary-key"})
-    assert (tmp_path / "seen").read_text() == "canary-key[]"
+    pid, *seen = (tmp_path / "seen").read_text().split()
+    assert seen == ["canary-key", "[]"] and ended(int(pid))
     assert b"canary-key" not in b"".join(p.read_bytes() for p in checkout.folder.rglob("*") if p.is_file())
 
 
-@pytest.mark.parametrize(("command", "status"), [("no-such-program -p", 1), ("'unclosed", 1), (" ", 2)])
-def test_a_program_that_is_not_there_is_one_line_before_the_baseline(checkout, command, status):
-    output = checkout.agent(*NIGHT, "--command", command, expect=status)
+def test_a_program_that_is_not_there_is_one_line_before_the_baseline(checkout):
+    output = checkout.agent(*NIGHT, "--command", "no-such-program -p", expect=1)
     assert "--command" in output and "Traceback" not in output and not (checkout.folder / "runs" / "t").exists()
+    with pytest.raises(Problem, match="--command"):
+        words_of("'unclosed")
 
 
 def test_by_the_command_line_only_its_first_word_is_stored(checkout, tmp_path):
@@ -188,16 +169,10 @@ def test_by_the_command_line_only_its_first_word_is_stored(checkout, tmp_path):
 def test_it_ends_with_the_agent(checkout, tmp_path, how):
     command = written(tmp_path, f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)")
     process = checkout.start(*NIGHT, "--command", command)
-    deadline = time.monotonic() + 60
-    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
+    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), process)
     process.send_signal(how)
     output, _ = process.communicate(timeout=20)
-    pid = int((tmp_path / "pid").read_text())
-    while not ended(pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: ended(int((tmp_path / "pid").read_text())))
     assert "Traceback" not in output
 
 

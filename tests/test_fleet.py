@@ -2,6 +2,7 @@
 
 import os
 import queue
+import re
 import signal
 import sys
 import threading
@@ -64,36 +65,24 @@ def outcomes(night) -> list[tuple]:
     return [(result.description, result.verdict.word, result.parent) for result in night.results[1:]]
 
 
-def test_a_win_on_an_earlier_incumbent_is_measured_again_on_top_of_the_present_one(checkout):
+@pytest.mark.parametrize(
+    ("change", "outcome", "runs", "said"),
+    [
+        (NARROWER, ("keep", 1), 4, ""),  # measured again on top of the present incumbent
+        (better(0.3), ("discard", 0), 3, "lower than experiment 0, on which it was made, but 1 was kept meanwhile: "),
+        (("width=64,", "width=99,"), ("discard", 0), 3, ""),  # not lower than its parent: not measured again
+    ],
+)
+def test_what_was_made_on_an_earlier_incumbent(checkout, change, outcome, runs, said):
     """Both begin on the baseline; change 2 is kept first. Every keep is its parent plus one change."""
     night = open_here(checkout)
-    run_several(night, [NARROWER, better(0.2)], order=[2, 1])
-    assert outcomes(night) == [("change 2", "keep", 0), ("change 1", "keep", 1)]
-    assert "lr=0.2," in (source := night.source(night.incumbent)) and "width=32," in source
-    assert len(rows_of(checkout, "run")) == 4 and [row["id"] for row in rows_of(checkout, "result")] == [0, 1, 3]
+    run_several(night, [change, better(0.2)], order=[2, 1])
+    assert outcomes(night) == [("change 2", "keep", 0), ("change 1", *outcome)]
+    late, source = night.results[2], night.source(night.results[2])
+    assert ("lr=0.2," in source) == (outcome[0] == "keep") and ("same lines" in late.verdict.reason) == bool(said)
+    assert late.verdict.reason.startswith(said) and late.run.id == runs - 1 and len(rows_of(checkout, "run")) == runs
+    assert len(re.findall(r"(?m)^[-+] ", checkout.git("show", "--format=", late.commit, "--", "train.py"))) == 2
     check_agreement(checkout)
-
-
-def test_a_win_that_does_not_go_on_top_of_the_present_one_is_a_discard_that_says_so(checkout):
-    night = open_here(checkout)
-    run_several(night, [better(0.3), better(0.2)], order=[2, 1])
-    assert outcomes(night) == [("change 2", "keep", 0), ("change 1", "discard", 0)]
-    reason = night.results[2].verdict.reason
-    assert (
-        reason.startswith("lower than experiment 0, on which it was made, but 1 was kept meanwhile: ")
-        and "same lines" in reason
-    )
-    check_agreement(checkout)
-
-
-def test_what_is_not_lower_than_its_parent_is_not_measured_again(checkout):
-    night = open_here(checkout)
-    run_several(night, [("width=64,", "width=99,"), better(0.2)], order=[2, 1])
-    assert (
-        outcomes(night) == [("change 2", "keep", 0), ("change 1", "discard", 0)] and len(rows_of(checkout, "run")) == 3
-    )
-    change = checkout.git("show", "--format=", night.results[2].commit, "--", "train.py")
-    assert "+        width=99," in change and "lr=" not in change.replace(" lr=0.4", "")
 
 
 def test_a_win_that_was_cut_off_before_its_second_run_goes_on_after_a_kill(checkout):

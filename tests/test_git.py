@@ -4,7 +4,7 @@ import random
 import subprocess
 
 import pytest
-from conftest import NIGHT, check_agreement, open_here, run_here
+from conftest import NIGHT, ROOT, check_agreement, open_here, run_here
 
 from constants import Problem
 from lab.record.git import Repository
@@ -13,15 +13,9 @@ from lab.records import Rejected
 KNOBS = [f"    knob_{i}={i}," for i in range(35)]
 
 
-@pytest.fixture
-def repository(checkout):
-    return Repository(checkout.folder)
-
-
-def test_changes_of_neighbouring_lines_merge(repository):
-    """A hundred pairs of changes to the lines of a list, each of one to three lines: what does not overlap merges as by hand."""
-    draw = random.Random(1)
-    base = "\n".join(["x = dict(", *KNOBS, ")", ""])
+def test_changes_of_neighbouring_lines_merge_and_those_of_the_same_line_do_not():
+    """Pairs of changes to the lines of a list, each of two lines: what does not overlap merges as by hand."""
+    draw, merge = random.Random(1), Repository(ROOT).merge
     for _ in range(20):
         lines = draw.sample(range(35), 4)
         ours, theirs, both = (list(KNOBS) for _ in range(3))
@@ -29,20 +23,12 @@ def test_changes_of_neighbouring_lines_merge(repository):
             ours[line] = both[line] = f"    ours={line},"
         for line in lines[2:]:
             theirs[line] = both[line] = f"    theirs={line},"
-        texts = ("\n".join(["x = dict(", *knobs, ")", ""]) for knobs in (ours, theirs, both))
-        ours, theirs, both = texts
-        assert repository.merge(base, ours, theirs) == both
-
-
-def test_what_one_side_leaves_alone_is_the_others(repository):
+        base, ours, theirs, both = ("\n".join(["x = dict(", *knobs, ")", ""]) for knobs in (KNOBS, ours, theirs, both))
+        assert merge(base, ours, theirs) == both
     a, b = "a\nb\n\nc\n", "a\nB\n\nc\nd\n"
-    assert repository.merge(a, a, b) == b and repository.merge(a, b, a) == b and repository.merge(a, b, b) == b
-    assert repository.merge("a\n", "a\n", "") == ""
-
-
-def test_changes_of_the_same_line_are_rejected(repository):
+    assert merge(a, a, b) == b and merge(a, b, a) == b and merge(a, b, b) == b and merge("a\n", "a\n", "") == ""
     with pytest.raises(Rejected, match="in the same lines"):
-        repository.merge("a\nb\nc\n", "a\nB\nc\n", "a\nX\nc\n")
+        merge("a\nb\nc\n", "a\nB\nc\n", "a\nX\nc\n")
 
 
 def test_a_night_leaves_the_checkout_alone(checkout):
@@ -92,33 +78,26 @@ def test_an_inherited_git_dir_leads_nowhere(checkout, tmp_path, monkeypatch):
     assert refs.stdout == ""
 
 
-def test_a_ref_that_another_moved_stops_the_night_and_is_left_to_the_user(checkout):
-    night = open_here(checkout)
-    run_here(night, 1)
-    checkout.git("update-ref", "refs/heads/autoresearch/t", "main")
-    with pytest.raises(Problem, match="not where this night left it"):
-        run_here(night, 40)
-    assert checkout.git("rev-parse", "autoresearch/t") == checkout.git("rev-parse", "main")
-
-
-def test_a_repository_of_another_user_is_named_as_one(checkout):
-    output = checkout.agent(*NIGHT, expect=1, GIT_TEST_ASSUME_DIFFERENT_OWNER="1")
-    assert f"git config --global --add safe.directory {checkout.folder}" in output and "git init" not in output
-
-
-@pytest.mark.parametrize("branch", ["autoresearch", "autoresearch/t/mine"])
-def test_a_branch_in_the_way_is_named_before_the_baseline(checkout, branch):
-    checkout.git("branch", branch)
+def test_a_branch_in_the_way_is_named_before_the_baseline(checkout):
+    checkout.git("branch", "autoresearch")
     output = checkout.agent(*NIGHT, expect=1)
-    assert "git branch -m" in output and f"refs/heads/{branch}" in output and "Traceback" not in output
+    assert "git branch -m" in output and "refs/heads/autoresearch" in output and "Traceback" not in output
     assert not (checkout.folder / "runs" / "t").exists()
-    checkout.git("branch", "-m", branch, "other")
+    checkout.git("branch", "-m", "autoresearch", "autoresearch/t/mine")
+    with pytest.raises(Problem, match=r"refs/heads/autoresearch/t/mine.*git branch -m"):
+        Repository(checkout.folder).refuse_blocked("refs/heads/autoresearch/t")
+    checkout.git("branch", "-m", "autoresearch/t/mine", "other")
     Repository(checkout.folder).refuse_blocked("refs/heads/autoresearch/t")
 
 
-def test_outside_a_repository_the_next_command_is_named(checkout, tmp_path):
+def test_what_is_no_repository_of_ones_own_is_named_with_the_next_command(checkout, tmp_path, monkeypatch):
     with pytest.raises(Problem, match="git init && git add -A"):
         Repository(tmp_path)
     checkout.git("init", "-q", str(tmp_path))
     with pytest.raises(Problem, match="no commit yet"):
         Repository(tmp_path)
+    for name in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM"):
+        monkeypatch.setenv(name, "/dev/null")
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    with pytest.raises(Problem, match=f"git config --global --add safe.directory {checkout.folder}$"):
+        Repository(checkout.folder)

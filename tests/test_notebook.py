@@ -9,86 +9,47 @@ from conftest import ROOT
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 
 
-def result(number, verdict, bpb, **more):
-    metrics = (
-        {}
-        if bpb is None
-        else {"training_seconds": 20.0, "startup_seconds": 3.0, "losses": [[1.0, 10, 5.0], [19.0, 99, 2.0]]}
-    )
+def run(id, seed, source, bpb):
+    metrics = {} if bpb is None else {"training_seconds": 20.0, "losses": [[1.0, 10, 5.0], [19.0, 99, 2.0]]}
     return {
-        "event": "result", "number": number, "parent": None if number == 0 else 0, "commit": f"{number:040x}", "source": f"{number:064x}",
-        "val_bpb": bpb, "test_bpb": bpb and bpb + 0.02, "verdict": verdict, "reason": "", "operator": "improve",
-        "description": f"idea {number} with a description that is rather long", "run_seconds": 24.0, "proposal": number, "second": None,
-        "scoring_seconds": None if bpb is None else 9.0, "idle_seconds": None if number == 0 else 0.2, "metrics": metrics, **more,
+        "event": "run", "id": id, "seed": seed, "source": f"{source:064x}", "val_bpb": bpb, "test_bpb": bpb and bpb + 0.02, "metrics": metrics,
+        "run_seconds": 24.0, "scoring_seconds": bpb and 9.0, "idle_seconds": 0.2 if id else None,
     }  # fmt: skip
 
 
-def run(seed, source, bpb):
-    return {
-        "event": "run", "source": source, "seed": seed, "val_bpb": bpb, "run_seconds": 24.0, "scoring_seconds": 9.0, "idle_seconds": 0.1,
-        "metrics": {"training_seconds": 20.0},
-    }  # fmt: skip
+def experiment(number, verdict, bpb, description="", second=None):
+    """The rows of a run and of its result."""
+    description = description or f"idea {number} with a description that is rather long"
+    return [run(number, 1, number, bpb), {
+        "event": "result", "number": number, "run": number, "proposal": number, "parent": 0 if number else None, "commit": f"{number:040x}",
+        "verdict": verdict, "reason": "", "description": description, "operator": "improve", "second": second,
+    }]  # fmt: skip
 
 
-OF_A_RUN = "source val_bpb test_bpb metrics run_seconds scoring_seconds idle_seconds".split()
-
-
-def journal_of(rows):
-    """The rows with their runs apart and named by ids, as a journal has them; `second` was a pair of val_bpb."""
-    journal = [{"event": "night"}]
-
-    def add(row) -> int:
-        count = sum(row["event"] == "run" for row in journal)
-        journal.append(row | {"id": count})
-        return count
-
-    for row in rows:
-        if row["event"] == "result":
-            facts = {name: row[name] for name in OF_A_RUN}
-            second = row["second"] and [add(run(2, row["source"], bpb)) for bpb in row["second"]]
-            rest = {name: value for name, value in row.items() if name not in OF_A_RUN}
-            journal.append(rest | {"run": add({"event": "run", "seed": 1, **facts}), "second": second})
-        elif row["event"] == "run":
-            add(row)
-        else:
-            journal.append(row)
-    return journal
-
-
-def proposal(number, source):
-    return {"event": "proposal", "id": number, "source": source}
-
-
-BASELINE = result(0, "keep", 1.5)
-MANY = [BASELINE] + [
-    result(i, "keep", 1.5 - i / 10_000) if i % 25 == 0 else result(i, ("discard", "crash", "invalid")[i % 3], (1.6 - i / 9_000, None, 0.9)[i % 3])
-    for i in range(1, 1000)
-]  # fmt: skip
+BASELINE, MANY = experiment(0, "keep", 1.5), []
+for i in range(1, 1000):
+    other = ("discard", "crash", "invalid")[i % 3], (1.6 - i / 9_000, None, 0.9)[i % 3]
+    MANY += experiment(i, "keep", 1.5 - i / 10_000) if i % 25 == 0 else experiment(i, *other)
 AFTERMATH = [  # of a night that Claude proposed, that was checked and ablated
     {"event": "call", "id": 0, "tokens": {}, "usd": 0.9, "at_least": True},
     {"event": "call", "id": 0, "tokens": {"input": 9000, "output": 800}, "usd": 0.07, "at_least": False},
-    proposal(0, "a\nb\nc\n"), proposal(1, "a\nB\nc\nd\n"),
-    *(run(seed, BASELINE["source"], 1.5 + seed / 10_000) for seed in (1, 2, 101, 102)), run(2, f"{1:064x}", 1.4804),
+    {"event": "proposal", "id": 0, "source": "a\nb\nc\n"}, {"event": "proposal", "id": 1, "source": "a\nB\nc\nd\n"},
+    *(run(1000 + seed, seed, 0, 1.5 + seed / 10_000) for seed in (2, 101, 102)), run(1001, 2, 1, 1.4804),
     {"event": "check", "seeds": 2, "baseline": [1.52, 1.53], "incumbent": [1.51, 1.5], "claimed": 0.02, "mean": 0.02, "welch": [0.01, 0.03], "word": "better than the baseline"},
     {"event": "ablate", "incumbent": [1.5], "rows": [{"number": 1, "word": "carries weight", "test_bpb": 1.52}]},
 ]  # fmt: skip
 STRANGE = "$\\frac{1$ <b>bold</b>"  # no formula, no markup: a model wrote it
 NIGHTS = {  # rows, and how many pictures there are of them
     "zero": ([], 1),
-    "crash only": ([BASELINE] + [result(i, "crash", None) for i in range(1, 5)], 4),
-    "no baseline": ([result(0, "crash", None)], 2),
-    "no keep": ([BASELINE] + [result(i, "discard", 1.5 + i / 10) for i in range(1, 5)], 4),
-    "one thousand": (MANY, 4),
+    "crash only": (BASELINE + [row for i in range(1, 5) for row in experiment(i, "crash", None)], 4),
+    "no baseline": (experiment(0, "crash", None), 2),
+    "no keep": (BASELINE + [row for i in range(1, 5) for row in experiment(i, "discard", 1.5 + i / 10)], 4),
+    "one thousand": (BASELINE + MANY, 4),
     "checked": (
-        [
-            BASELINE,
-            result(1, "keep", 1.48, description=STRANGE, second=[1.4804, 1.5002]),
-            result(2, "discard", 1.481, description=STRANGE),
-            *AFTERMATH,
-        ],
+        [*BASELINE, *experiment(1, "keep", 1.48, STRANGE, second=[1001, 1002]), *experiment(2, "discard", 1.481, STRANGE), *AFTERMATH],
         5,
     ),
-}
+}  # fmt: skip
 
 
 def execute(*places):
@@ -125,7 +86,7 @@ def test_the_notebook_reads_nights_of_every_kind(tmp_path):
     for kind, (rows, _) in NIGHTS.items():
         night = tmp_path / kind / "runs" / "nov23"
         night.mkdir(parents=True)
-        lines = [json.dumps(row) for row in journal_of(rows)]
+        lines = [json.dumps(row) for row in ({"event": "night"}, *rows)]
         (night / "journal.jsonl").write_text("\n".join(lines) + '\n{"event": "res')  # one is being written
     done = dict(zip(NIGHTS, execute(*((tmp_path / kind, None) for kind in NIGHTS)), strict=True))
     for kind, outputs in done.items():

@@ -3,7 +3,6 @@
 import errno
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -39,42 +38,22 @@ def encoding(data):
     return prepare.load_tokenizer(data / "tokenizer.txt")
 
 
-def run_prepare(cache: Path, *args, **kwargs):
-    command = [sys.executable, str(ROOT / "prepare.py"), "--profile", "cpu", *args]
-    return subprocess.run(
-        command,
-        env={**os.environ, "AUTORESEARCH_CACHE": str(cache)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        **kwargs,
-    )
-
-
 # --- text
 
 
 def test_every_document_of_a_year_is_in_one_split():
     texts = {split: set(prepare.sotu_documents(split)) for split in ("train", "val", "test")}
     assert not texts["train"] & texts["val"] and not texts["train"] & texts["test"] and not texts["val"] & texts["test"]
+    assert 800 < np.mean([len(text) for text in prepare.sotu_documents("train")]) < 1200
     sizes = {split: sum(len(text.encode()) for text in documents) for split, documents in texts.items()}
     assert sizes["train"] > 9e6 and sizes["val"] > 1e6 and sizes["test"] > 1.5e6
     assert [prepare.split_of(year) for year in YEARS] == list(YEARS.values())
-
-
-def test_documents_are_about_a_thousand_characters():
-    lengths = [len(text) for text in prepare.sotu_documents("train")]
-    assert 800 < np.mean(lengths) < 1200
 
 
 @given(st.lists(st.text("ab", min_size=1, max_size=30), max_size=12), st.integers(1, 40))
 def test_cutting_at_paragraphs_loses_nothing(paragraphs, target):
     documents = prepare.cut_at_paragraphs("\n\n".join(paragraphs), target)
     assert "\n\n".join(documents) == "\n\n".join(paragraphs)
-
-
-def test_cutting_at_paragraphs_by_hand():
-    assert prepare.cut_at_paragraphs("aa\n\nbb\n\ncccc", 5) == ["aa\n\nbb", "cccc"]
 
 
 # --- tokenizer
@@ -87,19 +66,14 @@ def lengths(encoding):
 
 @settings(max_examples=300, deadline=None)
 @given(text=st.text())
-def test_token_bytes_of_any_text_sum_to_its_utf8_length(encoding, lengths, text):
-    assert lengths[encoding.encode_ordinary(text)].sum() == len(text.encode())
+def test_any_text_round_trips_and_its_token_bytes_sum_to_its_utf8_length(encoding, lengths, text):
+    ids = encoding.encode_ordinary(text)
+    assert encoding.decode(ids) == text and lengths[ids].sum() == len(text.encode())
 
 
 def test_special_tokens_have_no_bytes_and_end_the_vocabulary(encoding, lengths):
     assert encoding.n_vocab == CPU.vocab_size == len(lengths)
     assert lengths[-4:].tolist() == [0, 0, 0, 0] and (lengths[:-4] > 0).all()
-
-
-def test_tokenizer_file_is_text_and_round_trips(encoding, data):
-    text = "Fellow-Citizens of the Senate, 1790: naïve 🙂"
-    assert encoding.decode(encoding.encode_ordinary(text)) == text
-    assert (data / "tokenizer.txt").read_text().startswith("autoresearch tokenizer 1\n")
 
 
 def test_a_text_too_small_for_the_vocabulary_is_an_error():
@@ -117,17 +91,12 @@ def pack(lengths, row_tokens, keep_tails=False, buffer_docs=10, refill=3):
     return [row.tolist() for row in prepare.pack_rows(batches, row_tokens, 0, keep_tails, buffer_docs)]
 
 
-def test_packing_takes_the_longest_that_fits_and_the_first_among_equals():
-    # rows of 8, lengths 3 5 4 5: first 5 (document 2) + 3; then 5 (document 4), and 4 is cut to 3
+def test_packing_by_hand():
+    # the longest that fits, the first among equals: rows of 8, lengths 3 5 4 5: 5 (document 2) + 3; then 5 (document 4), and 4 is cut to 3
     assert pack([3, 5, 4, 5], 8) == [[0, 2, 2, 2, 2, 0, 1, 1], [0, 4, 4, 4, 4, 0, 3, 3]]
-
-
-def test_packing_sees_only_its_buffer():
-    # a buffer of 2 read 1 at a time holds {3, 3}; 5 arrives only after one has gone: 3 + 5, not 5 + 3
+    # of its buffer alone: of 2 read 1 at a time it holds {3, 3}; 5 arrives only after one has gone: 3 + 5, not 5 + 3
     assert pack([3, 3, 5], 8, buffer_docs=2, refill=1) == [[0, 1, 1, 0, 3, 3, 3, 3]]
-
-
-def test_packing_cuts_the_shortest_and_drops_its_tail():
+    # else it cuts the shortest and drops its tail
     assert pack([9, 7], 4) == [[0, 2, 2, 2], [0, 1, 1, 1]]
 
 
@@ -223,40 +192,28 @@ def paragraphs(count: int, seed: int = 0) -> str:
 
 
 def own(tmp_path, place, expect=0):
-    done = run_prepare(tmp_path / "cache", "--dataset", str(place))
+    command = [sys.executable, str(ROOT / "prepare.py"), "--profile", "cpu", "--dataset", str(place)]
+    environment = {**os.environ, "AUTORESEARCH_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == expect and "Traceback" not in done.stderr, done.stderr
     return done.stdout if expect == 0 else done.stderr
 
 
-@pytest.mark.parametrize("kind", ["one txt", "many txt", "parquet"])
-def test_a_text_of_ones_own_is_prepared(tmp_path, kind, monkeypatch):
-    """Split by document, or by file if there are many; the tokenizer learns from train alone; each word is somewhere."""
-    place = tmp_path / "my texts"
-    place.mkdir()
-    if kind == "one txt":
-        (place / "a.txt").write_text(paragraphs(1_200))
-    elif kind == "many txt":
-        for i in range(40):
-            (place / f"{i}.txt").write_text(f"file{i}\n\n" + paragraphs(32, i % 3))
-    else:
-        texts = paragraphs(1_200).split("\n\n")
-        pyarrow.parquet.write_table(pyarrow.table({"text": texts, "id": range(len(texts))}), place / "a.parquet")
-    output = own(tmp_path, place / "a.txt" if kind == "one txt" else place)
-    assert "ready" in output
-    (folder,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
-    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
-    assert prepare.prepared(CPU, str(place / "a.txt" if kind == "one txt" else place)) == (folder, "train.bin")
-    encoding = prepare.load_tokenizer(folder / "tokenizer.txt")
-    text = {}
-    for split in ("train", "val", "test"):
-        rows = prepare.open_rows(folder / f"{split}.bin", CPU)
-        text[split] = encoding.decode(rows.reshape(-1).tolist())
-    assert len(text["train"]) > 3 * len(text["val"]) > 0
-    if kind == "many txt":
-        found = {split: set(re.findall(r"file\d+", text[split])) for split in text}
-        assert found["train"] and found["val"] and not found["train"] & (found["val"] | found["test"])
-    documents = {split: set(prepare.own_documents(place, split)) for split in ("train", "val", "test")}
-    assert not documents["train"] & documents["val"] or kind == "many txt"
+def test_a_text_of_ones_own_is_split_by_document_or_by_file_if_there_are_many_and_nothing_is_lost(tmp_path):
+    texts = paragraphs(1_200).split("\n\n")
+    (tmp_path / "a.txt").write_text("\n\n".join(texts))
+    (tmp_path / "parquet").mkdir()
+    table = pyarrow.table({"text": texts, "id": range(len(texts))})
+    pyarrow.parquet.write_table(table, tmp_path / "parquet" / "a.parquet")
+    (tmp_path / "many").mkdir()
+    for i in range(40):
+        (tmp_path / "many" / f"{i}.txt").write_text("\n\n".join([f"file{i}", *texts[i::40]]))
+    for name, more in (("a.txt", []), ("parquet", []), ("many", [f"file{i}" for i in range(40)])):
+        split = {part: "\n\n".join(prepare.own_documents(tmp_path / name, part)) for part in ("train", "val", "test")}
+        assert len(split["train"]) > 3 * len(split["val"]) > 0
+        assert sorted("\n\n".join(split.values()).split("\n\n")) == sorted(texts + more)
+    for i in range(40):  # `split` is that of many files: the documents of each are in one
+        assert sum(bool(set(texts[i::40]) & set(part.split("\n\n"))) for part in split.values()) == 1
 
 
 def test_waiting_for_a_card_takes_no_core(monkeypatch):
@@ -269,7 +226,7 @@ def test_waiting_for_a_card_takes_no_core(monkeypatch):
     assert source.count("cuda.Event(") == source.count("cuda.Event(blocking=True)") == 2
 
 
-def test_files_of_an_own_text_may_have_any_name_and_hidden_ones_are_none(tmp_path):
+def test_files_of_an_own_text_may_have_any_name_and_hidden_ones_are_none(tmp_path, monkeypatch):
     """A name that is no UTF-8, capital letters, what a file manager left beside them, a repository's folder."""
     place, texts = tmp_path / "own", paragraphs(2_500).split("\n\n")
     (place / ".git").mkdir(parents=True)
@@ -280,6 +237,8 @@ def test_files_of_an_own_text_may_have_any_name_and_hidden_ones_are_none(tmp_pat
         (place / hidden).write_bytes(b"Mac OS X")
     assert len(prepare.own_files(place)) == 40
     assert "ready" in own(tmp_path, place)
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+    assert prepare.prepared(CPU, str(place))[1] == "train.bin"
     Path(os.fsdecode(os.fsencode(place) + b"/\xe9.txt")).write_bytes(b"caf\xe9")
     assert "is not UTF-8 (byte 3)" in own(tmp_path, place, 1)
 
@@ -303,7 +262,8 @@ def test_what_cannot_be_ones_own_text_is_one_clear_line(tmp_path):
         return str(problem.value)
 
     (tmp_path / "small.txt").write_text(paragraphs(300))
-    assert "is too small" in own(tmp_path, tmp_path / "small.txt", 1)
+    small = own(tmp_path, tmp_path / "small.txt", 1)
+    assert "is too small" in small and small.count("\n") == 1
     assert "is not UTF-8 (byte 2); convert it" in refused("latin.txt", "na\u00efve caf\u00e9".encode("latin-1") * 9)
     pyarrow.parquet.write_table(pyarrow.table({"content": ["x"]}), tmp_path / "other.parquet")
     assert "has no column `text`, but content" in refused("other.parquet")
@@ -318,7 +278,8 @@ def test_what_cannot_be_ones_own_text_is_one_clear_line(tmp_path):
     assert "has no .txt and no .parquet file" in refused("empty")
 
 
-def test_text_without_paragraphs_is_cut_at_spaces():
+def test_text_is_cut_at_paragraphs_else_at_spaces():
+    assert prepare.cut_at_paragraphs("aa\n\nbb\n\ncccc", 5) == ["aa\n\nbb", "cccc"]
     assert prepare.cut_at_spaces("aa bb cc", 5) == ["aa bb", "cc"]
     assert prepare.cut_at_spaces("abcdef", 4) == ["abcd", "ef"] and prepare.cut_at_spaces("ab", 4) == ["ab"]
     assert prepare.cut_at_spaces("a" * 5 + "  \n " + "b" * 9, 6) == ["aaaaa", "bbbbbb", "bbb"]
@@ -400,15 +361,15 @@ def test_an_epoch_shows_every_row_once_in_an_order_of_the_seed():
     assert (epoch(1) == epoch(1)).all() and (epoch(1) != epoch(2)).any()
 
 
-def test_batches_are_shifted_views_and_begin_alike_each_time(data, tmp_path):
-    run = make_run(data, tmp_path)
-    first, second = (run.batches(run._rows, 4) for _ in range(2))
-    for _ in range(6):  # more than the loader has slots
-        (x, y), (x2, y2) = next(first), next(second)
+def test_batches_are_shifted_views_that_begin_alike_and_are_not_overwritten(data, tmp_path):
+    run, text = make_run(data, tmp_path), prepare.open_rows(data / "train.bin", CPU)  # run._rows is one row, many times
+    first, second = (run.batches(text, 4) for _ in range(2))
+    kept = [next(first) for _ in range(12)]  # more than the loader has slots
+    for x, y in kept:
         assert x.shape == y.shape == (4, CPU.max_seq_len) and x.dtype == torch.int64
-        assert torch.equal(x, x2) and torch.equal(y, y2) and torch.equal(x[:, 1:], y[:, :-1])
-    rows = run._rows[next(prepare.shuffled(len(run._rows), 4, run.seed))]
-    assert (next(run.batches(run._rows, 4))[0].numpy() == rows[:, :-1]).all()
+        assert torch.equal(x, next(second)[0]) and torch.equal(x[:, 1:], y[:, :-1])
+    rows = text[next(prepare.shuffled(len(text), 4, run.seed))]
+    assert (kept[0][0].numpy() == rows[:, :-1]).all()
 
 
 def test_before_the_clock_there_is_no_text_to_learn_from(data, tmp_path):
@@ -442,14 +403,6 @@ def test_under_the_agent_a_run_waits_for_the_line_that_the_text_is_there(data, t
             run.start_clock(Uniform())
         assert run.clock is None and (run.train_rows[0] == run.train_rows[1]).all()
     assert asked == [True]
-
-
-def test_batches_handed_out_are_not_overwritten_by_later_ones(data, tmp_path):
-    run = make_run(data, tmp_path)
-    batches = run.batches(run._rows, 2)
-    kept = [next(batches)[0] for _ in range(12)]
-    again = run.batches(run._rows, 2)
-    assert all(torch.equal(x, next(again)[0]) for x in kept)
 
 
 def test_the_clock_stops_before_a_step_that_would_not_fit(monkeypatch):
@@ -502,9 +455,7 @@ def test_start_clock_refuses_a_model_that_is_already_trained(data, tmp_path):
         run.start_clock(Bigram())
     assert run.start_clock(Uniform()).budget_s == 1.0
 
-
-def test_an_untrained_model_that_copies_from_a_rows_own_past_may_start(data, tmp_path):
-    class Past(torch.nn.Module):
+    class Past(torch.nn.Module):  # untrained, it copies from a row's own past
         def forward(self, idx):
             seen = torch.nn.functional.one_hot(idx, CPU.vocab_size).float().cumsum(1)
             share = seen / torch.arange(1, idx.size(1) + 1)[:, None]
@@ -536,17 +487,9 @@ def token_bytes(encoding):
     return torch.from_numpy(prepare.token_byte_lengths(encoding))
 
 
-def test_a_uniform_model_scores_its_closed_form(data, encoding):
-    rows = prepare.open_rows(data / "val.bin", CPU)[:70]
-    lengths = token_bytes(encoding)
-    targets = torch.from_numpy(rows[:, 1:].astype(np.int64))
-    counted = lengths[targets] > 0
-    expected = math.log2(CPU.vocab_size) * int(counted.sum()) / int(lengths[targets].sum())
-    assert prepare.evaluate_bpb(Uniform(), rows, lengths, 64) == pytest.approx(expected, rel=1e-6)
-
-
-def test_evaluation_equals_torch_cross_entropy(data, encoding):
-    rows = prepare.open_rows(data / "val.bin", CPU)[:9]
+@pytest.mark.parametrize("batch_rows", [1, 3, 64])
+def test_evaluation_equals_torch_cross_entropy_in_any_batch(data, encoding, batch_rows):
+    rows = prepare.open_rows(data / "val.bin", CPU)[:10]
     lengths, model = token_bytes(encoding), Hashed()
     x, y = (torch.from_numpy(part.astype(np.int64)) for part in (rows[:, :-1], rows[:, 1:]))
     ignore = torch.where(lengths[y] > 0, y, -100)
@@ -554,38 +497,26 @@ def test_evaluation_equals_torch_cross_entropy(data, encoding):
         model(x).detach().double().flatten(0, 1), ignore.flatten(), reduction="sum"
     )
     expected = float(nats) / math.log(2) / int(lengths[y].sum())
-    assert prepare.evaluate_bpb(model, rows, lengths, 4) == pytest.approx(expected, rel=1e-6)
+    assert prepare.evaluate_bpb(model, rows, lengths, batch_rows) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("batch_rows", [1, 3, 64])
-def test_evaluation_is_the_same_for_any_batch(data, encoding, batch_rows):
-    rows = prepare.open_rows(data / "val.bin", CPU)[:10]
-    model = Hashed()
-    expected = prepare.evaluate_bpb(model, rows, token_bytes(encoding), 10)
-    assert prepare.evaluate_bpb(model, rows, token_bytes(encoding), batch_rows) == pytest.approx(expected, rel=1e-6)
+def broken(value):
+    def edit(logits):
+        logits[-1, 7, 3] = value
+        return logits
+
+    return edit
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_are_refused(data, encoding, bad):
-    class Broken(Hashed):
-        def forward(self, idx):
-            logits = super().forward(idx)
-            logits[-1, 7, 3] = bad
-            return logits
-
-    rows = prepare.open_rows(data / "val.bin", CPU)[:4]
-    with pytest.raises(ValueError, match="not finite"):
-        prepare.evaluate_bpb(Broken(), rows, token_bytes(encoding), 4)
-
-
-def test_a_wrong_vocabulary_width_is_refused(data, encoding):
-    class Narrow(Hashed):
-        def forward(self, idx):
-            return super().forward(idx)[..., :-1]
-
-    rows = prepare.open_rows(data / "val.bin", CPU)[:4]
-    with pytest.raises(ValueError, match="vocab"):
-        prepare.evaluate_bpb(Narrow(), rows, token_bytes(encoding), 4)
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [(broken(math.nan), "not finite"), (broken(math.inf), "not finite"), (lambda logits: logits[..., :-1], "vocab")],
+)
+def test_logits_that_are_not_finite_or_of_another_width_are_refused(data, encoding, edit, said):
+    model, rows = Hashed(), prepare.open_rows(data / "val.bin", CPU)[:4]
+    model.register_forward_hook(lambda module, args, logits: edit(logits))
+    with pytest.raises(ValueError, match=said):
+        prepare.evaluate_bpb(model, rows, token_bytes(encoding), 4)
 
 
 def test_summary_has_the_format_people_grep_for():

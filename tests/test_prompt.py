@@ -11,8 +11,8 @@ from constants import Problem
 from lab.propose.ahead import History
 from lab.propose.prompt import (
     REPLACE,
+    ask_text,
     beside_text,
-    diff,
     fenced,
     history_text,
     loss_at,
@@ -81,6 +81,7 @@ def test_the_prompt_of_a_thousand_experiments_stays_small(long_night):
     assert (len(request) + fixed) / 3 < 45_000
     small = request_text(real, history_of(results[:11], settings, notes="word " * 400), "improve")
     assert len(request) - len(small) < 45_000
+    assert len(request_text(real, history_of(results, settings), "improve", lines=10)) < len(request) - 10_000
 
 
 def test_what_is_cached_is_the_same_until_a_keep_and_holds_what_a_run_needs(tmp_path):
@@ -101,8 +102,23 @@ def test_what_is_cached_is_the_same_until_a_keep_and_holds_what_a_run_needs(tmp_
     assert "Directions with evidence, profile cpu" in system_text((ROOT / "program.md").read_text(), ROOT, "cpu", "")[0]
 
 
-def test_a_change_is_shown_as_a_diff_of_its_lines():
-    assert diff("a\nb\nc\nd\ne\n", "a\nb\nC\nd\ne\n") == "@@ -1,5 +1,5 @@\n a\n b\n-c\n+C\n d\n e"
+def test_what_is_asked_for(long_night):
+    """A new direction after fifteen discards; a crash mended, twice; an `explore` that lost narrowly, once."""
+    results, settings = long_night
+    assert ["When stuck" in ask_text(history_of(results[:n], settings), "improve") for n in (65, 66)] == [False, True]
+    narrow, far, crash = results[2], results[101], results[7]
+
+    def asked(*last):  # after the baseline, a small loss and a large one
+        own = (replace(result, operator=operator, mends=mends) for result, operator, mends in last)
+        night = [replace(result, number=n) for n, result in enumerate((*results[:2], results[99], *own))]
+        return ask_text(history_of(night, settings), "explore")
+
+    once = (narrow, "explore", None)
+    assert "Experiment 3 (idea 2" in asked(once) and "lost narrowly" in asked(once)
+    assert "lost narrowly" not in asked((far, "explore", None)) + asked(once, (narrow, "explore", 3))
+    first, second, third = (crash, "improve", None), (crash, "improve", 3), (crash, "improve", 4)
+    assert "crashed" in asked(first) and "crashed" in asked(first, second)
+    assert "crashed" not in asked(first, second, third)
 
 
 def curve(offset: float, seconds: float = 300.0, tokens: float = 3e6):

@@ -4,84 +4,74 @@ import itertools
 import json
 import math
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import NIGHT, ROOT, STUB, check_agreement, rows_of, wait_for
+from conftest import NIGHT, ROOT, STUB, check_agreement, open_here, rows_of, run_here, wait_for
+from test_records import RUN
 
+import constants
+from constants import CONFIRM_SEED, SEED
 from lab import machine
 from lab.measure import child, files, run
 from lab.measure.child import started_for
 from lab.measure.files import remove
-from lab.records import OutOfTime
+from lab.records import OutOfTime, References
 
 # --- interrupts, one at a time
 
 
+STATES = {  # file, line, what takes its time in its place, what shows that it is there
+    "training": (
+        "prepare.py", "time.sleep(self.step_s)", 'Path("../out/now").touch()\n        time.sleep(30)', "runs/t/0000/out/now",
+    ),
+    "scoring": (
+        "lab/measure/score.py", "    folder, below",
+        '    Path(sys.argv[1], "now").touch()\n    __import__("time").sleep(30)\n    folder, below', "runs/t/0000/now",
+    ),
+    "recording": (
+        "lab/record/git.py", '        return self.git("commit-tree"',
+        '        Path("now").touch()\n        __import__("time").sleep(1.0)\n        return self.git("commit-tree"', "now",
+    ),
+}  # fmt: skip
+INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
+
 @pytest.mark.parametrize(
-    ("state", "number"),
-    [("training", signal.SIGTERM), ("scoring", signal.SIGINT), ("recording", signal.SIGINT)],
+    ("state", "signals"),
+    [("training", (TERM,)), ("training", (HUP, INT)), ("scoring", (INT, INT)), ("recording", (INT,))],
 )
-def test_interrupted_in_each_state(checkout, state, number):
-    """Child dead, the row written that was being written, exit 0 within 5 s, resumable."""
-    stub = (checkout.folder / "prepare.py").read_text()
-    scorer = (checkout.folder / "lab" / "measure" / "score.py").read_text()
-    plumbing = (checkout.folder / "lab" / "record" / "git.py").read_text()
-    if state == "recording":  # git takes its time: the signal comes while the objects are written
-        (checkout.folder / "lab" / "record" / "git.py").write_text(
-            plumbing.replace(
-                '        return self.git("commit-tree", tree', '        Path("recording").touch()\n        __import__("time").sleep(1.0)\n        return self.git("commit-tree", tree'
-            )
-        )  # fmt: skip
-    elif state == "training":
-        action = 'Path("../out/now").touch()\n        time.sleep(30)\n        '
-        (checkout.folder / "prepare.py").write_text(stub.replace("time.sleep(self.step_s)", action))
-    else:
-        action = '    print("scoring", flush=True)\n    __import__("time").sleep(30)\n    folder, below'
-        (checkout.folder / "lab" / "measure" / "score.py").write_text(scorer.replace("    folder, below", action))
+def test_interrupted_in_each_state(checkout, state, signals):
+    """Nothing left running, the row written that was being written, exit 0 within 5 s, resumable. What follows the first signal changes nothing."""
+    name, line, slow, sign = STATES[state]
+    place = checkout.folder / name
+    before = place.read_text()
+    assert before.count(line) == 1
+    place.write_text(before.replace(line, slow))
     process = checkout.start(*NIGHT, "--experiments", "1")
-    night = checkout.folder / "runs" / "t" / "0000"
-    sign = {
-        "training": night / "out" / "now",
-        "scoring": night / "score.log",
-        "recording": checkout.folder / "recording",
-    }[state]
-    wait_for(lambda: sign.exists() and (state != "scoring" or "scoring" in sign.read_text()), process)
+    wait_for((checkout.folder / sign).exists, process)
     start = time.monotonic()
-    process.send_signal(number)
+    for number in signals:
+        process.send_signal(number)
     output, _ = process.communicate(timeout=20)
     assert process.returncode == 0 and time.monotonic() - start < 5 and "Traceback" not in output
-    assert len(rows_of(checkout, "result")) == (1 if state == "recording" else 0)
+    assert len(rows_of(checkout, "result")) == (state == "recording")
     assert ("go on      python agent.py --tag t\n" in output) == (state == "recording")  # it has a baseline
     assert "the same command goes on" in output and not list(checkout.folder.rglob("*.lock"))
-    (checkout.folder / "prepare.py").write_text(stub)
-    (checkout.folder / "lab" / "measure" / "score.py").write_text(scorer)
-    (checkout.folder / "lab" / "record" / "git.py").write_text(plumbing)
+    assert not started_for(str(checkout.folder / "runs" / "t"))
+    place.write_text(before)
     checkout.agent(*NIGHT, "--experiments", "1")
     assert len(check_agreement(checkout)) == 2
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_signals_that_follow_the_first_one_change_nothing(checkout, number):
-    """Ctrl-C twice; a terminal that closes, and the shell that ends its jobs: nothing lost, nothing left running."""
-    checkout.slow(30)
-    process = checkout.start(*NIGHT)
-    wait_for(lambda: (checkout.folder / "runs" / "t" / "0000" / "run.log").exists(), process)
-    process.send_signal(number)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=25)
-    assert process.returncode == 0
-    assert "the same command goes on" in output and "Traceback" not in output
-    assert not started_for(str(checkout.folder / "runs" / "t"))
 
 
 def test_a_night_under_nohup_outlives_its_terminal(checkout):
@@ -94,21 +84,30 @@ def test_a_night_under_nohup_outlives_its_terminal(checkout):
     assert "the one experiment is done" in output and len(check_agreement(checkout)) == 2
 
 
-# --- what is scored once more
+# --- what is tried once more
+
+KILLED, LATE, BROKEN = {"crash": "killed by SIGKILL"}, {"clock_seconds": 306.0}, {"crash": "KeyError: 'x'"}
+ROUNDED = {"probe": {"rows": 1024, "mean_nats": -2e-5, "last_mean_nats": -1e-4, "last_abs_nats": 1.4e-3}}
 
 
-def test_what_two_kernels_rounded_in_two_ways_is_scored_once_more(checkout):
-    """And nothing larger: the same weights, without another training."""
-    checkout.agent(*NIGHT, "--experiments", "1")
-    for number, edge, word in ((2, 0.0014, "keep"), (3, 0.014, "invalid")):
-        (checkout.folder / "runs" / "t" / "rounded").unlink(missing_ok=True)
-        probe = {"rows": 1024, "mean_nats": -2e-5, "last_mean_nats": -1e-4, "last_abs_nats": edge}
-        source = STUB.replace("lr=0.4,", f"lr={0.4 / number}, probe={probe},")
-        (checkout.folder / "train.py").write_text(source)
-        checkout.agent("--tag", "t", "--try", "rounds")
-        row = rows_of(checkout, "result")[-1]
-        assert row["verdict"] == word and (word == "keep" or "at the edge of the probe change" in row["reason"])
-        assert len(rows_of(checkout, "run")) == number + 2  # two of the baseline
+@pytest.mark.parametrize(
+    ("trained", "scored", "seed"),  # what is special of each training and each scoring, in turn; the last one counts
+    [
+        ([KILLED, {}], [{}], SEED),
+        ([KILLED, KILLED], [], SEED),  # a program that the system ends each time is at fault itself
+        ([BROKEN], [], SEED), ([BROKEN, {}], [{}], CONFIRM_SEED), ([{"crash": "time-out after 9 s"}, {}], [{}], SEED), ([LATE, {}], [{}], SEED),
+        ([{}], [{"crash": "scoring: killed by SIGKILL"}, {}], SEED),  # the same weights: who has seen val asks for no other training
+        ([{}], [ROUNDED, {}], SEED), ([{}], [ROUNDED, ROUNDED], SEED),
+    ],
+)  # fmt: skip
+def test_what_may_have_come_from_outside_is_tried_once_more(tmp_path, monkeypatch, trained, scored, seed):
+    said, trainings, scorings = [], iter(trained), iter(scored)
+    place = SimpleNamespace(settings=SimpleNamespace(budget_s=300.0), folder=tmp_path, say=said.append)
+    monkeypatch.setattr(run, "train", lambda *_: replace(RUN, **next(trainings)))
+    monkeypatch.setattr(run, "score", lambda place, made, *_: replace(made, **next(scorings)))
+    made = run.measure_at(place, Mock(), tmp_path / "0001", "source", seed, "title", References(RUN, RUN))
+    assert made == replace(RUN, **(scored or trained)[-1]) and not [*trainings, *scorings]
+    assert len(said) == max(0, len(trained) - 1) + max(0, len(scored) - 1)
 
 
 # --- crashes
@@ -127,16 +126,13 @@ def test_the_reason_of_a_crash_is_its_signal_or_the_last_exception_that_it_names
     assert run.crash_reason(status, tmp_path / "run.log") == reason
 
 
-def test_a_crash_is_recorded_with_its_reason_and_never_kept(checkout):
-    for line, reason in (
-        ("raise KeyError('x')", "KeyError: 'x'"),
-        ("raise SystemExit(0)", "without a call of run.finish"),
-    ):
-        source = STUB.replace("    steps = 0\n", f"    steps = 0\n    {line}\n").replace("lr=0.4", "lr=0.1")
-        (checkout.folder / "train.py").write_text(source)
-        output = checkout.agent("--tag", "t", "--profile", "cpu", "--no-confirm", "--try", "crashes")
-        row = check_agreement(checkout)[-1]
-        assert row["verdict"] == "crash" and reason in row["reason"] and row["val_bpb"] is None and "crash" in output
+def test_a_run_without_a_finish_is_a_crash(checkout):
+    source = STUB.replace("    steps = 0\n", "    steps = 0\n    raise SystemExit(0)\n").replace("lr=0.4", "lr=0.1")
+    (checkout.folder / "train.py").write_text(source)
+    output = checkout.agent("--tag", "t", "--profile", "cpu", "--no-confirm", "--try", "crashes")
+    row = check_agreement(checkout)[-1]
+    assert row["verdict"] == "crash" and row["val_bpb"] is None and "crash" in output
+    assert "without a call of run.finish" in row["reason"]
 
 
 def test_what_the_compiler_wraps_is_named(tmp_path):
@@ -147,26 +143,49 @@ def test_what_the_compiler_wraps_is_named(tmp_path):
     assert "invalid for input of size 4" in run.crash_reason(1, log)
 
 
-def test_a_flood_of_output_ends_the_run_and_its_head_and_tail_are_kept(checkout):
-    """Binary, escape sequences and carriage returns end as plain text."""
-    checkout.drop_screen()
-    checkout.agent(*NIGHT, "--experiments", "1")
-    flood = "bytes(range(256)) * 4000 + b'\\x1b[2J\\x1b[31mred\\rover\\n'"
-    code = (
-        "    print('the first line', flush=True)\n"
-        f"    flood = {flood}\n"
-        "    for _ in range(300):\n"
-        "        import os; os.write(1, flood)\n"
-        "    os.write(1, b'the last line')\n    raise SystemExit(1)\n"
+def watched(folder: Path, code: str, *limits):
+    """(how run_child ends a program, how often it handed over the text). `clock()` asks for it, `end()` says that it is trained."""
+    (folder / "out").mkdir(parents=True)
+    head = (
+        f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nfrom constants import CLOCK_MARK, FINISH_MARK\n"
+        "def clock(): print(CLOCK_MARK, flush=True); sys.stdin.readline()\ndef end(): print(FINISH_MARK, flush=True)\n"
     )
-    (checkout.folder / "train.py").write_text(STUB.replace("    steps = 0\n", "    steps = 0\n" + code))
-    checkout.agent("--tag", "t", "--try", "flood")
-    text = (checkout.folder / "runs" / "t" / "0002" / "run.log").read_text()
-    assert len(text) < child.LOG_HEAD_BYTES + child.LOG_TAIL_BYTES + 1000
+    command, texts = child.Child([sys.executable, "-c", head + code], dict(os.environ), folder), []
+    return child.run_child(command, folder / "run.log", *(limits or (9, 9, 9)), lambda: texts.append(1)), len(texts)
+
+
+@pytest.mark.parametrize(
+    ("code", "limits", "why"),
+    [
+        ("time.sleep(60)", (0.3, 9, 9), "before its clock started"),
+        ("clock(); time.sleep(60)", (9, 0.3, 9), "after its clock started"),
+        ("clock(); time.sleep(0.2); clock()", (9, 0.8, 9), "after its clock started"),  # a second mark gets no second line
+        ("clock(); end(); time.sleep(60)", (9, 9, 0.3), "after it said that it was trained"),
+        ("clock(); end()", (9, 9, 9), ""),
+    ],
+)  # fmt: skip
+def test_a_run_that_outlasts_a_limit_is_ended(tmp_path, code, limits, why):
+    ended, texts = watched(tmp_path, code, *limits)
+    assert ended.why.endswith(why) and bool(ended.why) == bool(why) == (ended.status is None)
+    assert texts == ("clock" in code)
+
+
+def test_attack_no_mark_hides_time_from_the_agents_watch(tmp_path):
+    """From the first mark of a clock on, early or forged, time is training; from that of the end on it is saving."""
+    forged = "clock(); time.sleep(0.6); print(CLOCK_MARK, flush=True); time.sleep(0.3); end()"
+    ended, texts = watched(tmp_path / "forged", forged)
+    assert ended.clock_seconds > 0.55 and texts == 1
+    assert watched(tmp_path / "early", "clock(); end(); time.sleep(0.6)")[0].saving_seconds > 0.3
+
+
+def test_a_flood_of_output_ends_the_run_and_its_head_and_tail_are_kept(tmp_path):
+    """Binary, escape sequences and carriage returns end as plain text."""
+    flood = "os.write(1, bytes(range(256)) * 4000 + b'\\x1b[2J\\x1b[31mred\\rover\\n'); time.sleep(0.01)"
+    ended, _ = watched(tmp_path, f"print('the first line', flush=True)\nwhile True: {flood}")
+    text = (tmp_path / "run.log").read_text()
+    assert ended.why == "printed over 16 MB" and len(text) < child.LOG_HEAD_BYTES + child.LOG_TAIL_BYTES + 1000
     assert "the first line" in text and "bytes are left out here" in text
     assert all(c.isprintable() or c in "\n\t" for c in text)
-    row = rows_of(checkout, "result")[-1]
-    assert row["verdict"] == "crash" and row["reason"] in ("printed over 16 MB", "the last line")
 
 
 def test_a_log_keeps_exactly_its_head_and_tail(tmp_path):
@@ -177,22 +196,6 @@ def test_a_log_keeps_exactly_its_head_and_tail(tmp_path):
     head, tail = child.LOG_HEAD_BYTES, child.LOG_TAIL_BYTES
     note = f"\n[{len(lines) - head - tail:,} bytes are left out here]\n".encode()
     assert (tmp_path / "log").read_bytes() == lines[:head] + note + lines[-tail:]
-
-
-def test_a_run_that_was_killed_from_outside_is_run_once_more(checkout, tmp_path):
-    """And not again: a program that the system ends each time is at fault itself."""
-    checkout.drop_screen()
-    checkout.agent(*NIGHT, "--experiments", "1", "--no-sandbox")
-    for deaths, verdict in ((1, "keep"), (9, "crash")):
-        place = tmp_path / verdict
-        place.mkdir()
-        code = f"    import os\n    os.mkdir({str(place)!r} + '/death-%d' % os.getpid())\n"
-        code += f"    if len(os.listdir({str(place)!r})) <= {deaths}:\n        os.kill(os.getpid(), 9)\n"
-        source = STUB.replace("lr=0.4", f"lr={0.4 - deaths / 100}").replace("    steps = 0\n", f"{code}    steps = 0\n")
-        (checkout.folder / "train.py").write_text(source)
-        output = checkout.agent("--tag", "t", "--try", "killed", "--no-sandbox")
-        assert output.count("killed by SIGKILL; this may have come from outside, so it is run once more") == 1
-        assert rows_of(checkout, "result")[-1]["verdict"] == verdict and len(list(place.iterdir())) == 2
 
 
 @pytest.mark.parametrize(
@@ -212,30 +215,18 @@ def test_which_crashes_may_come_from_outside(reason, outside):
 # --- one device, many cards
 
 
-def test_two_on_one_device(checkout, tmp_path, monkeypatch):
-    """A second agent on the tag, another night, a manual train.py: each names the holder's pid and tag."""
-    checkout.slow(30)
-    first = checkout.start(*NIGHT)
-    wait_for(lambda: (checkout.folder / "runs" / "t" / "0000" / "run.log").exists(), first)
-    holder = f"pid {first.pid}, agent.py, tag t"
-    assert holder in checkout.agent(*NIGHT, expect=1)
-    assert holder in checkout.agent("--tag", "other", *NIGHT[2:], expect=1)
-    assert not (checkout.folder / "runs" / "other").exists()
-    shutil.copy(ROOT / "prepare.py", checkout.folder / "prepare.py")
-    done = subprocess.run(
-        [sys.executable, "-c", "import constants; constants.lock(constants.device_lock('cpu'), 'python train.py')"],
-        cwd=checkout.folder, env=checkout.environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert f"BlockingIOError: {holder}" in done.stderr
-    first.terminate()
-    assert first.wait(timeout=10) == 0
-
-
-def test_two_nights_on_two_cards_go_side_by_side(checkout):
+def test_a_device_has_one_night_and_each_card_its_own(checkout, monkeypatch):
+    """A second agent on the tag, another night, a train.py by hand: each names the holder. On two cards nights go side by side."""
     checkout.slow(30)
     first = checkout.start(*NIGHT, STUB_DEVICE_ID="cuda-1")
     wait_for(lambda: (checkout.folder / "runs" / "t" / "0000" / "run.log").exists(), first)
-    assert "tag t" in checkout.agent("--tag", "other", *NIGHT[2:], expect=1, STUB_DEVICE_ID="cuda-1")
+    holder = f"pid {first.pid}, agent.py, tag t"
+    assert holder in checkout.agent(*NIGHT, expect=1, STUB_DEVICE_ID="cuda-1")
+    assert holder in checkout.agent("--tag", "other", *NIGHT[2:], expect=1, STUB_DEVICE_ID="cuda-1")
+    assert not (checkout.folder / "runs" / "other").exists()
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(checkout.cache))
+    with pytest.raises(BlockingIOError, match=holder):
+        constants.lock(constants.device_lock("cuda-1"), "python train.py")
     second = checkout.start("--tag", "other", *NIGHT[2:], STUB_DEVICE_ID="cuda-2")
     wait_for(lambda: (checkout.folder / "runs" / "other" / "0000" / "run.log").exists(), second)
     for process in (first, second):
@@ -306,10 +297,6 @@ def test_a_night_waits_for_its_card_and_does_not_end_for_it(checkout, tmp_path, 
 
 def test_an_idle_card_is_never_waited_for(checkout, tmp_path, monkeypatch):
     """An incumbent that nearly fills the card fits again in what was free when it ran."""
-    from dataclasses import replace
-
-    from conftest import open_here, run_here
-
     fake_card(tmp_path / "bin", monkeypatch, "81079")
     night = open_here(checkout)
     run_here(night, 0)
@@ -363,21 +350,16 @@ def test_of_a_loss_curve_only_triples_of_numbers_are_kept(tmp_path):
     assert run.read_result(tmp_path / "result.json", 80.0, 300.0)["losses"] == [[1.0, 5, 2.0]]
 
 
-@pytest.mark.parametrize("text", ["", "null", "[]", "[" * 100_000, "x" * 70_000])
-def test_a_result_that_is_none_is_refused(tmp_path, text):
-    (tmp_path / "result.json").write_text(text)
-    with pytest.raises(ValueError):
-        run.read_result(tmp_path / "result.json", 80.0, 300.0)
-
-
-def test_a_result_that_is_a_link_a_pipe_or_a_folder_is_refused_and_goes(tmp_path):
+def test_a_result_that_is_none_is_refused(tmp_path):
+    for i, text in enumerate(("", "null", "[]", "[" * 100_000, "x" * 70_000)):
+        (tmp_path / f"text-{i}").write_text(text)
     (tmp_path / "real").write_text(json.dumps(RESULT))
     (tmp_path / "link").symlink_to("real")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
-    for name in ("link", "pipe", "folder"):
+    for path in set(tmp_path.iterdir()) - {tmp_path / "real"}:
         with pytest.raises((OSError, ValueError)):
-            run.read_result(tmp_path / name, 80.0, 300.0)
+            run.read_result(path, 80.0, 300.0)
 
 
 # --- what the agent copies from a child's folder
@@ -398,42 +380,37 @@ def test_only_regular_files_are_copied(tmp_path):
     assert [path.relative_to(target).as_posix() for path in sorted(target.rglob("*"))] == ["inner", "inner/kernel"]
 
 
-def test_what_is_swapped_during_the_copy_is_not_followed(tmp_path):
-    """A file that becomes a link to val or a pipe, a folder that becomes a link, a file that grows without end."""
-    source, secret, stop = tmp_path / "source", tmp_path / "secret", threading.Event()
-    secret.mkdir()
-    (secret / "file").write_text("canary")
+def test_what_is_swapped_during_the_copy_is_neither_followed_nor_waited_for(tmp_path):
+    """A name that is a file, a folder, a pipe and a link to another's in turn, faster than one can look."""
+    source, secret = tmp_path / "source", tmp_path / "secret"
+    (secret / "inner").mkdir(parents=True)
+    (secret / "inner" / "file").write_text("canary")
     source.mkdir()
-
-    def swap():
-        for i in itertools.cycle(range(4)):
-            if stop.is_set():
-                return
-            for name, is_folder in (("file", False), ("folder", True)):
-                fresh = source / f".{name}"
-                if i == 0:
-                    fresh.symlink_to(secret if is_folder else secret / "file")
-                elif i == 1 and not is_folder:
-                    os.mkfifo(fresh)
-                elif is_folder:
-                    fresh.mkdir()
-                    (fresh / "file").write_text("mine")
-                else:
-                    fresh.write_text("mine")
-                remove(source / name)
-                fresh.rename(source / name)
-
-    thread = threading.Thread(target=swap)
-    thread.start()
+    (source / "kept").write_text("mine")
+    swap = f"""
+import os, shutil
+os.chdir({str(source)!r})
+def folder(name):
+    os.mkdir(name)
+    open(name + "/inner", "w").write("mine")
+while True:
+    for make in (folder, os.mkfifo, lambda name: os.symlink({str(secret)!r}, name), lambda name: open(name, "w").close()):
+        make("name")
+        shutil.rmtree("name") if make is folder else os.unlink("name")
+"""
+    swapping, ends = subprocess.Popen([sys.executable, "-c", swap]), time.monotonic() + 1.0
     try:
-        for i in range(300):
-            target = tmp_path / f"target-{i}"
-            files.copy_regular_files(source, target, 10**6)
-            copied = [path for path in target.rglob("*") if path.is_file()]
-            assert not any(path.is_symlink() or "canary" in path.read_text() for path in copied)
+        for i in itertools.count():
+            files.copy_regular_files(source, tmp_path / f"target-{i}", 10**6)
+            if time.monotonic() > ends:
+                break
+        assert swapping.poll() is None
     finally:
-        stop.set()
-        thread.join()
+        swapping.kill()
+        swapping.wait()
+    copied = [path for path in tmp_path.glob("target-*/**/*") if not path.is_dir()]
+    assert sum(path.name == "kept" for path in copied) == i + 1
+    assert not any(path.is_symlink() or "canary" in path.read_text() for path in copied)
 
 
 def test_a_copy_has_its_limits(tmp_path):
@@ -446,37 +423,21 @@ def test_a_copy_has_its_limits(tmp_path):
     assert len(list((tmp_path / "bytes").iterdir())) == 2 and len(list((tmp_path / "files").iterdir())) == 1
 
 
-def nest(folder: Path, depth: int) -> None:
-    """Folders within folders, deeper than any path is long."""
-    here = os.open(folder, os.O_RDONLY)
-    for _ in range(depth):
-        os.mkdir("d", dir_fd=here)
-        deeper = os.open("d", os.O_RDONLY, dir_fd=here)
-        os.close(here)
-        here = deeper
-    os.close(here)
-
-
 def test_folders_nested_without_end_end_nothing(tmp_path):
+    """Deeper than any path is long."""
     (tmp_path / "out").mkdir()
-    nest(tmp_path / "out", 3000)
+    here = os.open(tmp_path / "out", os.O_RDONLY)
+    for _ in range(3000):
+        os.mkdir("d", dir_fd=here)
+        here, above = os.open("d", os.O_RDONLY, dir_fd=here), here
+        os.close(above)
+    os.close(here)
     try:
         assert files.folder_bytes(tmp_path / "out") == 0
         files.copy_regular_files(tmp_path / "out", tmp_path / "copy", 10**6)
     finally:
         remove(tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_paths_longer_than_paths_may_be_are_left_out(tmp_path):
-    """Few folders with long names: nobody may open what lies at the end of them by its path."""
-    here = os.open(tmp_path, os.O_RDONLY)
-    for _ in range(25):
-        os.mkdir("d" * 200, dir_fd=here)
-        here = os.open("d" * 200, os.O_RDONLY, dir_fd=here)
-        os.close(os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=here))
-    files.copy_regular_files(tmp_path, tmp_path.parent / f"{tmp_path.name}-copy", 10**6)
-    assert (tmp_path.parent / f"{tmp_path.name}-copy" / ("d" * 200) / "file").exists()
 
 
 def test_a_compile_cache_with_paths_longer_than_paths_may_be_is_looked_through(tmp_path):
@@ -489,6 +450,7 @@ def test_a_compile_cache_with_paths_longer_than_paths_may_be_is_looked_through(t
         os.mkdir("d" * 200, dir_fd=here)
         here = os.open("d" * 200, os.O_RDONLY, dir_fd=here)
     files.copy_regular_files(folder / "cache", night / "cache", 10**6)
+    assert (night / "cache" / ("d" * 200) / ("f" * 200)).exists()
     run.set_cache_aside(night, "sha", folder / "cache")
     assert run.cache_aside(night, "sha").exists()
     run.settle_cache(night, "sha", kept=False)

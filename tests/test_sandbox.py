@@ -27,8 +27,10 @@ from conftest import (
     data_of,
     make_checkout,
     mount_small,
+    open_here,
     rows_of,
     settings_for,
+    wait_for,
 )
 
 import constants
@@ -40,6 +42,7 @@ from lab.measure.run import bytes_on_disk, score
 from lab.measure.sandbox import (
     CLONE3,
     OWN,
+    Sandbox,
     child_command,
     choose_sandbox,
     inherited_names,
@@ -263,30 +266,47 @@ def test_attack_from_inside_reaches_nothing_but_its_own(scattered, tier):
     assert left[own / "train.py"] == (scattered.folder / "train.py").read_bytes()
     modes = {path.name: path.stat().st_mode & 0o7777 for path in (own / "out").iterdir()}
     assert modes == {"model.pt": 0o644, "result.json": 0o644}
+    environment = rows_of(scattered, "night")[-1]["environment"]
+    assert "PATH" in environment and not keys.keys() & set(environment)
     assert not [path for path, raw in left.items() if path.is_relative_to(night) and b"canary-key" in raw]
     assert "canary-key" not in scattered.git("log", "--all", "-p")
-    assert scattered.agent("--tag", "t", *NIGHT[2:], "--experiments", "3")  # nothing that the night checks has changed
+
+
+def inside(checkout, action: str, command: str, **changes) -> tuple[str, Path]:
+    """What a shell command prints in the sandbox of a child, and the child's folder, in which there is all that any child sees."""
+    folder, data = checkout.folder / "runs" / "t" / "0001", checkout.cache / "cpu-sotu"
+    for path in (*(folder / name for name in ("out", "cache", "text")), folder.parent / "harness", data):
+        path.mkdir(parents=True, exist_ok=True)
+    for name in ("train.py", "run.json", "run.log", "score.log", "score.json", "nats.npy"):
+        (folder / name).touch()
+    for name in ("train.bin", "val.bin", "test.bin", "tokenizer.txt"):
+        (data / name).write_text(name)
+    common_dir = Repository(checkout.folder).common_dir
+    sandbox = make_sandbox(checkout.folder, checkout.folder / "runs", settings_for(checkout, **changes), common_dir)
+    argv = [*sandbox.command(action, folder), "sh", "-c", command]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=30).stdout, folder
 
 
 @sandboxed
 @pytest.mark.parametrize("variable", ["AUTORESEARCH_SHOW", "LD_LIBRARY_PATH"])
-def test_what_lies_below_a_folder_that_is_shown_is_hidden_all_the_same(scattered, variable):
-    """As with a checkout in /usr/src/app, or a virtual environment around it. A library path with secrets below it is not shown at all."""
-    open_folder = Path(tempfile.mkdtemp(prefix="autoresearch-open-", dir="/var/tmp"))
-    try:
-        (open_folder / "library").write_text("stub")
-        secrets = [scattered.cache / "cpu-sotu" / name for name in ("train.bin", "val.bin")]
-        secrets += [scattered.folder / "agent.py", scattered.folder / ".git/HEAD", Path(os.environ["HOME"]) / "secret"]
-        code = READ.format(paths=[str(path) for path in (*secrets, open_folder / "library")])
-        row, found = attempt(scattered, code, **{variable: "/var/tmp"})
-        assert row["sandbox"] == "bubblewrap"
-        assert found == ([str(open_folder / "library")] if variable == "AUTORESEARCH_SHOW" else [])
-    finally:
-        shutil.rmtree(open_folder)
+def test_what_lies_below_a_folder_that_is_shown_is_hidden_all_the_same(scattered, monkeypatch, variable):
+    """As with a checkout in /usr/src/app; an own text too. Of library paths only one without secrets below it is shown."""
+    beside, library, text = (scattered.cache.parent / name for name in ("open/file", "lib/library", "texts/a.txt"))
+    for path in (beside, library, text):
+        path.parent.mkdir()
+        path.write_text("canary\n")
+    secrets = [scattered.cache / "cpu-sotu/train.bin", scattered.folder / "agent.py", scattered.folder / ".git/HEAD"]
+    secrets += [Path(os.environ["HOME"], "secret"), text]
+    monkeypatch.setenv(variable, f"/var/tmp::{library.parent}")
+    shown = [beside, library] if variable == "AUTORESEARCH_SHOW" else [library]
+    look = f"grep -ls '' {' '.join(map(str, [*secrets, beside, library]))}"
+    for action in ("train", "evaluate", "answer"):
+        for dataset in (text, text.parent):
+            seen, _ = inside(scattered, action, look, dataset=str(dataset))
+            assert seen.split() == [str(path) for path in shown]
 
 
-@sandboxed
-def test_the_whole_machine_is_not_shown(checkout, monkeypatch):
+def test_the_whole_machine_is_not_shown(monkeypatch):
     for value, said in (
         ("/opt:/", "not the whole machine"),
         ("/usr/..", "not the whole machine"),
@@ -294,26 +314,13 @@ def test_the_whole_machine_is_not_shown(checkout, monkeypatch):
     ):
         monkeypatch.setenv("AUTORESEARCH_SHOW", value)
         with pytest.raises(Problem, match=said):
-            choose_sandbox(SimpleNamespace(), *3 * [checkout.folder], unsafe=False, harmless=False)
+            choose_sandbox(SimpleNamespace(), *3 * [ROOT], unsafe=False, harmless=True)  # no reason to go without one
 
 
-@sandboxed
-def test_a_cache_reached_through_a_link_is_a_cache(checkout, tmp_path):
-    checkout.cache.mkdir()
-    (tmp_path / "link").symlink_to(checkout.cache)
-    checkout.agent(*NIGHT, "--experiments", "1", AUTORESEARCH_CACHE=str(tmp_path / "link"))
-    assert rows_of(checkout, "result")[0]["sandbox"] == "bubblewrap"
-
-
-def test_a_library_path_without_secrets_is_shown_and_each_link_to_the_interpreter(checkout, tmp_path, monkeypatch):
-    (tmp_path / "libraries").mkdir()
-    monkeypatch.setenv("LD_LIBRARY_PATH", f"{tmp_path / 'libraries'}::{checkout.folder}")
-    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/true")
-    sandbox = make_sandbox(
-        checkout.folder, checkout.folder / "runs", settings_for(checkout), Repository(checkout.folder).common_dir
-    )
-    assert tmp_path / "libraries" in sandbox.shown and checkout.folder not in sandbox.shown
-    assert not any(path == Path("/") or path == Path("/etc") for path in sandbox.shown)
+def test_a_cache_reached_through_a_link_is_a_cache(tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path)
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "link"))
+    assert constants.cache_dir() == tmp_path.resolve()
 
 
 @sandboxed
@@ -321,23 +328,13 @@ def test_a_library_path_without_secrets_is_shown_and_each_link_to_the_interprete
     ("action", "rows", "writes"),
     [("train", "", True), ("evaluate", "test val", False), ("answer", "", False)],
 )
-def test_each_child_sees_the_rows_that_it_needs(checkout, tmp_path, action, rows, writes):
-    """Training no file of the data, since its rows appear in text/; the child that states losses val and test; the one that answers none."""
-    data, folder = tmp_path / "data", tmp_path / "night" / "0001"
-    for path in (data, folder / "out", folder / "cache", folder / "text", folder.parent / "harness"):
-        path.mkdir(parents=True)
-    for name in ("train.py", "run.json", "run.log", "score.log", "score.json", "nats.npy"):
-        (folder / name).touch()
-    for name in ("train.bin", "val.bin", "test.bin", "tokenizer.txt"):
-        (data / name).write_text(name)
-    settings = settings_for(checkout, data=str(data))
-    sandbox = make_sandbox(checkout.folder, checkout.folder / "runs", settings, Repository(checkout.folder).common_dir)
-    command = [*sandbox.command(action, folder), "sh", "-c", f"ls {data}; echo own; ls ..; touch left /cache/left"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    seen, _, own = done.stdout.partition("own\n")
-    seen = seen.split()
-    assert own.split() == sorted(OWN[action].split()), done.stderr
-    assert seen == sorted(["tokenizer.txt", *(f"{name}.bin" for name in rows.split())])
+def test_each_child_sees_the_rows_that_it_needs(checkout, action, rows, writes):
+    """Training no file of the data, since its rows appear in text/; who states losses val and test; who answers none."""
+    look = f"ls {checkout.cache / 'cpu-sotu'}; echo own; ls ..; touch left /cache/left"
+    printed, folder = inside(checkout, action, look)
+    seen, _, own = printed.partition("own\n")
+    assert own.split() == sorted(OWN[action].split())
+    assert seen.split() == sorted(["tokenizer.txt", *(f"{name}.bin" for name in rows.split())])
     assert (folder / "out" / "left").exists() == (folder / "cache" / "left").exists() == writes
 
 
@@ -351,65 +348,61 @@ for path in paths:
         read += [path] if os.path.isfile(path) and os.read(descriptor, 4) == b"stub" else []
     except OSError:
         pass
-if os.fork() == 0:  # waits for the text, and leaves the moment at which it can read it
+if os.fork() == 0:  # waits for the text, and says when it can read it
     while not os.path.exists("../text/train.bin"):
         time.sleep(0.002)
     open("../text/train.bin").read()
-    open("seen", "w").write(str(time.monotonic()))
+    print("SEEN", time.monotonic(), flush=True)
     os._exit(0)
 time.sleep(0.5)
-open("asked", "w").write(json.dumps([read, os.listdir("../text"), time.monotonic()]))
+print("ASKED", json.dumps([read, os.listdir("../text"), time.monotonic()]), flush=True)
 """
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_attack_there_is_no_text_before_the_clock(scattered, tier):
-    """By any path, by an open file, for a process forked early that waits: it appears when the clock starts, and is gone after the end."""
+def test_attack_there_is_no_text_before_the_clock_nor_for_the_scorer(scattered, tier):
+    """By any path, by an open file, for a process forked early that waits: it appears with the clock, and is gone when the scorer starts."""
     enter(scattered, tier)
-    places = [scattered.cache / "cpu-sotu" / "train.bin", scattered.folder / "runs" / "t" / "text" / "train.bin"]
-    places += [scattered.folder / "runs" / "t" / "0000" / "text" / "train.bin", Path("../text/train.bin")]
-    early = "".join(f"    {line}\n" for line in WATCH.format(paths=[*map(str, places)]).splitlines())
-    line = "    clock = run.start_clock(model)\n"
+    night, line = scattered.folder / "runs" / "t", "    clock = run.start_clock(model)\n"
+    places = [scattered.cache / "cpu-sotu", night / "text", night / "0000" / "text", Path("../text")]
+    watch = WATCH.format(paths=[f"{place}/train.bin" for place in places])
+    early = "".join(f"    {part}\n" for part in watch.splitlines())
     (scattered.folder / "train.py").write_text(STUB.replace(line, early + line))
-    kept = 'glob("*"):\n            info'  # the test looks at what the run left
-    rules = (scattered.folder / "lab" / "record" / "night.py").read_text()
-    assert rules.count(kept) == 1
-    (scattered.folder / "lab" / "record" / "night.py").write_text(
-        rules.replace(kept, 'glob("none"):\n            info')
-    )
+    scorer, first = scattered.folder / "lab" / "measure" / "score.py", "    true_bpb = truth"
+    text = scorer.read_text()
+    assert text.count(first) == 1
+    look = '    assert (folder / "out").exists() and not list(folder.glob("text"))\n'
+    scorer.write_text(text.replace(first, look + first))
     scattered.agent(*NIGHT, "--experiments", "1")
-    out = scattered.folder / "runs" / "t" / "0000" / "out"
-    read, listed, asked = json.loads((out / "asked").read_text())
-    assert read == [] and listed == []
-    assert float((out / "seen").read_text()) > asked
-    assert not (out.parent / "text").exists() and rows_of(scattered, "night")[0]["sandbox"] == tier
+    log = (night / "0000" / "run.log").read_text().splitlines()
+    said = dict(part.split(" ", 1) for part in log if part.startswith(("SEEN ", "ASKED ")))
+    read, listed, asked = json.loads(said["ASKED"])
+    assert read == [] and listed == [] and float(said["SEEN"]) > asked
+    row = rows_of(scattered, "result")[0]
+    assert row["verdict"] == "keep" and row["sandbox"] == tier
 
 
 def test_a_sandbox_without_the_filter_says_so():
-    sandbox = make_sandbox.__annotations__["return"](False, (), (), (), Path("/"), True, None)
-    assert sandbox.tier == "bubblewrap, no filter of system calls" and "--seccomp" not in sandbox.proc()
-    assert syscall_filter("riscv64") is None
+    sandbox = Sandbox(False, (), (), (), Path("/"), True, None)
+    assert sandbox.tier == "bubblewrap, no filter of system calls" and syscall_filter("riscv64") is None
 
 
-def test_what_two_children_would_share_is_found():
-    """What the trial child looks at, outside of any sandbox: the namespaces of this process, its files, its calls."""
-    own = {
-        "namespaces": {"ipc": os.readlink("/proc/self/ns/ipc")},
-        "writable": [],
-        "calls": refused_calls(platform.machine()),
-    }
+def test_what_a_trial_child_should_not_reach_or_share_is_found():
+    """Outside of any sandbox: it reads other processes, names its threads, and shares namespaces, files and calls."""
+    process = subprocess.Popen(["sleep", "60"], env={"AUTORESEARCH_CANARY": "tweet"})
+    own = {"forbidden": ["/etc/passwd"], "stranger": process.pid, "canary": "tweet"}
+    try:
+        name_a_thread()
+        assert {"the environment of other processes", "/etc/passwd"} <= set(reached(own))
+        assert "the environment of other processes" not in reached(own | {"canary": "another"})
+    finally:
+        process.kill()
+        process.wait()
+    ipc, calls = {"ipc": os.readlink("/proc/self/ns/ipc")}, refused_calls(platform.machine())
     with open(os.devnull) as file:
-        found = shared(own)
+        found = shared({"namespaces": ipc, "writable": [], "calls": calls})
         assert f"file descriptor {file.fileno()}" in found
-    assert "the ipc namespace" in found and "the call mincore" in found and "/, to which it may write" in found
-
-
-def test_attack_the_end_of_the_training_is_marked_early(checkout):
-    """From there on it may save its weights, not train: twice the baseline's time by bytes, and a second."""
-    checkout.drop_screen()
-    code = "print(prepare.constants.FINISH_MARK, flush=True)\ntime.sleep(2.5)"
-    row, _ = attempt(checkout, code, "--budget", "9")
-    assert row["verdict"] == "invalid" and "from the end of its training to its exit" in row["reason"]
+    assert {"the ipc namespace", "the call mincore", "/, to which it may write"} <= set(found)
 
 
 def test_a_run_that_uses_up_the_machine_is_ended(tmp_path, monkeypatch):
@@ -434,21 +427,27 @@ def test_a_disk_that_takes_hardly_another_file_is_full(tmp_path):
         subprocess.run(["umount", str(tmp_path / "few")], check=True)
 
 
-def test_weights_that_unpack_to_more_than_they_take_are_refused(tmp_path):
+def test_weights_that_run_finish_did_not_save_are_refused(tmp_path):
+    """Compressed, so that they unpack to more than they take; torch's older format; a pipe, for which nobody waits; a link."""
     (tmp_path / "out").mkdir()
-    torch.save({"w": torch.zeros(10**6)}, tmp_path / "plain.pt")
-    with (
-        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
-        zipfile.ZipFile(tmp_path / "out" / "model.pt", "w", zipfile.ZIP_DEFLATED) as packed,
-    ):
-        for name in plain.namelist():
-            packed.writestr(name, plain.read(name))
-    with pytest.raises(Problem, match="is compressed"):
-        load_model(SimpleNamespace(threads=1, device="cpu"), tmp_path)
-    with open(tmp_path / "out" / "model.pt", "wb") as file:  # which torch would take for its older format
-        file.write(b"\x80\x02" + (tmp_path / "plain.pt").read_bytes())
-    with pytest.raises(Problem, match=r"not what torch\.save writes"):
-        load_model(SimpleNamespace(threads=1, device="cpu"), tmp_path)
+    saved, plain = tmp_path / "out" / "model.pt", tmp_path / "plain.pt"
+    torch.save({"w": torch.zeros(10**6)}, plain)
+
+    def refused(error, said):
+        with pytest.raises(error, match=said):
+            load_model(SimpleNamespace(threads=1, device="cpu"), tmp_path)
+        saved.unlink()
+
+    with zipfile.ZipFile(plain) as whole, zipfile.ZipFile(saved, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in whole.namelist():
+            packed.writestr(name, whole.read(name))
+    refused(Problem, "is compressed")
+    saved.write_bytes(b"\x80\x02" + plain.read_bytes())
+    refused(Problem, r"not what torch\.save writes")
+    os.mkfifo(saved)
+    refused(Problem, r"not what torch\.save writes")
+    saved.symlink_to("/etc/passwd")
+    refused(OSError, "symbolic link")
 
 
 def test_a_hole_in_the_weights_is_no_reason_to_save_them_longer(tmp_path):
@@ -458,63 +457,11 @@ def test_a_hole_in_the_weights_is_no_reason_to_save_them_longer(tmp_path):
     assert bytes_on_disk(tmp_path / "model.pt") < 2**20 and bytes_on_disk(tmp_path / "none") is None
 
 
-FORGED = """
-import constants, sys, time
-print(constants.CLOCK_MARK, flush=True)
-assert sys.stdin.readline() == constants.TEXT_LINE and open("../text/train.bin").read()
-time.sleep(2.5)
-"""
-
-
-@pytest.mark.parametrize(
-    ("after", "verdict", "said"),
-    [
-        ("", "crash", "after its clock started"),  # a second mark gets no second line
-        ("run.start_clock = lambda model: prepare.Clock()", "invalid", "the agent's watch"),
-    ],
-)
-def test_attack_a_mark_that_is_early_or_forged_starts_the_clock_of_the_agent(checkout, after, verdict, said):
-    """It brings the text sooner, and the end with it."""
-    checkout.drop_screen()
-    early = "".join(f"    {line}\n" for line in (FORGED + after).splitlines())
-    line = "    clock = run.start_clock(model)\n"
-    source = STUB.replace("lr=0.4", "lr=0.1").replace(line, early + line)
-    (checkout.folder / "train.py").write_text(source)
-    checkout.agent("--tag", "t", "--profile", "cpu", "--no-confirm", "--budget", "1", "--try", "forged")
-    row = rows_of(checkout, "result")[-1]
-    assert row["verdict"] == verdict and said in row["reason"], row["reason"]
-
-
-def test_attack_the_scorer_finds_no_text(checkout):
-    """Neither do its children, which see less: when it starts, the text of the run is gone."""
-    scorer = (checkout.folder / "lab" / "measure" / "score.py").read_text()
-    look = '    assert (folder / "out").exists() and not list(folder.glob("text"))\n    true_bpb = truth'
-    assert scorer.count("    true_bpb = truth") == 1
-    (checkout.folder / "lab" / "measure" / "score.py").write_text(scorer.replace("    true_bpb = truth", look))
-    checkout.agent(*NIGHT, "--experiments", "1")
-    assert rows_of(checkout, "result")[0]["verdict"] == "keep"
-
-
 def test_attack_a_clock_that_was_deceived_is_found_out_from_outside(checkout):
     checkout.drop_screen()
     row, _ = attempt(checkout, "time.sleep(2.5)", "--budget", "1")  # its result.json still says 0.01 s of training
     assert row["verdict"] == "invalid" and "the agent's watch" in row["reason"]
     assert 2.4 < row["clock_seconds"] < row["run_seconds"] and row["metrics"]["training_seconds"] < 1
-
-
-def test_attack_what_was_learnt_does_not_travel_in_the_compile_cache(checkout):
-    checkout.drop_screen()
-    train = checkout.folder / "train.py"
-    train.write_text(
-        train.read_text().replace("    return dict(", "    open('/cache/kernel', 'w').close()\n    return dict(")
-    )
-    compiled = {"STUB_COMPILER": "1"}
-    checkout.agent(*NIGHT, "--experiments", "1", "--budget", "60", **compiled)
-    code = "open('/cache/learnt', 'w').close()"  # after the clock started
-    row, _ = attempt(checkout, code, "--budget", "60", **compiled)
-    assert row["verdict"] == "keep"
-    _, found = attempt(checkout, "found = os.listdir('/cache')", "--budget", "60", **compiled)
-    assert "kernel" in found and "learnt" not in found
 
 
 CHOOSE = """
@@ -534,20 +481,6 @@ def test_the_trial_child_of_the_real_harness_proves_its_tier(real_checkout, tier
     process = real_checkout.start("-c", CHOOSE, script="-u")
     output, _ = process.communicate(timeout=120)
     assert f"TIER {tier}\n" in output, output
-
-
-def test_a_child_that_can_read_other_processes_is_found_out():
-    """What the trial child looks at, outside of any sandbox: there it can read them, and name its threads."""
-    process = subprocess.Popen(["sleep", "60"], env={"AUTORESEARCH_CANARY": "tweet"})
-    own = {"forbidden": [], "stranger": process.pid, "canary": "tweet"}
-    try:
-        name_a_thread()
-        assert "the environment of other processes" in reached(own)
-        assert "the environment of other processes" not in reached(own | {"canary": "another"})
-        assert "/etc/passwd" in reached(own | {"forbidden": ["/etc/passwd"]})
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_what_makes_a_platform_work_reaches_the_child_and_no_key_does(tmp_path, monkeypatch):
@@ -572,65 +505,22 @@ def test_what_makes_a_platform_work_reaches_the_child_and_no_key_does(tmp_path, 
     assert passed <= set(inherited_names()) and not kept & set(inherited_names())
 
 
-def test_the_journal_names_what_a_child_gets(checkout):
-    checkout.agent(*NIGHT, "--experiments", "1", HSA_OVERRIDE_GFX_VERSION="11.0.0", CUDA_API_KEY="x")
-    (row,) = rows_of(checkout, "night")
-    assert "HSA_OVERRIDE_GFX_VERSION" in row["environment"] and "CUDA_API_KEY" not in row["environment"]
-
-
 @sandboxed
-def test_attack_a_link_in_the_compile_cache_carries_no_file_into_the_next_run(scattered):
-    """Nor does a pipe end the night. What was compiled honestly beside them is there."""
-    train, compiled = scattered.folder / "train.py", {"STUB_COMPILER": "1"}
+def test_attack_the_compile_cache_carries_neither_what_was_learnt_nor_a_link_into_the_next_run(scattered):
+    """Nor does a pipe end the night. What was compiled honestly, before the clock, is there."""
+    compiled = {"STUB_COMPILER": "1"}
     places = [scattered.cache / "cpu-sotu" / "val.bin", Path(os.environ["HOME"]) / "secret"]
     plant = "    import os\n    open('/cache/kernel', 'w').close()\n    os.path.exists('/cache/pipe') or os.mkfifo('/cache/pipe')\n"
     for i, place in enumerate(places):
         plant += f"    os.path.lexists('/cache/stolen{i}') or os.symlink({str(place)!r}, '/cache/stolen{i}')\n"
-    train.write_text(STUB.replace("    return dict(", f"{plant}    return dict("))
+    (scattered.folder / "train.py").write_text(STUB.replace("    return dict(", f"{plant}    return dict("))
     scattered.agent(*NIGHT, "--experiments", "1", "--budget", "60", **compiled)
     kept = scattered.folder / "runs" / "t" / "cache"
     assert [path.name for path in kept.iterdir() if not path.is_dir()] == ["kernel"]
+    row, _ = attempt(scattered, "open('/cache/learnt', 'w').close()", **compiled)  # after the clock started
+    assert row["verdict"] == "keep"
     code = "found = [n for n in os.listdir('/cache') if os.path.isfile('/cache/' + n)]"
     assert attempt(scattered, code, **compiled)[1] == ["kernel"]
-
-
-def test_weights_that_are_a_pipe_or_a_link_are_not_waited_for(tmp_path):
-    (tmp_path / "out").mkdir()
-    settings = SimpleNamespace(threads=1, device="cpu")
-    os.mkfifo(tmp_path / "out" / "model.pt")
-    with pytest.raises(Problem, match=r"not what torch\.save writes"):
-        load_model(settings, tmp_path)
-    (tmp_path / "out" / "model.pt").unlink()
-    (tmp_path / "out" / "model.pt").symlink_to("/etc/passwd")
-    with pytest.raises(OSError, match="symbolic link"):
-        load_model(settings, tmp_path)
-
-
-@sandboxed
-@pytest.mark.parametrize("kind", ["folder", "file"])
-def test_an_own_text_is_out_of_sight_of_every_child(checkout, tmp_path, kind):
-    """It holds val and test too."""
-    place = tmp_path / "texts" / "a.txt"
-    place.parent.mkdir()
-    place.write_text("canary")
-    data, folder = tmp_path / "data", checkout.folder / "runs" / "t" / "0001"
-    for path in (data, folder / "out", folder / "cache", folder.parent / "harness"):
-        path.mkdir(parents=True)
-    for name in ("train.bin", "val.bin", "test.bin", "tokenizer.txt"):
-        (data / name).write_text(name)
-    settings = settings_for(checkout, dataset=str(place if kind == "file" else place.parent), data=str(data))
-    sandbox = make_sandbox(checkout.folder, checkout.folder / "runs", settings, Repository(checkout.folder).common_dir)
-    for action in ("train", "evaluate", "answer"):
-        command = [*sandbox.command(action, folder), "cat", str(place)]
-        assert "canary" not in subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
-
-
-def test_canary_key_without_the_sandbox(scattered):
-    """What holds there: the child's own environment. An ordinary user cannot read the agent's either; root can."""
-    _, found = attempt(scattered, KEYS, "--no-sandbox", ANTHROPIC_API_KEY="canary-key")
-    if os.geteuid() == 0:
-        found = [place for place in found if not place.endswith("environ")]
-    assert found == []
 
 
 DAEMON = """
@@ -697,27 +587,6 @@ def build_model(profile):
         raise RuntimeError(f"it reads {traces}")
     return prepare.types.SimpleNamespace
 """
-ANSWER = """
-import json, sys
-sys.path.insert(0, ROOT)
-from pathlib import Path
-from dataclasses import replace
-from constants import Problem
-from lab.record.git import Repository
-from lab.measure.sandbox import child_command, choose_sandbox, make_sandbox
-from lab.measure.score import serving, settings_of_folder
-import ctypes
-ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
-folder = Path(FOLDER)
-settings = settings_of_folder(folder)
-checkout = Path(CHECKOUT)
-sandbox = make_sandbox(checkout, checkout / "runs", settings, Repository(checkout).common_dir)
-sandbox = replace(sandbox, shared_processes=SHARED, filter=folder.parent / "filter")
-for kind in ("evaluate", "answer"):
-    with serving(child_command(kind, folder, sandbox).argv, settings, folder, kind == "answer") as connection:
-        connection.send(("text",))
-        print(kind, connection.recv_bytes().decode()[:200], flush=True)
-"""
 
 
 def night_for_scoring(checkout, folder: Path, source: str, weights: dict, **changes) -> Path:
@@ -741,12 +610,24 @@ def test_attack_nothing_of_the_child_that_sees_val_reaches_the_one_that_answers(
     val = data_of(real_checkout.cache) / "val.bin"
     leak = LEAK.replace("VAL", repr(str(val))).replace("NUMBERS", repr(refused_calls(platform.machine())))
     night = night_for_scoring(real_checkout, tmp_path / "night", "import prepare\n" + leak, {})
-    code = (
-        ANSWER.replace("ROOT", repr(str(ROOT)))
-        .replace("FOLDER", repr(str(night / "0000")))
-        .replace("SHARED", str("shared" in tier))
-        .replace("CHECKOUT", repr(str(real_checkout.folder)))
-    )
+    code = f"""
+import ctypes, sys
+sys.path.insert(0, {str(ROOT)!r})
+from dataclasses import replace
+from pathlib import Path
+from lab.measure.sandbox import child_command, make_sandbox
+from lab.measure.score import serving, settings_of_folder
+from lab.record.git import Repository
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+folder, checkout = Path({str(night / "0000")!r}), Path({str(real_checkout.folder)!r})
+settings = settings_of_folder(folder)
+sandbox = make_sandbox(checkout, checkout / "runs", settings, Repository(checkout).common_dir)
+sandbox = replace(sandbox, shared_processes={"shared" in tier}, filter=folder.parent / "filter")
+for kind in ("evaluate", "answer"):
+    with serving(child_command(kind, folder, sandbox).argv, settings, folder, kind == "answer") as connection:
+        connection.send(("text",))
+        print(kind, connection.recv_bytes().decode()[:200], flush=True)
+"""
     within = CONTAINER if "shared" in tier else []
     output = subprocess.run([*within, sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert "answer" in output.stdout and "it reads" not in output.stdout + output.stderr, output
@@ -800,16 +681,10 @@ def test_attack_a_child_cannot_write_the_scores(real_checkout, tmp_path):
     assert np.load(night / "0000" / "nats.npy").shape == (32, 256)
 
 
-def left_over(mark: str) -> list[int]:
+def left_over(mark: str) -> list[str]:
     """Processes with `mark` in their environment."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (entry / "environ").read_bytes() and int(entry.name) != os.getpid():
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
+    command = f"grep -alsF '{mark}' /proc/[0-9]*/environ"
+    return subprocess.run(command, shell=True, capture_output=True, text=True).stdout.split()
 
 
 @pytest.mark.parametrize("tier", [*TIERS, "none"])
@@ -821,11 +696,13 @@ def test_what_daemonises_or_hangs_is_dead_before_the_next_run(scattered, tier, f
         "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)" if fate == "hangs" else ""
     )
     start = time.monotonic()
-    row, _ = attempt(scattered, code, *flags)
+    row, keys = attempt(scattered, KEYS + code, *flags, ANTHROPIC_API_KEY="canary-key")
     assert row["sandbox"] == tier and time.monotonic() - start < 30
     assert row["verdict"] == ("crash" if fate == "hangs" else "keep")
     assert ("time-out" in row["reason"]) == (fate == "hangs")
     assert left_over(f"AUTORESEARCH_RUN={scattered.folder}") == []
+    if fate == "ends":  # without a sandbox root can read the agent's environment
+        assert [place for place in keys if tier != "none" or os.geteuid() or not place.endswith("environ")] == []
 
 
 @pytest.mark.parametrize("tier", [pytest.param("bubblewrap", marks=sandboxed), "none"])
@@ -837,64 +714,52 @@ def test_kill_during_a_run(scattered, tier):
     (scattered.folder / "train.py").write_text(source)
     process = scattered.start(*NIGHT, "--experiments", "1", *flags)
     mark = f"AUTORESEARCH_RUN={scattered.folder}"
-    deadline = time.monotonic() + 30
     log = scattered.folder / "runs" / "t" / "0000" / "run.log"
-    while not (log.exists() and "step" in log.read_text()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: log.exists() and "step" in log.read_text())
     time.sleep(0.3)
     assert len(left_over(mark)) >= 2
     process.kill()
     process.wait()
-    while len(left_over(mark)) > (1 if tier == "none" else 0):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: len(left_over(mark)) <= (tier == "none"))
     (scattered.folder / "train.py").write_text(STUB)
     output = scattered.agent(*NIGHT, "--experiments", "1", *flags)
     assert ("ended what an earlier start had left" in output) == (tier == "none")
     assert left_over(mark) == []
 
 
-def test_without_bubblewrap_the_night_stops_and_names_both_ways_on(scattered):
-    """`tune` goes on, since it changes nothing but numbers; --try and replay stop; --no-sandbox goes on and warns."""
-    tools = scattered.cache.parent / "bin"
-    tools.mkdir()
+def test_without_bubblewrap_the_night_stops_and_names_both_ways_on(checkout, tmp_path):
+    """`tune` goes on, since it changes nothing but numbers; --try and replay stop."""
     for name in ("git", "prlimit", "setpriv"):
-        (tools / name).symlink_to(shutil.which(name))
-    assert "warning: no sandbox (bubblewrap is not installed" in scattered.agent(
-        *NIGHT, "--experiments", "1", PATH=str(tools)
-    )
-    output = scattered.agent("--tag", "t", "--try", "x", expect=1, PATH=str(tools))
+        (tmp_path / name).symlink_to(shutil.which(name))
+    output = checkout.agent(*NIGHT, "--experiments", "1", PATH=str(tmp_path))
+    assert "warning: no sandbox (bubblewrap is not installed" in output
+    output = checkout.agent("--tag", "t", "--try", "x", expect=1, PATH=str(tmp_path))
     assert "apt-get install bubblewrap" in output and "--no-sandbox: train.py will run as you" in output
-    (scattered.folder / "train.py").write_text(STUB.replace("lr=0.4", "lr=0.1"))
-    output = scattered.agent("--tag", "t", "--try", "x", "--no-sandbox", PATH=str(tools))
-    assert "warning: no sandbox: train.py will run as you" in output and "keep" in output
 
 
-REFUSALS = {
-    "bwrap: setting up uid map: Permission denied": "AppArmor",
-    "bwrap: No permissions to create new namespace": "user namespaces are refused",
-    "bwrap: Creating new namespace failed: Operation not permitted": "rent a virtual machine",
-    "RuntimeError: CUDA error: no device": "AUTORESEARCH_SHOW",
-}
-
-
-def test_the_refusal_tells_its_cases_apart(scattered):
-    tools = scattered.cache.parent / "bin"
-    tools.mkdir()
-    scattered.agent(*NIGHT, "--experiments", "1")
-    for message, advice in REFUSALS.items():
-        (tools / "bwrap").write_text(f"#!/bin/sh\necho '{message}'\nexit 1\n")
-        (tools / "bwrap").chmod(0o755)
-        output = scattered.agent("--tag", "t", "--try", "x", expect=1, PATH=f"{tools}:{os.environ['PATH']}")
-        assert advice in output and message in output and "--no-sandbox" in output
-
-
-def test_a_sandbox_that_hides_nothing_is_not_taken_for_one(scattered):
-    """A bwrap that runs its command without any isolation: the probe notices."""
-    tools = scattered.cache.parent / "bin"
-    tools.mkdir()
-    (tools / "bwrap").write_text('#!/bin/sh\nwhile [ "$1" != "--" ]; do shift; done\nshift\nexec "$@"\n')
-    (tools / "bwrap").chmod(0o755)
-    output = scattered.agent(*NIGHT, "--experiments", "1", PATH=f"{tools}:{os.environ['PATH']}")
-    assert "it does not hide" in output and "val.bin" in output
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("echo 'bwrap: setting up uid map: Permission denied'\nexit 1", "Permission denied\nif user namespaces are refused here:"),
+        ("echo 'RuntimeError: CUDA error: no device'\nexit 1", "no device\nif it lacks a folder, show it: AUTORESEARCH_SHOW"),
+        ('while [ "$1" != "--" ]; do shift; done\nshift\nexec "$@"', "it does not hide"),  # runs its command without isolation
+    ],
+)  # fmt: skip
+def test_a_sandbox_that_does_not_do_is_refused_with_the_ways_on(checkout, tmp_path, monkeypatch, capsys, script, said):
+    """A search over numbers goes on without it, and so does who says --no-sandbox."""
+    checkout.slow(0.002)  # makes the data
+    night, bwrap = open_here(checkout), tmp_path / "bwrap"
+    bwrap.write_text(f"#!/bin/sh\n{script}\n")
+    bwrap.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    own = night, checkout.folder, checkout.folder / "runs", night.repository.common_dir
+    with pytest.raises(Problem) as problem:
+        choose_sandbox(*own, unsafe=False, harmless=False)
+    refused = str(problem.value)
+    assert said in refused and "--no-sandbox: train.py will run as you" in refused
+    assert ("val.bin" in refused) == (said == "it does not hide")
+    assert (
+        choose_sandbox(*own, unsafe=False, harmless=True) is choose_sandbox(*own, unsafe=True, harmless=False) is None
+    )
+    printed = capsys.readouterr().out
+    assert "this night changes nothing but numbers" in printed and "no sandbox: train.py will run as you" in printed

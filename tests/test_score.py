@@ -21,7 +21,6 @@ import constants
 import prepare
 from lab.measure import score
 from lab.propose.screen import screen
-from lab.records import Rejected
 
 TRAIN = small((ROOT / "train.py").read_text())
 SHORT = replace(constants.PROFILES["cpu"], max_seq_len=64, eval_batch_rows=16)  # a sixteenth of a batch, for speed
@@ -125,7 +124,6 @@ def test_the_honest_model_is_trusted(harness, dtype):
 
 MASK = "hidden = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)"
 CHEATS = {
-    "a peek at every token": PEEK,
     "a peek where it is scored": PEEK.replace("return logits + 8.0", "return logits + (__name__ != '__main__') * 8.0"),
     "bidirectional attention": TRAIN.replace(MASK, MASK.replace("triu(1)", "triu(T)")),
     "attention within chunks": TRAIN.replace(
@@ -218,11 +216,13 @@ def forged(model, rows, token_bytes, batch_rows):
     return np.full((len(rows), rows.shape[1] - 1), 0.5, np.float32)
 prepare.evaluate_nats.__code__ = forged.__code__
 """,
-    "relaxes the rules": PEEK
-    + "\nprepare.sys.modules['lab.measure.score'].PROBE_MEAN_NATS = 1e9\nprepare.sys.modules['lab.measure.score'].PROBE_NATS = {'float32': 1e9}\n",
-    "draws the probe itself": PEEK
-    + "\nprepare.sys.modules['lab.measure.score'].draw_probe = prepare.sys.modules['lab.measure.score'].compare = prepare.sys.modules['lab.measure.score'].score = None\n",
-    "changes the arithmetic": PEEK + "\nprepare.math.log = lambda x: 1e9\nprepare.np.log = lambda x: x * 0\n",
+    "changes rules, probe and arithmetic": PEEK
+    + """
+rules = prepare.sys.modules['lab.measure.score']
+rules.PROBE_MEAN_NATS, rules.PROBE_NATS = 1e9, {'float32': 1e9}
+rules.draw_probe = rules.compare = rules.score = None
+prepare.math.log, prepare.np.log = lambda x: 1e9, lambda x: x * 0
+""",
 }
 
 
@@ -243,23 +243,29 @@ def is_found_out(harness, source):
     assert source != TRAIN and "looks ahead, keeps state or forges its score" in facts["invalid"], facts
 
 
-def test_attack_a_peek_in_five_percent_of_the_positions(cache):
-    """An eighth of the rows of a real probe, of a model that is cheap; the draw is fixed here."""
-    profile, random = constants.PROFILES["cpu"], np.random.default_rng(0)
-    rows = prepare.open_rows(data_of(cache) / "val.bin", profile)[:128]
+CPU = constants.PROFILES["cpu"]
+
+
+@pytest.fixture(scope="module")
+def val(cache):
+    """(rows of val, the bytes of each token) of the cpu profile."""
     lengths = prepare.token_byte_lengths(prepare.load_tokenizer(data_of(cache) / "tokenizer.txt"))
+    return prepare.open_rows(data_of(cache) / "val.bin", CPU), torch.from_numpy(lengths)
+
+
+def test_attack_a_peek_in_five_percent_of_the_positions(val):
+    """An eighth of the rows of a real probe, of a model that is cheap; the draw is fixed here."""
+    random = np.random.default_rng(0)
     for permille, found_out in ((50, True), (0, False)):
-        model = Peeker(profile.vocab_size, permille, salt=0)
-        assert bool(probe(model, rows, torch.from_numpy(lengths), 1, random)[0]) == found_out
+        model = Peeker(CPU.vocab_size, permille, salt=0)
+        assert bool(probe(model, val[0][:128], val[1], 1, random)[0]) == found_out
 
 
-def test_attack_a_peek_at_the_few_worst_tokens(cache):
+def test_attack_a_peek_at_the_few_worst_tokens(val):
     """Half of the edges are drawn where the model gained most on the incumbent: without its nats such a peek passes now and then."""
-    profile, random = constants.PROFILES["cpu"], np.random.default_rng(0)
-    rows = prepare.open_rows(data_of(cache) / "val.bin", profile)[:64]
-    lengths = torch.from_numpy(prepare.token_byte_lengths(prepare.load_tokenizer(data_of(cache) / "tokenizer.txt")))
+    (rows, lengths), random = (val[0][:64], val[1]), np.random.default_rng(0)
     torch.manual_seed(0)
-    model, honest = worst_peeker(rows, lengths, profile.vocab_size, 25)  # of 16,384 tokens
+    model, honest = worst_peeker(rows, lengths, CPU.vocab_size, 25)  # of 16,384 tokens
     assert sum(probe(model, rows, lengths, 1, random, incumbent=honest)[0] for _ in range(2)) == 2
     assert probe(model.table, rows, lengths, 1, random, incumbent=honest + 0.5)[0] == 0
 
@@ -285,12 +291,9 @@ def test_what_a_model_does_in_its_first_answer_is_timed_apart(harness):
     assert busy["val"] < idle["val"] + 1.0
 
 
-def test_the_edge_is_the_position_whose_target_is_out_of_sight(cache):
-    profile, data = constants.PROFILES["cpu"], data_of(cache)
-    rows = prepare.open_rows(data / "val.bin", profile)[:64]
-    lengths = prepare.token_byte_lengths(prepare.load_tokenizer(data / "tokenizer.txt"))
-    model = Peeker(profile.vocab_size, 1000, salt=0, strength=0.04)
-    (facts,) = differences(model, rows, torch.from_numpy(lengths), 1)
+def test_the_edge_is_the_position_whose_target_is_out_of_sight(val):
+    model = Peeker(CPU.vocab_size, 1000, salt=0, strength=0.04)
+    (facts,) = differences(model, val[0][:64], val[1], 1)
     assert 0.025 < facts["last_mean_nats"] < 0.05  # less where the target is special
     assert facts["mean_nats"] * facts["tokens"] == pytest.approx(
         facts["last_mean_nats"] * facts["rows"], abs=1e-2
@@ -326,7 +329,6 @@ CRASHES = {
     ),
     "zero rows": (forward("return self.logits(idx)[:0]"), "forward returned"),
     "another width": (forward("return self.logits(idx)[..., :-1]"), "forward returned"),
-    "weights of another model": (TRAIN.replace("n_embd=128,", "n_embd=192,"), "do not fit the model"),
 }  # fmt: skip
 
 
@@ -352,35 +354,5 @@ def test_the_reason_names_the_weights_that_do_not_fit_before_anything_else(harne
         "def build_model(profile):\n    return torch.nn.Sequential(whole_model(profile))\n\n\ndef whole_model(profile):",
     )
     said = scored(harness, late)
+    assert "do not fit the model" in said
     assert said.startswith("Missing key(s) in state_dict") and "Unexpected key(s)" in said and str(harness) not in said
-
-
-# --- refused by the screen
-
-REFUSED = {
-    "writes a result.json": 'open("result.json", "w")',
-    "by setattr": "setattr(torch, 'log_softmax', None)",
-    "frames": "import sys\nsys._getframe(1)",
-    "frames of a traceback": "def f(error):\n    return error.__traceback__.tb_frame.f_back",
-    "inspect": "import inspect",
-    "gc": "gc.get_objects()",
-    "the validation rows": "import numpy\nnumpy.memmap('val.bin')",
-    "by torch": "torch.from_file('val.bin')",
-    "the environment": "torch.os.environ['AUTORESEARCH_TIME_BUDGET'] = '900'",
-    "the budget": "def f(clock):\n    clock.budget_s = 900",
-    "the profile": "constants = __import__('constants')",
-    "the settings": "def f(run):\n    run.settings",
-    "a seed": "torch.manual_seed(7)",
-    "a generator's seed": "torch.Generator().manual_seed(7)",
-    "sys.path": "import sys\nsys.path.insert(0, '.')",
-    "importlib": "import importlib",
-    "writes with numpy": "import numpy\nnumpy.save('rows', 0)",
-    "loads weights": "torch.load('../../0000/out/model.pt')",
-    "weights in the source": f"WEIGHTS = '{'a' * 2000}'",
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_attack_that_the_screen_refuses(name):
-    with pytest.raises(Rejected, match="refused"):
-        screen(TRAIN + "\n" + REFUSED[name] + "\n", {})

@@ -1,7 +1,6 @@
 """The numbers at the top of train.py, and the numeric search over what a night tried of them."""
 
 import math
-import random
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,7 +19,6 @@ from lab.propose.tune import (
     Tune,
     best_moves,
     coordinate,
-    moves_of,
     numbers_of,
     skeleton,
     text_at,
@@ -163,20 +161,3 @@ def test_a_file_without_numbers_is_one_clear_line(checkout):
     night = open_here(checkout)
     with pytest.raises(Problem, match="has no numbers at its top"):
         Tune("t", "cpu").propose("x = 'a'\n", history_of(night), [])
-
-
-def test_the_moves_of_a_night_are_listed_by_number(checkout):
-    night = open_here(checkout)
-    both = ("lr=0.3,  # best at 0.1\n        width=64,", "lr=0.2,  # best at 0.1\n        width=60,")
-    run_here(night, None, Script(better(0.3), both))
-    moves = moves_of(history_of(night), "cpu")
-    assert [(move.result.number, move.old, move.new, move.alone) for move in moves["lr"]] == [
-        (1, 0.4, 0.3, True), (2, 0.3, 0.2, False),
-    ]  # fmt: skip
-    assert [(move.old, move.new, move.alone) for move in moves["width"]] == [(64, 60, False)]
-
-
-def test_draws_do_not_touch_the_generators_of_others():
-    before = random.getstate()
-    Tune("t", "cpu").propose(STUB, asked_for(1), [])
-    assert random.getstate() == before

@@ -19,39 +19,48 @@ MAX_DEPTH = 50  # folders within folders: nobody nests deeper but to break what 
 def copy_regular_files(source: Path, target: Path, most_bytes: int, most_files: int = 100_000) -> None:
     """Copies the regular files under `source` into `target`, up to the limits; a child may have made anything of `source`.
 
-    Links are not followed, pipes and devices not read, also if a child puts them in a file's place meanwhile.
+    It may also change it meanwhile: each name is opened once, without following a link or waiting for a pipe, and what was opened decides.
     """
-    for place, folders, names, descriptor in os.fwalk(source, follow_symlinks=False):
-        into = target / Path(place).relative_to(source)
-        if len(into.parts) - len(target.parts) > MAX_DEPTH:
-            folders.clear()
+
+    def copy_folder(folder: int, into: Path, depth: int) -> None:
+        nonlocal most_bytes, most_files
         try:
             into.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            unless_full(error)
-            folders.clear()  # a path longer than paths may be
-            continue
-        for name in names:
+            return unless_full(error)  # a path longer than paths may be
+        for name in os.listdir(folder):
             try:
-                opened = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=descriptor)
+                opened = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
             except OSError:
                 continue  # a link, or gone
-            info = os.fstat(opened)
-            if not stat.S_ISREG(info.st_mode):
+            try:
+                info = os.fstat(opened)
+                if stat.S_ISDIR(info.st_mode) and depth < MAX_DEPTH:
+                    copy_folder(opened, into / name, depth + 1)
+                elif stat.S_ISREG(info.st_mode):
+                    most_bytes, most_files = most_bytes - info.st_size, most_files - 1
+                    if most_bytes < 0 or most_files < 0:
+                        return
+                    copy_file(opened, into / name, info.st_size)
+            finally:
                 os.close(opened)
-                continue
-            with open(opened, "rb") as file, contextlib.ExitStack() as stack:
-                left, most_bytes, most_files = info.st_size, most_bytes - info.st_size, most_files - 1
-                if most_bytes < 0 or most_files < 0:
-                    return
-                try:
-                    copy = stack.enter_context(open(into / name, "wb"))
-                except OSError as error:
-                    unless_full(error)
-                    continue
-                while left > 0 and (block := file.read(min(left, 1 << 20))):  # it may grow meanwhile
-                    copy.write(block)
-                    left -= len(block)
+
+    whole = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        copy_folder(whole, target, 0)
+    finally:
+        os.close(whole)
+
+
+def copy_file(opened: int, place: Path, size: int) -> None:
+    """Copies so many bytes of an open file, which may grow meanwhile."""
+    try:
+        with open(place, "wb") as copy:
+            while size > 0 and (block := os.read(opened, min(size, 1 << 20))):
+                copy.write(block)
+                size -= len(block)
+    except OSError as error:
+        unless_full(error)
 
 
 def unless_full(error: OSError) -> None:

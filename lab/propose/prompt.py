@@ -9,7 +9,7 @@ from statistics import median
 from constants import Problem
 from lab.propose.ahead import History
 from lab.propose.tune import moves_of, numbers_of
-from lab.records import Result, Run, change_of, clean, one_line, only_crashes, pace_text
+from lab.records import Result, Run, change_of, clean, one_line, pace_text
 
 RUN_TIME, COMMAND = (
     "# A run: what train.py gets\n",
@@ -21,7 +21,6 @@ LAST, BEST_DISCARDS = 5, 5  # experiments that are shown with their changes
 DIFF_LINES, BRIEF_LINES = 40, 16  # of one change, of a best discard
 LINE_CHARS = 200  # of one line of a change
 STUCK_AFTER = 15  # experiments without a keep before a new direction is asked for
-CRASHING_AFTER = 10  # crashes in a row before another direction is asked for
 MAX_MENDED = 2  # attempts to mend one crashed idea
 VALUES = 6  # of one number that are shown, the best ones
 SEARCH, DIVIDER, REPLACE = "<<<<<<< SEARCH", "=======", ">>>>>>> REPLACE"
@@ -177,11 +176,6 @@ def situation_text(history: History) -> str:
 def ask_text(history: History, operator: str) -> str:
     """The operator of this turn, or the experiment that deserves another attempt."""
     last, recent = to_mend(history), history.results[-STUCK_AFTER:]
-    if only_crashes(history.results, CRASHING_AFTER):
-        return (
-            "Nothing but crashes came of late. Leave these ideas: take another direction, with a small change that is sure to run; "
-            "the log of the last one stands above."
-        )
     if last and last.verdict.word == "crash":
         return (
             f"Experiment {last.number} ({last.description}) crashed: {quoted(last.verdict.reason)}. Its change and the end of its log stand "
@@ -204,8 +198,6 @@ def to_mend(history: History) -> Result | None:
     Narrowly: it lost by no more than half of the night's discards did.
     """
     results = history.results
-    if only_crashes(results, CRASHING_AFTER):
-        return None
     last = next((result for result in reversed(results) if result.operator != "tune"), None)
     if last is None or not last.operator or last.number in {item.mends for item in (*results, *history.running)}:
         return None

@@ -46,7 +46,6 @@ class Move:
     """One number that an experiment set to another value."""
 
     result: Result
-    old: int | float
     new: int | float
     alone: bool  # nothing else was changed
 
@@ -129,7 +128,7 @@ def moves_of(history: History, sizes: str) -> dict[str, list[Move]]:
             changed = [name for name in after if name in before and after[name].value != before[name].value]
             same = skeleton(history.source(result.parent), sizes) == skeleton(history.source(result.number), sizes)
             for name in changed:
-                move = Move(result, before[name].value, after[name].value, same and len(changed) == 1)
+                move = Move(result, after[name].value, same and len(changed) == 1)
                 moves.setdefault(name, []).append(move)
     return moves
 
