@@ -421,6 +421,10 @@ def test_a_copy_has_its_limits(tmp_path):
     files.copy_regular_files(source, tmp_path / "bytes", 2500)
     files.copy_regular_files(source, tmp_path / "files", 10**6, most_files=1)
     assert len(list((tmp_path / "bytes").iterdir())) == 2 and len(list((tmp_path / "files").iterdir())) == 1
+    for nothing in (tmp_path / "gone", tmp_path / "link"):
+        (tmp_path / "link").exists() or (tmp_path / "link").symlink_to(source)
+        files.copy_regular_files(nothing, tmp_path / f"of-{nothing.name}", 10**6)
+        assert list((tmp_path / f"of-{nothing.name}").iterdir()) == []
 
 
 def test_folders_nested_without_end_end_nothing(tmp_path):

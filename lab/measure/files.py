@@ -45,7 +45,11 @@ def copy_regular_files(source: Path, target: Path, most_bytes: int, most_files: 
             finally:
                 os.close(opened)
 
-    whole = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        whole = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return  # gone, or a link: without a sandbox a child can do that too
     try:
         copy_folder(whole, target, 0)
     finally:
