@@ -79,7 +79,7 @@ MAX_CRASHES = 20  # crashes in a row before the night stops
 ended = threading.Event()  # the night's `stop`: what runs is ended, and threads raise Stopped
 
 
-def end(number, frame) -> None:
+def interrupt(number, frame) -> None:
     """The handler of these signals. An exception alone would not do: Python drops one that is raised in a finalizer."""
     if not ended.is_set():
         ended.set()
@@ -130,7 +130,7 @@ def second_look(challenger: Run, incumbent: Run, why_not) -> Verdict:
 def experiment(night: Night, proposal: Proposal, measure) -> Result:
     """Measure one proposal, judge it, record it. Runs in a thread; measure(source, seed, title, fresh=False) -> Run blocks.
 
-    With several workers another experiment may be kept meanwhile: then this one is put on top of it, and measured once more.
+    What the journal has a run of is not measured again, unless `fresh`. With several workers another experiment may be kept meanwhile: then this one is put on top of it, and measured once more.
     """
     while True:
         parent = night.parent_of(proposal)  # what it was made on; None for the baseline
@@ -231,7 +231,8 @@ def run_night(night: Night, proposer, limits: Limits, measure, room, view, secon
     how large the noise is. With several workers all of them run it at the same time: a baseline that has the machine to itself
     is faster than what it is compared with.
     """
-    proposals, running = Proposals(night, proposer, partial(limits.left, night)), {}
+    proposals = Proposals(night, proposer, partial(limits.left, night))
+    running = {}  # future: its proposal; None: the baseline on the second seed
     refuse_to_go_on(night)
     second_seed = second_seed and night.baseline_second is None
     with threads(night, room()) as pool:
@@ -253,7 +254,7 @@ def run_night(night: Night, proposer, limits: Limits, measure, room, view, secon
             if more and free > 0:
                 if second_seed and (night.results or under_way):
                     second_seed = False
-                    for i in range(1 if night.results else free):  # None in `running` is such a run
+                    for i in range(1 if night.results else free):
                         running[pool.submit(measure_noise, night, measure, compare=i == 0)] = None
                     continue
                 proposal = proposals.take(under_way)
@@ -278,7 +279,7 @@ def refuse_to_go_on(night: Night) -> None:
         raise Problem(f"{reason}\n{log}\nmend train.py, then run the same command with --tag NEW")
     if only_crashes(night.results, MAX_CRASHES):
         raise Problem(
-            f"{MAX_CRASHES} experiments crashed in a row; read {night.folder}/results.tsv and the last run.log"
+            f"{MAX_CRASHES} experiments crashed in a row; read {night.folder}/results.tsv and the last run.log, then go on with --tag NEW"
         )
 
 
@@ -357,6 +358,7 @@ def start_and_work(args, secrets: dict) -> None:
         try:
             if pids := end_processes(str(folder)):
                 print(f"ended what an earlier start had left running: pid {', '.join(map(str, pids))}")
+            locks.callback(end_processes, str(folder))  # a researcher that is still thinking
             fleet = start_fleet(args, folder, locks)
             check_new = partial(screen, tried={})
             night = open_night(HERE, folder, args, repository, fleet and fleet.ask, check_new)
@@ -380,9 +382,6 @@ def start_and_work(args, secrets: dict) -> None:
         finally:
             if isinstance(proposer, Researcher):
                 proposer.stopped = True
-            if fleet:
-                fleet.close()
-            end_processes(str(folder))  # a researcher that is still thinking
     if proposer:
         print_summary(night, why, proposer, goes_on=not (args.demo or args.describe))
     else:
@@ -398,11 +397,11 @@ def main() -> None:
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi and torch number the cards alike
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks
-            signal.signal(number, end)
+            signal.signal(number, interrupt)
     try:
         if args.dry:
             rows = read_journal(RUNS / (args.tag or "try") / "journal.jsonl")[0]
-            restore_setting(args, rows, ("profile", "dataset", "no_sandbox"))
+            restore_setting(args, rows, ("profile", "dataset"))
             rehearsal(HERE, RUNS, args)
         else:
             start_and_work(args, secrets)

@@ -45,78 +45,35 @@ def parse_arguments(description_text: str) -> argparse.Namespace:
         description=description_text,
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=120),
     )
-    night = parser.add_argument_group("which night", "a flag that you do not give is that of the night's last start")
-    night.add_argument(
-        "--tag", type=tag_name, help="name of the night (default: the newest that has not ended, or today's date)"
-    )
-    night.add_argument(
-        "--profile", choices=constants.PROFILES, help="sizes (default: gpu if torch can use a GPU, else cpu)"
-    )
-    night.add_argument(
-        "--dataset", help="climbmix, sotu, or the path of a text (default: climbmix for gpu, sotu for cpu)"
-    )
-    night.add_argument(
-        "--budget", type=positive(float), metavar="SECONDS", help="training time of each run (default: 300)"
-    )
-    night.add_argument(
-        "--workers", type=positive(int), metavar="N", help="run N experiments at once, each on its own card; needs Ray"
-    )
-    group = parser.add_argument_group("who proposes, or what else is done", "at most one of these")
-    one = group.add_mutually_exclusive_group()
-    one.add_argument(
-        "--proposer",
-        choices=("claude", "tune"),
-        help="Claude (default, if there is a key), or a search over the numbers",
-    )
-    one.add_argument("--command", metavar="CMD", help="a program that gets the prompt on stdin and prints its reply")
-    one.add_argument("--replay", metavar="TAG|JOURNAL", help="run the experiments of an earlier night again")
-    one.add_argument(
-        "--try", dest="describe", type=description, metavar="DESCRIPTION", help="run train.py as you edited it"
-    )
-    one.add_argument(
-        "--demo",
-        action="store_true",
-        default=None,
-        help="4 experiments of 15 s on the CPU, proposed by tune; deletes the last demo",
-    )
-    one.add_argument(
-        "--check", type=tag_name, metavar="TAG", help="run baseline and winner of a night on fresh seeds: the true gain"
-    )
-    one.add_argument(
-        "--ablate", type=tag_name, metavar="TAG", help="revert each kept change of a night alone: which ones matter"
-    )
+    # fmt: off
+    night = parser.add_argument_group("which night", "a night remembers its flags, but for --command and --no-sandbox")
+    night.add_argument("--tag", type=tag_name, help="go on with this night, or begin one of this name (default: the newest that has not ended, or today's date)")
+    night.add_argument("--profile", choices=constants.PROFILES, help="sizes of model, rows, vocabulary (default: gpu if torch can use a GPU, else cpu)")
+    night.add_argument("--dataset", help="climbmix, sotu, or the path of a text (default: climbmix for gpu, sotu for cpu)")
+    night.add_argument("--budget", type=positive(float), metavar="SECONDS", help="training time of each run of a new night (default: 300)")
+    night.add_argument("--workers", type=positive(int), metavar="N", help="run N experiments at once, each on its own card (profile cpu: its share of the cores); needs Ray")
+    one = parser.add_argument_group("who proposes, or what else is done", "choose one").add_mutually_exclusive_group()
+    one.add_argument("--proposer", choices=("claude", "tune"), help="Claude (default, if there is a key), or a search over the numbers")
+    one.add_argument("--command", metavar="CMD", help="a program that gets the prompt on stdin and prints its reply; it runs as you")
+    one.add_argument("--replay", metavar="TAG|JOURNAL", help="run the experiments of an earlier night again, in a night of their own")
+    one.add_argument("--try", dest="describe", type=description, metavar="DESCRIPTION", help="run train.py as you edited it, as one experiment of the night `try`")
+    one.add_argument("--demo", action="store_true", default=None, help="4 experiments of 15 s on the CPU, proposed by tune; deletes the last demo")
+    one.add_argument("--check", type=tag_name, metavar="TAG", help="measure the gain of a night on fresh seeds: K runs of its baseline and K of its winner")
+    one.add_argument("--ablate", type=tag_name, metavar="TAG", help="leave out each kept change of a night alone: which ones matter; 3 runs and one for each")
     more = parser.add_argument_group("more on these")
     more.add_argument("--model", metavar="ID", help=f"model for --proposer claude (default: {MODEL})")
     more.add_argument("--because", metavar="WHY", help="with --try: your reason, for the log")
-    more.add_argument(
-        "--dry", action="store_true", default=None, help="with --try: only check that it builds; takes seconds"
-    )
+    more.add_argument("--dry", action="store_true", default=None, help="with --try: only screen and build it; takes seconds")
     more.add_argument("--kept", action="store_true", default=None, help="with --replay: only the kept experiments")
-    more.add_argument(
-        "--seeds",
-        type=positive(int),
-        metavar="K",
-        help=f"with --check: number of seeds, 2 or more (default: {CHECK_SEEDS})",
-    )
-    limits = parser.add_argument_group("when the night ends", "without any of these: at Ctrl-C")
-    limits.add_argument(
-        "--experiments", type=positive(int), metavar="N", help="after N experiments, not counting the baseline"
-    )
-    limits.add_argument("--hours", type=positive(float), metavar="H", help="before H hours are over")
-    limits.add_argument(
-        "--max-usd",
-        type=positive(float),
-        metavar="X",
-        help="before an API call that could bring the cost over X dollars",
-    )
-    rules = parser.add_argument_group("what is believed")
-    rules.add_argument(
-        "--confirm", action=argparse.BooleanOptionalAction, default=None,
-        help="keep a win only if it wins on a second seed too (default: for the cpu profile, but not in the demo)",
-    )  # fmt: skip
-    rules.add_argument(
-        "--no-sandbox", action="store_true", default=None, help="run train.py as you, with your files and your network"
-    )
+    more.add_argument("--seeds", type=positive(int), metavar="K", help=f"with --check: number of seeds, 2 or more (default: {CHECK_SEEDS})")
+    limits = parser.add_argument_group("when the night ends", "at the first of these that is reached; without any, at Ctrl-C")
+    limits.add_argument("--experiments", type=positive(int), metavar="N", help="after N experiments, not counting the baseline")
+    limits.add_argument("--hours", type=positive(float), metavar="H", help="before H hours are over, those of all its starts")
+    limits.add_argument("--max-usd", type=positive(float), metavar="X", help="before an API call that could bring the cost of all its starts over X dollars (default: no limit)")
+    rules = parser.add_argument_group("rules")
+    rules.add_argument("--confirm", action=argparse.BooleanOptionalAction, default=None, help="keep a win only if it wins on a second seed too (default: for the cpu profile, but not in the demo)")
+    rules.add_argument("--no-sandbox", action="store_true", default=None, help="run train.py as you, with your files and your network")
+    # fmt: on
     args = parser.parse_args()
     if args.dataset and args.dataset not in constants.DATASETS:
         args.dataset = str(Path(args.dataset).expanduser().resolve())
@@ -202,7 +159,7 @@ def restore_arguments(args, rows: list[dict], key: bool) -> None:
     for start in (row["arguments"] for row in rows if row["event"] == "night"):
         stored = stored | {name: start[name] for name in ("model", "max_usd") if name in start}
     named = args.proposer or args.command or args.replay or args.describe or args.check or args.ablate
-    names = "experiments hours no_sandbox model max_usd confirm kept" + ("" if named else " proposer replay")
+    names = "experiments hours model max_usd confirm kept" + ("" if named else " proposer replay")
     names += "" if args.describe or args.check or args.ablate else " workers"
     for name in names.split():
         if getattr(args, name) is None:

@@ -273,6 +273,7 @@ def test_what_a_start_takes_over_from_the_last(monkeypatch):
         ([claude, {"describe": "x"}, {"check": "t"}], "", True, {"proposer": "claude", "describe": None}),
         ([claude, tune], "--proposer claude", True, {"max_usd": 9.0, "model": "m", "workers": 2}),
         ([claude, tune], "--check t", False, {"workers": None}),
+        ([tune | {"no_sandbox": True}], "", False, {"workers": 2, "no_sandbox": None}),  # to be said each time
     ):
         args = arguments(monkeypatch, *flags.split())
         restore_arguments(args, [{"event": "night", "arguments": start} for start in starts], key)

@@ -102,10 +102,8 @@ def history_line(history: History, result: Result) -> str:
     if result.parent is None:
         return f"{number} {word} {bpb:.5f}: {text}"
     parent = history.results[result.parent].run
-    explained = word == "invalid" or result.verdict.reason.startswith("not confirmed")
-    reason = (
-        f" ({quoted(result.verdict.reason) if word == 'invalid' else result.verdict.reason[:120]})" if explained else ""
-    )
+    explained = result.verdict.reason and word in ("invalid", "discard")
+    reason = f" ({quoted(result.verdict.reason)})" if explained else ""
     pace, scoring = pace_text(result.run, parent), result.run.scoring_seconds or 0.0
     pace = f", tokens {pace}" if pace else ""
     scored = f", scoring {scoring:.0f} s" if scoring > 1.25 * (parent.scoring_seconds or math.inf) else ""
