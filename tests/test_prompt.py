@@ -56,7 +56,18 @@ def long_night(checkout):
         run = type(RUN)("sha", 1, bpb, None, "", "", METRICS | {"losses": [[1.0, 9, 5.0]]}, 320.0, 301.0, 20.0, 0.1)
         results.append(
             Result(
-                n, 0, n, f"idea {n} " + "and more " * 9, "", "", None, Verdict(word, "why"), run, None, "abc", str(n)
+                n,
+                0,
+                n,
+                f"idea {n} " + "and more " * 9,
+                "",
+                "",
+                None,
+                Verdict(word, "why" if word == "crash" else ""),
+                run,
+                None,
+                "abc",
+                str(n),
             )
         )
     return results, settings_for(checkout)
