@@ -130,7 +130,8 @@ def second_look(challenger: Run, incumbent: Run, why_not) -> Verdict:
 def experiment(night: Night, proposal: Proposal, measure) -> Result:
     """Measure one proposal, judge it, record it. Runs in a thread; measure(source, seed, title, fresh=False) -> Run blocks.
 
-    What the journal has a run of is not measured again, unless `fresh`. With several workers another experiment may be kept meanwhile: then this one is put on top of it, and measured once more.
+    What the journal has a run of is not measured again, unless `fresh`. With several workers another experiment may be kept
+    meanwhile: then this one is put on top of it, and measured once more.
     """
     while True:
         parent = night.parent_of(proposal)  # what it was made on; None for the baseline

@@ -54,22 +54,8 @@ def long_night(checkout):
         word = "keep" if n % 50 == 0 else "crash" if n % 7 == 0 else "discard"
         bpb = None if word == "crash" else 1.0 - n / 1e5 if word == "keep" else 1.0 + n / 1e5
         run = type(RUN)("sha", 1, bpb, None, "", "", METRICS | {"losses": [[1.0, 9, 5.0]]}, 320.0, 301.0, 20.0, 0.1)
-        results.append(
-            Result(
-                n,
-                0,
-                n,
-                f"idea {n} " + "and more " * 9,
-                "",
-                "",
-                None,
-                Verdict(word, "why" if word == "crash" else ""),
-                run,
-                None,
-                "abc",
-                str(n),
-            )
-        )
+        verdict, idea = Verdict(word, "why" if word == "crash" else ""), f"idea {n} " + "and more " * 9
+        results.append(Result(n, 0, n, idea, "", "", None, verdict, run, None, "abc", str(n)))
     return results, settings_for(checkout)
 
 

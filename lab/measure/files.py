@@ -22,49 +22,33 @@ def copy_regular_files(source: Path, target: Path, most_bytes: int, most_files: 
     It may also change it meanwhile: each name is opened once, without following a link or waiting for a pipe, and what was opened decides.
     """
 
-    def copy_folder(folder: int, into: Path, depth: int) -> None:
+    def copy(name, into: Path, depth: int, folder: int | None = None) -> None:
         nonlocal most_bytes, most_files
         try:
-            into.mkdir(parents=True, exist_ok=True)
+            opened = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+        except OSError:
+            return  # a link, or gone
+        try:
+            info = os.fstat(opened)
+            if stat.S_ISDIR(info.st_mode) and depth <= MAX_DEPTH:
+                into.mkdir(exist_ok=True)
+                for inner in os.listdir(opened):
+                    copy(inner, into / inner, depth + 1, opened)
+            elif stat.S_ISREG(info.st_mode):
+                left, most_bytes, most_files = info.st_size, most_bytes - info.st_size, most_files - 1
+                if most_bytes < 0 or most_files < 0:
+                    return
+                with open(into, "wb") as file:
+                    while left > 0 and (block := os.read(opened, min(left, 1 << 20))):  # it may grow meanwhile
+                        file.write(block)
+                        left -= len(block)
         except OSError as error:
-            return unless_full(error)  # a path longer than paths may be
-        for name in os.listdir(folder):
-            try:
-                opened = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
-            except OSError:
-                continue  # a link, or gone
-            try:
-                info = os.fstat(opened)
-                if stat.S_ISDIR(info.st_mode) and depth < MAX_DEPTH:
-                    copy_folder(opened, into / name, depth + 1)
-                elif stat.S_ISREG(info.st_mode):
-                    most_bytes, most_files = most_bytes - info.st_size, most_files - 1
-                    if most_bytes < 0 or most_files < 0:
-                        return
-                    copy_file(opened, into / name, info.st_size)
-            finally:
-                os.close(opened)
+            unless_full(error)  # else a path longer than paths may be
+        finally:
+            os.close(opened)
 
     target.mkdir(parents=True, exist_ok=True)
-    try:
-        whole = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return  # gone, or a link: without a sandbox a child can do that too
-    try:
-        copy_folder(whole, target, 0)
-    finally:
-        os.close(whole)
-
-
-def copy_file(opened: int, place: Path, size: int) -> None:
-    """Copies so many bytes of an open file, which may grow meanwhile."""
-    try:
-        with open(place, "wb") as copy:
-            while size > 0 and (block := os.read(opened, min(size, 1 << 20))):
-                copy.write(block)
-                size -= len(block)
-    except OSError as error:
-        unless_full(error)
+    copy(source, target, 0)
 
 
 def unless_full(error: OSError) -> None:
