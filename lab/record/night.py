@@ -24,10 +24,10 @@ from lab.records import (
     fingerprint,
     log_tail,
     one_line,
+    pace_of,
     run_trouble,
     runs_of,
     sha256,
-    uneven,
 )
 
 OWN_BYTES, OWN_LINES = 64_000, 6  # of a run's log, to find the lines that are train.py's own
@@ -120,9 +120,9 @@ class Night(Place):
             return None
         first = self.keeps[0].run
         found = self.runs_on(first.source, constants.CONFIRM_SEED)
-        # On a busy machine it was measured again.
-        even = [run for run in found if not uneven(run, first)]
-        return (even or found[-1:])[0].val_bpb if found else None
+        # A busy machine has it measured again: the run whose tokens are nearest is the one to compare.
+        nearest = min(found, key=lambda run: abs(pace_of(run, first) or 0.0), default=None)
+        return nearest and nearest.val_bpb
 
     @property
     def noise(self) -> float | None:
