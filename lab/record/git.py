@@ -85,7 +85,8 @@ class Repository:
             self.git("update-ref", ref, new, old or "0" * len(new))
         except subprocess.CalledProcessError as error:
             reason = error.stderr.decode(errors="replace").strip()
-            raise Problem(f"{ref} is not where this night left it ({reason}); move it back, or use --tag NEW") from None
+            how = f"run: git update-ref {ref} {new}, or start another night with --tag NEW"
+            raise Problem(f"{ref} is not where this night left it ({reason}); {how}") from None
 
     def refs(self, tag: str) -> dict[str, str]:
         """The commits of a night's branch and experiments, by the refs' full names."""

@@ -277,14 +277,8 @@ class Night(Place):
         for result in self.results:
             if refs.get(self.ref(result.number)) != result.commit:
                 self.repository.git("update-ref", self.ref(result.number), result.commit)
-        at = refs.get(self.branch)
-        if keeps and at != keeps[-1].commit:
-            before = keeps[-2].commit if len(keeps) > 1 else None
-            if at != before:
-                how = f"git update-ref {self.branch} {keeps[-1].commit}"
-                where = f"autoresearch/{self.tag} is at {str(at)[:9]}, not at the last keep {keeps[-1].commit[:9]}"
-                raise Problem(f"{where}; run: {how}, or start another night with --tag NEW")
-            self.repository.move(self.branch, keeps[-1].commit, before)
+        if keeps and refs.get(self.branch) != keeps[-1].commit:
+            self.repository.move(self.branch, keeps[-1].commit, keeps[-2].commit if len(keeps) > 1 else None)
         if self.results:
             self.tidy()
         used = self.used
