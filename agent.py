@@ -32,7 +32,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # also where PYT
 
 import constants
 from constants import CONFIRM_SEED, SEED, Problem, locked
-from lab.arguments import complete, parse_arguments, restore_setting
+from lab.arguments import complete, parse_arguments, restore
 from lab.check import CHECK_SEEDS, ablate, check, rehearsal
 from lab.measure.child import end_processes, guard_this_process
 from lab.measure.files import remove
@@ -46,7 +46,7 @@ from lab.propose.replay import Replay
 from lab.propose.screen import screen
 from lab.propose.tune import Tune, numbers_alone
 from lab.record.git import Repository
-from lab.record.journal import read_journal, seconds_of_earlier_starts
+from lab.record.journal import seconds_of_earlier_starts
 from lab.record.night import Night, make_run_here, measure, read_checkout
 from lab.record.start import journal_start, open_night, renew_demo, stored_settings
 from lab.records import (
@@ -401,8 +401,8 @@ def main() -> None:
             signal.signal(number, interrupt)
     try:
         if args.dry:
-            rows = read_journal(RUNS / (args.tag or "try") / "journal.jsonl")[0]
-            restore_setting(args, rows, ("profile", "dataset"))
+            stored = stored_settings(RUNS / (args.tag or "try"))
+            restore(args, stored.flags if stored else {})
             rehearsal(HERE, RUNS, args)
         else:
             start_and_work(args, secrets)

@@ -105,13 +105,12 @@ def complete(args, runs: Path, key: bool) -> tuple[str, list]:
     if not args.demo:
         restore_arguments(args, read_journal(folder / "journal.jsonl")[0], key)
         stored = stored_settings(folder)  # profile, dataset and budget, also before the baseline has its result
-        for name, value in (stored.flags if stored else {}).items():
-            setattr(args, name, getattr(args, name) or value)
+        restore(args, stored.flags if stored else {})
     if args.replay:
         rows = rows_to_replay(runs, args.replay)
         replayed = proposals_to_replay(rows, bool(args.kept))
         if new:
-            restore_setting(args, rows, ("profile", "dataset", "budget"))
+            restore(args, {name: rows[0]["arguments"].get(name) for name in ("profile", "dataset", "budget")})
     return tag, replayed
 
 
@@ -147,10 +146,11 @@ def choose_tag(args, runs: Path) -> str:
     return next(name for name in names if name not in journals)
 
 
-def restore_setting(args, rows: list[dict], names: tuple[str, ...]) -> None:
-    """The setting of a replay or a rehearsal is that with which the other night began, unless given."""
-    for name in names:
-        setattr(args, name, getattr(args, name) or (rows[0]["arguments"].get(name) if rows else None))
+def restore(args, values: dict) -> None:
+    """Sets the flags that were not given."""
+    for name, value in values.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def restore_arguments(args, rows: list[dict], key: bool) -> None:
@@ -161,9 +161,7 @@ def restore_arguments(args, rows: list[dict], key: bool) -> None:
     named = args.proposer or args.command or args.replay or args.describe or args.check or args.ablate
     names = "experiments hours model max_usd confirm kept" + ("" if named else " proposer replay")
     names += "" if args.describe or args.check or args.ablate else " workers"
-    for name in names.split():
-        if getattr(args, name) is None:
-            setattr(args, name, stored.get(name))
+    restore(args, {name: stored.get(name) for name in names.split()})
     if args.check or args.ablate or args.describe or args.replay:
         return
     if not named and stored.get("command"):
