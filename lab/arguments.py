@@ -128,20 +128,17 @@ def choose_tag(args, runs: Path) -> str:
         return tag
     if args.tag:
         return args.tag
-    own = "try" if args.describe else "replay" if args.replay else ""
-    open_nights = []
+    wanted, open_nights = (bool(args.describe), args.replay), []
     for tag, path in journals.items():
         with contextlib.suppress(Problem):
             rows = read_journal(path)[0]
             start = last_start(rows)
-            kind = "try" if start.get("describe") else "replay" if start.get("replay") else ""
-            if own == "replay" and start.get("replay") != args.replay:
-                continue
-            if kind == own and tag != "demo" and rows and not has_ended(rows):
+            alike = (bool(start.get("describe")), start.get("replay")) == wanted
+            if alike and tag != "demo" and rows and not has_ended(rows):
                 open_nights.append((path.stat().st_mtime, tag))
     if open_nights:
         return max(open_nights)[1]
-    first = own or datetime.now().strftime("%b%d").lower()
+    first = "try" if args.describe else "replay" if args.replay else datetime.now().strftime("%b%d").lower()
     names = (first if i == 1 else f"{first}-{i}" for i in range(1, 10_000))
     return next(name for name in names if name not in journals)
 
