@@ -86,16 +86,12 @@ def check_rules(tree: ast.Module) -> None:
             size = node.value.bit_length() / 3.3 if isinstance(node.value, int) else len(node.value)
             if size > LITERAL_CHARS:
                 raise Rejected(f"{at}: a literal of over {LITERAL_CHARS:,} characters is refused")
-        elif isinstance(node, ast.Attribute) and node.attr in HELD and not isinstance(node.ctx, ast.Load):
-            owner = ast.unparse(node.value)
-            if owner != "self":
-                raise Rejected(
-                    f"{at}: assignment to `{node.attr}` is refused: clock, time and seed belong to the harness"
-                )
-        changed = isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load)
-        changed = changed or (isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load))
-        if changed and re.split(r"\W", ast.unparse(node.value), maxsplit=1)[0] in harness:
-            raise Rejected(f"{at}: assignment to `{ast.unparse(node)}` is refused: the harness is not edited")
+        elif isinstance(node, (ast.Attribute, ast.Subscript)) and not isinstance(node.ctx, ast.Load):
+            owner, name = ast.unparse(node.value), getattr(node, "attr", "")
+            if name in HELD and owner != "self":
+                raise Rejected(f"{at}: assignment to `{name}` is refused: clock, time and seed belong to the harness")
+            if re.split(r"\W", owner, maxsplit=1)[0] in harness:
+                raise Rejected(f"{at}: assignment to `{ast.unparse(node)}` is refused: the harness is not edited")
 
 
 def names_of(node: ast.AST, kernels: set[str]) -> list[str]:
