@@ -61,7 +61,6 @@ from lab.records import (
     clean,
     fingerprint,
     log_tail,
-    only_crashes,
     run_trouble,
     uneven,
 )
@@ -278,7 +277,7 @@ def refuse_to_go_on(night: Night) -> None:
         night.journal.append("end", reason=reason)
         log = "\n".join(log_tail(night.run_folder(0) / "run.log")[-15:])
         raise Problem(f"{reason}\n{log}\nmend train.py, then run the same command with --tag NEW")
-    if only_crashes(night.results, MAX_CRASHES):
+    if [result.verdict.word for result in night.results[-MAX_CRASHES:]] == ["crash"] * MAX_CRASHES:
         raise Problem(
             f"{MAX_CRASHES} experiments crashed in a row; read {night.folder}/results.tsv and the last run.log, then go on with --tag NEW"
         )

@@ -156,11 +156,6 @@ def runs_of(rows: list[dict]) -> dict[int, Run]:
     return {row["id"]: Run(**{name: row[name] for name in names}) for row in rows if row["event"] == "run"}
 
 
-def only_crashes(results: list[Result], count: int) -> bool:
-    """Whether the last `count` experiments, and no fewer, all crashed."""
-    return [result.verdict.word for result in results[-count:]] == ["crash"] * count
-
-
 def change_of(results: list[Result], result: Result) -> float | None:
     """val_bpb against the experiment that it was made on; None without one, or without a number that its verdict believes."""
     if result.parent is None or result.run.val_bpb is None or result.verdict.word not in ("keep", "discard"):
