@@ -4,6 +4,7 @@ Other servers speak the protocol in their own ways, so the stream is read here, 
 says, whatever its status.
 """
 
+import itertools
 import json
 import os
 import re
@@ -379,7 +380,7 @@ def events_of(response):
 def data_of(chunks):
     """The data of each server-sent event, whose lines end in \\n or \\r\\n."""
     rest, data = b"", []
-    for chunk in chunks:
+    for chunk in itertools.chain(chunks, [b"\n\n"]):  # the last event may lack its end
         rest += chunk
         *lines, rest = rest.split(b"\n")
         for line in map(bytes.strip, lines):
@@ -388,10 +389,6 @@ def data_of(chunks):
             elif not line and data:
                 yield b"\n".join(data)
                 data = []
-    if rest.startswith(b"data:"):
-        data.append(rest[5:].strip())
-    if data:
-        yield b"\n".join(data)
 
 
 def words_in(body) -> str:
