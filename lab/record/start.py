@@ -142,12 +142,10 @@ def open_night(here: Path, folder: Path, args, repository: Repository, ask=None,
                 "train.py is as it was committed; edit it, then run the same command: the committed one is the baseline"
             )
         check(source)
-        baseline, opened = Proposal("baseline", "", source), None
-        changed = "train.py has changed"
+        baseline, opened, changed = Proposal("baseline", "", source), None, "train.py has changed"
         if journal.of("proposal") and proposal_of(journal.of("proposal")[0]).source == source:
             try:
                 opened = resume_night(here, folder, args, journal, ask)
-                baseline = proposal_of(journal.of("proposal")[0])
             except Problem as problem:
                 changed = str(problem)
         if opened is None and spent_usd(journal.rows, bound=True):
