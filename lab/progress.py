@@ -19,11 +19,9 @@ LABEL_CHARS = 46
 def save_progress(path: Path, results: list[dict], title: str) -> None:
     """Writes the picture, without a display. Raises ImportError, OSError."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it says when it looks for fonts
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE)
-    FigureCanvasAgg(figure)
     draw_progress(figure.subplots(), results, title)
     figure.savefig(path, dpi=120)
 
@@ -85,7 +83,6 @@ def draw_progress(axes, results: list[dict], title: str, seeds: list[float] = ()
     axes.legend(**above, frameon=False, fontsize=9)  # it hides no experiment there
     axes.set_xticks([tick for tick in MaxNLocator(9, integer=True).tick_values(0, end) if 0 <= tick <= end])
     axes.figure.tight_layout()
-    axes.figure.canvas.draw()
     label_keeps(axes, kept)
 
 
@@ -99,18 +96,18 @@ def label_keeps(axes, kept: list[dict]) -> None:
     gains = {after["number"]: before["val_bpb"] - after["val_bpb"] for before, after in pairwise(kept)}
     named = sorted(kept[1:], key=lambda result: (result is not kept[-1], -gains[result["number"]]))[: LABELS + 1]
     to_pixels, to_data = axes.transData, axes.transData.inverted()
-    renderer, boxes, corner = axes.figure.canvas.get_renderer(), [], axes.transAxes.transform((0, 0))
+    boxes, corner = [], axes.transAxes.transform((0, 0))
     for result in named:
         x, y = to_pixels.transform((result["number"], result["val_bpb"])) - (12, 9)
         words = f"{result['number']:.0f}  {result['description']}"
         words = words if len(words) <= LABEL_CHARS else words[: LABEL_CHARS - 1] + "…"
         note = axes.text(*to_data.transform((x, y)), words, ha="right", va="center", fontsize=8, parse_math=False)
-        while note.get_window_extent(renderer).x0 < corner[0] + 10 and len(words) > 8:
+        while note.get_window_extent().x0 < corner[0] + 10 and len(words) > 8:
             words = words.removesuffix("…")[:-1] + "…"
             note.set_text(words)
         while True:
             note.set_position(to_data.transform((x, y)))
-            box = note.get_window_extent(renderer).expanded(1.06, 1)
+            box = note.get_window_extent().expanded(1.06, 1)
             hit = [other for other in boxes if box.overlaps(other)]
             if not hit:
                 break
