@@ -288,14 +288,11 @@ def beside_text(run: Run, parent: Run, budget_s: float) -> str:
 
 def loss_at(losses: list[list[float]], column: int, place: float) -> float | None:
     """The loss of [seconds, tokens, mean loss of the window] triples at a time or a number of tokens, between the two nearest."""
-    before = [point for point in losses if point[column] <= place]
-    after = [point for point in losses if point[column] > place]
-    if not before:
+    import numpy as np
+
+    if not losses or place < losses[0][column]:
         return None
-    if not after:
-        return before[-1][2]
-    (a, b), span = (before[-1], after[0]), after[0][column] - before[-1][column]
-    return a[2] + (b[2] - a[2]) * (place - a[column]) / span
+    return float(np.interp(place, [point[column] for point in losses], [point[2] for point in losses]))
 
 
 def step_text(metrics: dict) -> str:
