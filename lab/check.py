@@ -5,6 +5,7 @@ The first two go on where they stopped, since measure repeats no run that counts
 
 import contextlib
 import math
+import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -101,8 +102,7 @@ def words(without: list[float], reference: list[float]) -> list[str]:
     """What each change reverted alone says, by t-tests on the noise of the reference runs, corrected for their number (Holm 1979)."""
     from scipy import stats
 
-    n, mean = len(reference), sum(reference) / len(reference)
-    noise = max(1e-9, math.sqrt(sum((bpb - mean) ** 2 for bpb in reference) / (n - 1)))
+    n, mean, noise = len(reference), statistics.mean(reference), max(1e-9, statistics.stdev(reference))
     p_values = [2 * float(stats.t.sf(abs(bpb - mean) / (noise * math.sqrt(1 + 1 / n)), n - 1)) for bpb in without]
     verdicts, order = ["cannot tell"] * len(without), sorted(range(len(without)), key=lambda i: p_values[i])
     for rank, i in enumerate(order):

@@ -4,6 +4,7 @@ matplotlib is imported on use. A result is a dict with number, verdict, val_bpb,
 """
 
 import logging
+import statistics
 from itertools import pairwise
 from pathlib import Path
 
@@ -45,8 +46,7 @@ def draw_progress(axes, results: list[dict], title: str, seeds: list[float] = ()
     low = min([start, *(result["val_bpb"] for result in kept), *(result["test_bpb"] for result in tests)])
     top = start + 0.5 * max(start - low, 0.01 * start)
     if len(seeds) > 2:
-        mean = sum(seeds) / len(seeds)
-        noise = (sum((bpb - mean) ** 2 for bpb in seeds) / (len(seeds) - 1)) ** 0.5
+        mean, noise = statistics.mean(seeds), statistics.stdev(seeds)
         low, top = min(low, mean - 2 * noise), max(top, mean + 2.2 * noise)
         axes.axhspan(
             mean - 2 * noise,
