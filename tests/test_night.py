@@ -32,7 +32,7 @@ from constants import CONFIRM_SEED, SEED, Problem
 from lab.record.git import Repository
 from lab.record.journal import FORMAT, Journal, read_journal, seconds_of_earlier_starts
 from lab.record.night import make_run_here
-from lab.record.start import open_night
+from lab.record.start import ask_prepare, open_night
 from lab.records import Proposal, sha256
 
 # --- the journal
@@ -294,6 +294,12 @@ def test_refs_without_a_journal_stop_the_night_with_the_command_that_deletes_the
     command = re.search(r"(git for-each-ref --format=.*--stdin)", output)[1]
     subprocess.run(command, shell=True, cwd=checkout.folder, check=True)
     assert "autoresearch" not in checkout.git("for-each-ref")
+
+
+def test_a_prepare_that_the_system_ended_without_a_word_is_said(tmp_path):
+    (tmp_path / "prepare.py").write_text("import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(Problem, match=r"status -9; run: python prepare\.py --machine"):
+        ask_prepare(tmp_path)
 
 
 def test_what_changed_or_is_gone_since_the_night_began_refuses_to_go_on(checkout, monkeypatch):

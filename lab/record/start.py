@@ -28,7 +28,8 @@ def ask_prepare(here: Path, *args: str) -> dict:
         [sys.executable, str(here / "prepare.py"), "--machine", *args], capture_output=True, text=True
     )
     if done.returncode:
-        raise Problem((done.stderr.strip().split("\n") or ["prepare.py failed"])[-1].removeprefix("error: "))
+        silent = f"prepare.py ended with status {done.returncode}; run: python prepare.py --machine"
+        raise Problem((done.stderr.strip() or silent).split("\n")[-1].removeprefix("error: "))
     for line in done.stderr.splitlines():
         if line.startswith("note: "):
             print(line)
