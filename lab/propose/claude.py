@@ -45,6 +45,9 @@ TOO_LONG = re.compile(
     r"context (size|length|window)|maximum context|(prompt|input) is too long",
     re.IGNORECASE,
 )
+DROPPABLE = {  # what another server may not take of a request: the words by which it says so
+    "output_config": r"output_config|effort", "cache_control": r"cache_control", "a system prompt in blocks": r"system\b.*\b(string|str)\b",
+}  # fmt: skip
 STATUS_OF = {  # of the errors that come within a stream
     "invalid_request_error": 400, "authentication_error": 401, "billing_error": 402, "permission_error": 403, "not_found_error": 404,
     "request_too_large": 413, "rate_limit_error": 429, "api_error": 500, "overloaded_error": 529,
@@ -90,8 +93,7 @@ class Claude(Researcher):
                 f"the proxy that the environment names cannot be used ({reason})\nmend ALL_PROXY or HTTPS_PROXY; for SOCKS run: {how}"
             ) from None
         self.client = Anthropic(**credentials, max_retries=0, timeout=TIMEOUT_S, http_client=transport)
-        # What the server takes: an empty effort is not sent; the system prompt comes in blocks, which may be cached.
-        self.effort, self.cached, self.blocks, self.reply_tokens = "high", True, True, REPLY_TOKENS
+        self.dropped, self.reply_tokens = set(), REPLY_TOKENS  # what of DROPPABLE this server does not take
         calls = night.journal.of("call")
         self.replied, self.refused, self.broken = any(row.get("stop") for row in calls), 0, 0
         super().__init__(night, here)
@@ -160,7 +162,7 @@ class Claude(Researcher):
 
         Each attempt has two `call` rows: before it at its worst case, after it with what it cost. Raises LostIdea, Problem.
         """
-        failures, effort = 0, self.effort
+        failures, effort = 0, "high"
         while True:
             size = sum(len(part.encode()) for part in (*system, *(turn["content"] for turn in self.turns)))
             worst = usd_of(self.price, {"cache_write": size // 2, "output": self.reply_tokens}, self.model)
@@ -178,7 +180,6 @@ class Claude(Researcher):
             )  # fmt: skip
             if failed:
                 if self.adapt(failed):
-                    effort = self.effort
                     continue
                 self.give_up(failed)
                 failures += 1
@@ -188,7 +189,8 @@ class Claude(Researcher):
             if message.stop in ("end_turn", "stop_sequence") or (message.text and message.stop not in BROKEN_OFF):
                 self.replied = True
                 return message.text
-            if message.stop in ("max_tokens", "length") and effort == "high":  # it thought for too long
+            thoughtful = effort == "high" and "output_config" not in self.dropped
+            if message.stop in ("max_tokens", "length") and thoughtful:  # it thought for too long
                 effort = "medium"
             elif not (message.stop == "model_context_window_exceeded" and self.shorten()):
                 raise LostIdea(f"no whole reply: {message.stop}")
@@ -199,10 +201,10 @@ class Claude(Researcher):
         from httpx2 import HTTPError
 
         asked = {"system": "\n\n".join(system)}
-        if self.blocks:
-            cached = {"cache_control": {"type": "ephemeral", "ttl": "1h"}} if self.cached else {}
+        if "a system prompt in blocks" not in self.dropped:
+            cached = {} if "cache_control" in self.dropped else {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
             asked = {"system": [{"type": "text", "text": text, **cached} for text in system]}
-        if effort:
+        if "output_config" not in self.dropped:
             asked["output_config"] = {"effort": effort}
         try:
             with self.client.messages.with_streaming_response.create(
@@ -223,20 +225,17 @@ class Claude(Researcher):
 
     def adapt(self, failed: "Failed") -> bool:
         """Does without what another server of the same protocol does not take, aloud; True if that is worth another try."""
-        message, dropped = failed.message, ""
+        message = failed.message
         if failed.status in (None, 401, 402, 429) or failed.no_money or PASSES.search(message):
             return False
         if TOO_LONG.search(message):
             return self.shorten(message)
-        if failed.status < 500 and re.search("output_config|effort", message) and self.effort:
-            self.effort, dropped = "", "output_config"
-        elif failed.status < 500 and "cache_control" in message and self.cached:
-            self.cached, dropped = False, "cache_control"
-        elif failed.status < 500 and re.search(r"system\b.*\b(string|str)\b", message) and self.blocks:
-            self.blocks, dropped = False, "a system prompt in blocks"
-        if dropped:
-            self.night.say(f"the server does not take {dropped}; going on without it")
-        return bool(dropped)
+        for name, words in DROPPABLE.items():
+            if failed.status < 500 and name not in self.dropped and re.search(words, message):
+                self.dropped.add(name)
+                self.night.say(f"the server does not take {name}; going on without it")
+                return True
+        return False
 
     def shorten(self, reason: str = "the context is too small") -> bool:
         """Asks for a shorter reply, then with a shorter history, from now on; False if both are as short as they may be."""
