@@ -100,9 +100,7 @@ class View:
         """Prints a line, cut at the terminal's width unless it may wrap."""
         from rich.text import Text
 
-        self.console.print(
-            Text(line, style=style), no_wrap=not wrap, overflow="fold" if wrap else "ellipsis", crop=True
-        )
+        self.console.print(Text(line, style=style), no_wrap=not wrap, overflow="fold" if wrap else "ellipsis")
 
     def expected_s(self, phase: str) -> float | None:
         """How long a phase will take, by the last run that counted; None for the first."""
@@ -117,9 +115,8 @@ class View:
         """The line of a finished experiment, and the reason of its verdict; after the baseline, what the night runs on."""
         word, bpb = result.verdict.word, result.run.val_bpb
         other = None if result.parent is None else self.night.results[result.parent].run
-        theirs, pace = (other.val_bpb, pace_text(result.run, other)) if other else (None, "")
-        number = result.run.number or "-"
-        change = "-" if bpb is None or theirs is None else f"{bpb - theirs:+.6f}"
+        pace, number = pace_text(result.run, other) if other else "", result.run.number or "-"
+        change = f"{bpb - other.val_bpb:+.6f}" if other and bpb is not None else "-"
         memory, megabytes = "", result.run.metrics.get("peak_vram_mb")
         if self.night.settings.device == "cuda":
             memory = f"{'-' if megabytes is None else f'{megabytes / 1024:.1f} GB':>8}"
