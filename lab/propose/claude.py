@@ -101,7 +101,7 @@ class Claude(Researcher):
 
     @property
     def spent_usd(self) -> float:
-        return spent_usd(list(self.night.journal.rows))
+        return spent_usd(self.night.journal.rows)
 
     @property
     def bill(self) -> str:
@@ -166,7 +166,7 @@ class Claude(Researcher):
         while True:
             size = sum(len(part.encode()) for part in (*system, *(turn["content"] for turn in self.turns)))
             worst = usd_of(self.price, {"cache_write": size // 2, "output": self.reply_tokens}, self.model)
-            if self.max_usd is not None and spent_usd(list(self.night.journal.rows), bound=True) + worst > self.max_usd:
+            if self.max_usd is not None and spent_usd(self.night.journal.rows, bound=True) + worst > self.max_usd:
                 return None
             call, start, message = self.open_call(number, self.model, worst), time.perf_counter(), Message()
             failed = self.read(message, system, effort)
