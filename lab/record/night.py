@@ -256,10 +256,10 @@ class Night(Place):
         for path in (self.run_folder(last.number) / "out").glob("*"):
             info = path.lstat()
             small = stat.S_ISREG(info.st_mode) and info.st_size <= RESULT_BYTES
-            if not (path.name == "result.json" and small) and not (last is best and path.name == "model.pt"):
-                remove(path)
-            elif path.name in ("model.pt", "result.json"):
+            if (path.name == "result.json" and small) or (path.name == "model.pt" and last is best):
                 path.chmod(0o644)  # whatever the child set
+            else:
+                remove(path)
         nats = self.run_folder(last.number) / "nats.npy"
         if last is best and nats.exists():
             os.replace(nats, self.folder / nats.name)
