@@ -59,8 +59,6 @@ from lab.records import (
     Stopped,
     Verdict,
     clean,
-    fingerprint,
-    log_tail,
     run_trouble,
     uneven,
 )
@@ -134,11 +132,11 @@ def experiment(night: Night, proposal: Proposal, measure) -> Result:
     """
     while True:
         parent = night.parent_of(proposal)  # what it was made on; None for the baseline
-        run = measure(proposal.source, SEED, proposal.description)
-        verdict, second = judge(run, parent and parent.run, night.baseline_run, night.settings.budget_s), None
+        run, second = measure(proposal.source, SEED, proposal.description), None
+        verdict = judge(run, parent and parent.run, night.baseline_run, night.settings.budget_s)
         # A win over what is no longer the incumbent is measured again below: it needs no second look yet.
         if verdict.word == "keep" and parent and parent is night.incumbent and night.confirm:
-            fresh = night.settings.profile.name == "cpu"  # whose pace drifts: a stored run may be of a faster hour
+            fresh = night.settings.profile.name == "cpu"  # a CPU's pace drifts: a stored run may be of a faster hour
             why = f"{run.number} is lower than {parent.run.number}, so"
             second = (
                 measure(proposal.source, CONFIRM_SEED, f"{why} on the second seed: {proposal.description}", fresh),
@@ -148,7 +146,7 @@ def experiment(night: Night, proposal: Proposal, measure) -> Result:
         with night.deciding:  # one verdict after the other
             if verdict.word != "keep" or night.incumbent is parent:
                 return night.record(proposal, run, verdict, second)
-            try:
+            try:  # another experiment was kept meanwhile: this change on top of it, measured once more
                 proposal = rebased(night, proposal, len(night.results))
             except Rejected as refused:
                 late = f"lower than experiment {parent.number}, on which it was made, but {night.incumbent.number} was kept meanwhile: {refused}"
@@ -164,12 +162,11 @@ def measure_noise(night: Night, measure, compare: bool) -> None:
             raise Stopped
     if compare and uneven(second, night.results[0].run):
         tokens = [run.metrics["total_tokens_M"] for run in (night.results[0].run, second)]
-        night.say(
-            f"the baseline's two runs read {tokens[0]:.2f} and {tokens[1]:.2f} million tokens: was the machine busy? It is run once more"
-        )
+        pair = f"{tokens[0]:.2f} and {tokens[1]:.2f} million tokens"
+        night.say(f"the baseline's two runs read {pair}: was the machine busy? It is run once more")
         measure(night.baseline.source, CONFIRM_SEED, "the baseline on the second seed, once more", True)
     if compare and night.noise_text:
-        night.say(f"{'':6}{night.noise_text}")
+        night.say(night.noise_text)
 
 
 # ---------------------------------------------------------------------------
@@ -228,8 +225,7 @@ def run_night(night: Night, proposer, limits: Limits, measure, room, view, secon
     """Run experiments until a limit is reached; returns the reason. Raises Problem if the night cannot go on.
 
     room(): how many experiments may run at once. second_seed: whether the baseline is measured on it as well, so that a reader knows
-    how large the noise is. With several workers all of them run it at the same time: a baseline that has the machine to itself
-    is faster than what it is compared with.
+    how large the noise is.
     """
     proposals = Proposals(night, proposer, partial(limits.left, night))
     running = {}  # future: its proposal; None: the baseline on the second seed
@@ -238,12 +234,11 @@ def run_night(night: Night, proposer, limits: Limits, measure, room, view, secon
     with threads(night, room()) as pool:
         while not night.stop.is_set():
             for future in [future for future in running if future.done()]:
-                proposal = running.pop(future)
+                running.pop(future)
                 try:
                     result = future.result()
                 except OutOfTime as spent:
-                    night.tried.pop(fingerprint(proposal.source) if proposal else "", None)
-                    view.say(f"{'':6}--hours ended while {spent}")
+                    night.say(f"--hours ended while {spent}")
                     continue
                 if result:
                     view.finished(result)
@@ -253,7 +248,7 @@ def run_night(night: Night, proposer, limits: Limits, measure, room, view, secon
             proposal = None
             if more and free > 0:
                 if second_seed and (night.results or under_way):
-                    second_seed = False
+                    second_seed = False  # all at once: a baseline alone on the machine would be faster than what it is compared with
                     for i in range(1 if night.results else free):
                         running[pool.submit(measure_noise, night, measure, compare=i == 0)] = None
                     continue
@@ -261,7 +256,7 @@ def run_night(night: Night, proposer, limits: Limits, measure, room, view, secon
             if proposal:
                 running[pool.submit(experiment, night, proposal, measure)] = proposal
                 proposals.ahead([*under_way, proposal])
-            elif running:
+            elif running:  # to its end if nothing can begin before, else a moment: a proposal is being made
                 wait_for_one(running, patient=not more or free <= 0)
             elif not more or proposals.exhausted:
                 return proposer.exhausted if more else limits.reason
@@ -271,16 +266,18 @@ def run_night(night: Night, proposer, limits: Limits, measure, room, view, secon
 
 
 def refuse_to_go_on(night: Night) -> None:
-    """Raises Problem if the baseline has no number that counts, which ends the night, or nothing but crashes came of late."""
-    if night.results and night.results[0].verdict.word != "keep":
-        reason = f"the baseline failed: {night.results[0].verdict.reason}"
-        night.journal.append("end", reason=reason)
-        log = "\n".join(log_tail(night.run_folder(0) / "run.log")[-15:])
-        raise Problem(f"{reason}\n{log}\nmend train.py, then run the same command with --tag NEW")
-    if [result.verdict.word for result in night.results[-MAX_CRASHES:]] == ["crash"] * MAX_CRASHES:
-        raise Problem(
-            f"{MAX_CRASHES} experiments crashed in a row; read {night.folder}/results.tsv and the last run.log, then go on with --tag NEW"
-        )
+    """Ends the night and raises Problem if the baseline has no number that counts, or the last experiments all crashed."""
+    words = [result.verdict.word for result in night.results]
+    if words and words[0] != "keep":
+        failed, how = night.results[0], "mend train.py, then run the same command"
+        reason = f"the baseline failed: {failed.verdict.reason}"
+    elif words[-MAX_CRASHES:] == ["crash"] * MAX_CRASHES:
+        failed, how = night.results[-1], f"read {night.folder}/results.tsv, then go on"
+        reason = f"{MAX_CRASHES} experiments crashed in a row"
+    else:
+        return
+    night.journal.append("end", reason=reason)
+    raise Problem(f"{reason}\n{night.log_of(failed)}\n{how} with --tag NEW")
 
 
 # ---------------------------------------------------------------------------
@@ -289,8 +286,8 @@ def refuse_to_go_on(night: Night) -> None:
 
 def make_proposer(night: Night, args, secrets: dict, replayed):
     """Who proposes. Raises Problem if that cannot work, for Claude by asking the API."""
-    if args.describe:
-        return Try(args.describe, args.because or "", read_checkout(HERE, "train.py"))
+    if args.attempt:
+        return Try(args.attempt, args.because or "", read_checkout(HERE, "train.py"))
     if replayed:
         return Replay(night, replayed)
     if args.command:
@@ -302,9 +299,9 @@ def make_proposer(night: Night, args, secrets: dict, replayed):
 
 def at_work(night: Night, args, proposer, fleet) -> str:
     """What the command asks for, with the device locked; returns why it ended."""
-    shown = night.keeps[-1:] if args.describe else night.results if proposer else []
+    shown = night.keeps[-1:] if args.attempt else night.results if proposer else []
     with View(night, proposer, shown, args.workers if fleet else 0) as view:
-        night.say = view.say
+        night.say = view.note
         make_run = partial(fleet.make_run, view.lanes) if fleet else partial(make_run_here, night, view.lanes[0])
         measured = partial(measure, night, make_run)
         if args.check or args.ablate:
@@ -317,8 +314,8 @@ def at_work(night: Night, args, proposer, fleet) -> str:
         left_s = math.inf if args.hours is None else 3600 * args.hours - seconds_of_earlier_starts(night.journal.rows)
         end = time.perf_counter() + left_s
         own = Limits(args.experiments, args.hours, end, args.workers or 1)
-        limits = Limits(None, None) if args.describe else own  # --try proposes once
-        second_seed = not args.demo and (not args.describe or bool(args.confirm))
+        limits = Limits(None, None) if args.attempt else own  # --try proposes once
+        second_seed = not args.demo and (not args.attempt or bool(args.confirm))
         return run_night(night, proposer, limits, measured, lambda: fleet.room if fleet else 1, view, second_seed)
 
 
@@ -360,8 +357,8 @@ def start_and_work(args, secrets: dict) -> None:
                 print(f"ended what an earlier start had left running: pid {', '.join(map(str, pids))}")
             locks.callback(end_processes, str(folder))  # a researcher that is still thinking
             fleet = start_fleet(args, folder, locks)
-            check_new = partial(screen, tried={})
-            night = open_night(HERE, folder, args, repository, fleet and fleet.ask, check_new)
+            check_baseline = partial(screen, tried={})
+            night = open_night(HERE, folder, args, repository, fleet and fleet.ask, check_baseline)
             night.stop = ended
             if fleet:
                 fleet.open(night, *sandbox_of(night, args))
@@ -375,7 +372,7 @@ def start_and_work(args, secrets: dict) -> None:
             raise
         try:
             why = at_work(night, args, proposer, fleet)
-            if proposer and not args.describe:
+            if proposer and not args.attempt:
                 night.journal.append("end", reason=why)
         except (KeyboardInterrupt, Stopped):
             why = "interrupted; the same command goes on"
@@ -383,7 +380,7 @@ def start_and_work(args, secrets: dict) -> None:
             if isinstance(proposer, Researcher):
                 proposer.stopped = True
     if proposer:
-        print_summary(night, why, proposer, goes_on=not (args.demo or args.describe))
+        print_summary(night, why, proposer, goes_on=not (args.demo or args.attempt))
     else:
         print(f"\n{why}.")
 

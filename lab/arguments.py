@@ -56,7 +56,7 @@ def parse_arguments(description_text: str) -> argparse.Namespace:
     one.add_argument("--proposer", choices=("claude", "tune"), help="Claude (default, if there is a key), or a search over the numbers")
     one.add_argument("--command", metavar="CMD", help="a program that gets the prompt on stdin and prints its reply; it runs as you")
     one.add_argument("--replay", metavar="TAG|JOURNAL", help="run the experiments of an earlier night again, in a night of their own")
-    one.add_argument("--try", dest="describe", type=description, metavar="DESCRIPTION", help="run train.py as you edited it, as one experiment of the night `try`")
+    one.add_argument("--try", dest="attempt", type=description, metavar="DESCRIPTION", help="run train.py as you edited it, as one experiment of the night `try`")
     one.add_argument("--demo", action="store_true", default=None, help="4 experiments of 15 s on the CPU, proposed by tune; deletes the last demo")
     one.add_argument("--check", type=tag_name, metavar="TAG", help="measure the gain of a night on fresh seeds: K runs of its baseline and K of its winner")
     one.add_argument("--ablate", type=tag_name, metavar="TAG", help="leave out each kept change of a night alone: which ones matter; 3 runs and one for each")
@@ -77,12 +77,15 @@ def parse_arguments(description_text: str) -> argparse.Namespace:
     args = parser.parse_args()
     if args.dataset and args.dataset not in constants.DATASETS:
         args.dataset = str(Path(args.dataset).expanduser().resolve())
-    pairs = {"kept": "replay", "seeds": "check", "because": "describe", "dry": "describe"}
+    pairs = {"kept": "replay", "seeds": "check", "because": "try", "dry": "try"}
+    given = {"replay": args.replay, "check": args.check, "try": args.attempt}
     for flag, other in pairs.items():
-        if getattr(args, flag) and not getattr(args, other):
-            parser.error(f"--{flag} goes with --{'try' if other == 'describe' else other}")
-    if args.workers and (args.describe or args.check or args.ablate):
+        if getattr(args, flag) and not given[other]:
+            parser.error(f"--{flag} goes with --{other}")
+    if args.workers and (args.attempt or args.check or args.ablate):
         parser.error("--workers goes with a night of experiments")
+    if args.tag and (args.check or args.ablate):
+        parser.error("--check and --ablate name the night themselves; leave out --tag")
     if args.demo and (args.tag or args.profile or args.dataset):
         parser.error("--demo has its own tag, profile and dataset")
     if args.command is not None and not args.command.strip():
@@ -102,13 +105,16 @@ def complete(args, runs: Path, key: bool) -> tuple[str, list]:
     """
     tag, replayed = choose_tag(args, runs), []
     folder, new = runs / tag, not (runs / tag).exists()
+    own = read_journal(folder / "journal.jsonl")[0]
     if not args.demo:
-        restore_arguments(args, read_journal(folder / "journal.jsonl")[0], key)
+        restore_arguments(args, own, key)
         stored = stored_settings(folder)  # profile, dataset and budget, also before the baseline has its result
         restore(args, stored.flags if stored else {})
     if args.replay:
         rows = rows_to_replay(runs, args.replay)
         replayed = proposals_to_replay(rows, bool(args.kept))
+        if rows[0] in own:
+            raise Problem(f"night {tag} cannot replay itself; leave out --tag, or name another night")
         if new:
             restore(args, {name: rows[0]["arguments"].get(name) for name in ("profile", "dataset", "budget")})
     return tag, replayed
@@ -121,24 +127,27 @@ def choose_tag(args, runs: Path) -> str:
         if tag not in journals:
             known = ", ".join(sorted(journals)) or "none yet"
             raise Problem(f"there is no night {tag}; there are: {known}")
-        if not any(row["event"] == "result" and row["verdict"] == "keep" for row in read_journal(journals[tag])[0]):
-            raise Problem(
-                f"night {tag} has no baseline with a number; look at runs/{tag}/0000/run.log, or start another night"
-            )
+        keeps = sum(row.get("verdict") == "keep" for row in read_journal(journals[tag])[0])
+        if not keeps:
+            look = f"look at runs/{tag}/0000/run.log, or start another night"
+            raise Problem(f"night {tag} has no baseline with a number; {look}")
+        if keeps == 1:
+            how = "analysis.ipynb shows how near its experiments came"
+            raise Problem(f"night {tag} kept nothing but its baseline: there is no gain to look at; {how}")
         return tag
     if args.tag:
         return args.tag
-    wanted, open_nights = (bool(args.describe), args.replay), []
+    wanted, open_nights = (bool(args.attempt), args.replay), []
     for tag, path in journals.items():
         with contextlib.suppress(Problem):
             rows = read_journal(path)[0]
             start = last_start(rows)
-            alike = (bool(start.get("describe")), start.get("replay")) == wanted
+            alike = (bool(start.get("attempt")), start.get("replay")) == wanted
             if alike and tag != "demo" and rows and not has_ended(rows):
                 open_nights.append((path.stat().st_mtime, tag))
     if open_nights:
         return max(open_nights)[1]
-    first = "try" if args.describe else "replay" if args.replay else datetime.now().strftime("%b%d").lower()
+    first = "try" if args.attempt else "replay" if args.replay else datetime.now().strftime("%b%d").lower()
     names = (first if i == 1 else f"{first}-{i}" for i in range(1, 10_000))
     return next(name for name in names if name not in journals)
 
@@ -155,11 +164,11 @@ def restore_arguments(args, rows: list[dict], key: bool) -> None:
     stored, of_claude = last_start(rows), args.max_usd or args.model
     for start in (row["arguments"] for row in rows if row["event"] == "night"):
         stored = stored | {name: start[name] for name in ("model", "max_usd") if name in start}
-    named = args.proposer or args.command or args.replay or args.describe or args.check or args.ablate
+    named = args.proposer or args.command or args.replay or args.attempt or args.check or args.ablate
     names = "experiments hours model max_usd confirm kept" + ("" if named else " proposer replay")
-    names += "" if args.describe or args.check or args.ablate else " workers"
+    names += "" if args.attempt or args.check or args.ablate else " workers"
     restore(args, {name: stored.get(name) for name in names.split()})
-    if args.check or args.ablate or args.describe or args.replay:
+    if args.check or args.ablate or args.attempt or args.replay:
         return
     if not named and stored.get("command"):
         raise Problem(

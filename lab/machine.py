@@ -138,7 +138,7 @@ def choose(profile: str | None, dataset: str | None) -> tuple[str, str]:
         return profile, dataset
     if not Path(dataset).expanduser().exists():
         raise Problem(
-            f"there is no dataset and no path {dataset!r}; --dataset takes climbmix, sotu, or the path of a text"
+            f"there is no dataset and no path {dataset!r}; --dataset and AUTORESEARCH_DATASET take climbmix, sotu, or the path of a text"
         )
     return profile, str(Path(dataset).expanduser().resolve())
 

@@ -96,6 +96,10 @@ class View:
         if self.live:
             self.live.stop()
 
+    def note(self, line: str) -> None:
+        """Prints a line beside the experiments, whole."""
+        self.say(f"{'':6}{line}", wrap=True)
+
     def say(self, line: str, style: str = "", wrap: bool = False) -> None:
         """Prints a line, cut at the terminal's width unless it may wrap."""
         from rich.text import Text
@@ -130,16 +134,16 @@ class View:
                 apart = f"; the baseline's two seeds are {self.night.noise:.6f} apart"
             self.say(f"{'':6}{one_line(result.verdict.reason)}{apart}", STYLES[word], wrap=True)
         if word == "keep" and other and (doubt := pace_doubt(result.run, other)):
-            self.say(f"{'':6}{doubt}", wrap=True)
+            self.note(doubt)
         if other and self.proposer and self.proposer.name == "try":
-            self.say(f"{'':6}{beside_text(result.run, other, self.night.settings.budget_s)}", wrap=True)
+            self.note(beside_text(result.run, other, self.night.settings.budget_s))
             for line in self.night.log_of(result).splitlines():
-                self.say(f"{'':6}it printed: {line}", wrap=True)
+                self.note(f"it printed: {line}")
         if result.number == 0 and word == "keep":
             metrics = result.run.metrics
-            self.say(f"{'':6}{speed_text(self.night.settings, metrics)}")
+            self.note(speed_text(self.night.settings, metrics))
             if metrics.get("step_ms"):
-                self.say(f"{'':6}a step of its warm-up: {step_text(metrics)}")
+                self.note(f"a step of its warm-up: {step_text(metrics)}")
             if advice := speed_advice(self.night.settings, metrics.get("backend")):
                 self.say(f"warning: {advice}", "yellow")
 

@@ -1,11 +1,13 @@
 """--check and --ablate: the honest numbers; on stub runs, whose truth is known."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 from conftest import NIGHT, STUB, Script, better, fake_measure, open_here, rows_of, run_here, wait_for
 
 from constants import Problem
+from lab.arguments import choose_tag
 from lab.check import ablate, check, words
 
 
@@ -85,11 +87,11 @@ def test_without_seeds_that_differ_any_change_carries_weight(checkout):
     assert said[-1] == "better than the baseline"
 
 
-def test_nothing_kept_is_said(checkout):
-    night, measure, _, said = night_with(checkout, ("        beta=0.8,", "        beta=0.7,"))
-    for work in (lambda: check(night, 2, measure, said.append), lambda: ablate(night, measure, said.append)):
+def test_nothing_kept_is_said_before_anything_is_taken(checkout):
+    night_with(checkout, ("        beta=0.8,", "        beta=0.7,"))
+    for args in (SimpleNamespace(check="t", ablate=None), SimpleNamespace(check=None, ablate="t")):
         with pytest.raises(Problem, match="kept nothing but its baseline"):
-            work()
+            choose_tag(args, checkout.folder / "runs")
 
 
 def test_check_and_then_the_night_goes_on(checkout):

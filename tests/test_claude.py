@@ -116,7 +116,7 @@ def test_a_line_that_stands_for_others_is_refused(line):
         ("", "no SEARCH/REPLACE block.\n"),
         (
             "You have hit your usage limit.\nTry at 5pm",
-            "no SEARCH/REPLACE block; it says: You have hit your usage limit. Try at 5pm.\n",
+            'no SEARCH/REPLACE block; it says "You have hit your usage limit. Try at 5pm".\n',
         ),
         ("x" * 301, "no SEARCH/REPLACE block.\n"),
         ("DESCRIPTION: x\nno block", "no SEARCH/REPLACE block"),
@@ -471,7 +471,7 @@ def test_a_model_that_refuses_for_ever_does_not_end_a_night(checkout, night, cap
     assert all(len(body["messages"]) == 1 for body in server.requests)
     lines = [line for line in capsys.readouterr().out.split("\n") if "lost" in line]
     why = "no whole reply: refusal; the numeric search takes this turn"
-    assert lines == [f"      an idea of claude is lost: {why}"] * 6
+    assert lines == [f"an idea of claude is lost: {why}"] * 6
 
 
 def test_the_turns_of_tune_cost_nothing_and_are_seen_by_the_model(checkout, night):

@@ -256,7 +256,7 @@ def test_a_night_that_begins_anew_gives_up_nothing_that_was_paid_for(checkout):
     """Calls of a model, made beside the baseline; nor anything at all, if the machine cannot be asked."""
     night = open_here(checkout)
     (checkout.folder / "train.py").write_text(STUB + "#\n")
-    args = SimpleNamespace(describe=None, profile="cpu", dataset=None, budget=None, confirm=None)
+    args = SimpleNamespace(attempt=None, profile="cpu", dataset=None, budget=None, confirm=None)
 
     def again(**how):
         return open_night(checkout.folder, night.folder, args, night.repository, **how)
@@ -311,7 +311,7 @@ def test_what_changed_or_is_gone_since_the_night_began_refuses_to_go_on(checkout
     checkout.agent(*NIGHT, "--experiments", "1")
     folder, data = checkout.folder / "runs" / "t", checkout.cache / "cpu-sotu"
     os.utime(data / "train.bin", (1, 1))
-    args = SimpleNamespace(describe=None, profile=None, dataset=None, budget=None, confirm=None)
+    args = SimpleNamespace(attempt=None, profile=None, dataset=None, budget=None, confirm=None)
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(checkout.cache))
 
     def refused() -> str:

@@ -222,7 +222,7 @@ def measure_at(place: Place, view, folder: Path, source: str, seed: int, title: 
         outside = OUTSIDE.search(run.crash) or "time-out" in run.crash or slow or not on_night_seed
         if not (reason and outside):
             return ""
-        place.say(f"{title}: {reason}; this may have come from outside, so it is run once more")
+        place.say(f"{reason}: this may have come from outside, so it is run once more: {title}")
         return reason
 
     run = train(place, view, folder, source, seed, title, references)
@@ -235,7 +235,7 @@ def measure_at(place: Place, view, folder: Path, source: str, seed: int, title: 
         scored = score(place, run, folder, references)
         rounded = like_rounding(scored, baseline)
         if rounded:
-            place.say(f"{title}: the scorer's two processes rounded in two ways, so it is scored once more")
+            place.say(f"the scorer's two processes rounded in two ways, so it is scored once more: {title}")
         if not late(run, baseline, budget_s) and (rounded or from_outside(scored)):
             scored = score(place, run, folder, references)
         run = scored

@@ -142,9 +142,7 @@ class Proposals:
             except BaseException as error:
                 self.error = error
                 if isinstance(error, Problem) and running:
-                    self.night.say(
-                        f"{'':6}nothing more is proposed: {one_line(str(error))}; what runs now is finished first"
-                    )
+                    self.night.say(f"nothing more is proposed: {one_line(str(error))}; what runs now is finished first")
 
         self.made, self.feedback = None, []
         self.thread = threading.Thread(target=body, daemon=True)

@@ -69,7 +69,7 @@ def parse_reply(text: str, source: str) -> tuple[Proposal, str | None]:
         raise Rejected(f"a SEARCH/REPLACE block has no `{DIVIDER}` or no end.\n{REPLY_FORM}")
     if not blocks:
         words = one_line(text)
-        said = f"; it says: {words}" if 0 < len(words) <= QUOTED_CHARS else ""
+        said = f'; it says "{words}"' if 0 < len(words) <= QUOTED_CHARS else ""
         raise Rejected(f"the reply has no SEARCH/REPLACE block{said}.\n{REPLY_FORM}")
     head, tail = text[: blocks[0].start()], text[blocks[-1].end() :]
     title = re.search(r"^DESCRIPTION:[ \t]*(\S.*)$", head, re.MULTILINE)
@@ -146,7 +146,7 @@ class Researcher(Proposer):
         except Problem as problem:
             trouble = str(problem)
         if trouble and trouble != self.instructions_trouble:
-            self.night.say(f"{'':6}{first_line(trouble)}; its last good text is used")
+            self.night.say(f"{first_line(trouble)}; its last good text is used")
         self.instructions_trouble = trouble
         return self.schedule[(number - 1) % len(self.schedule)]
 
@@ -165,7 +165,7 @@ class Researcher(Proposer):
             except Problem:  # it has no numbers any more
                 operator = "improve"
         if feedback and self.turns and (self.source, self.number) == (source, history.number):
-            self.night.say(f"{'':6}a reply of {self.name} cannot be run, it is asked again: {first_line(feedback[-1])}")
+            self.night.say(f"a reply of {self.name} cannot be run, it is asked again: {first_line(feedback[-1])}")
             objection = f"That cannot be run: {feedback[-1]}\n\nThe whole reply again, mended."
             self.turns.append({"role": "user", "content": objection})
         else:
@@ -201,9 +201,7 @@ class Researcher(Proposer):
     def lose(self, number: int, reason: str) -> None:
         """Gives the turn of experiment `number` to the numeric search, aloud."""
         self.turns, self.lost, self.status = [], number, ""
-        self.night.say(
-            f"{'':6}an idea of {self.name} is lost: {first_line(reason)}; the numeric search takes this turn"
-        )
+        self.night.say(f"an idea of {self.name} is lost: {first_line(reason)}; the numeric search takes this turn")
 
     def open_call(self, number: int, model: str, usd: float | None = None) -> dict:
         """Journals an attempt before it is made, at the most that it may cost."""

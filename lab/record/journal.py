@@ -80,7 +80,7 @@ class Journal:
 def last_start(rows: list[dict]) -> dict:
     """The arguments of a night's last start; of a --check, an --ablate or a --try only if there was no other."""
     starts = [row["arguments"] for row in rows if row["event"] == "night"]
-    others = [start for start in starts if not (REVIEWS | {"describe"}) & set(start)]
+    others = [start for start in starts if not (REVIEWS | {"attempt"}) & set(start)]
     return (others or starts or [{}])[-1]
 
 

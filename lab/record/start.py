@@ -137,8 +137,8 @@ def open_night(here: Path, folder: Path, args, repository: Repository, ask=None,
     if journal.of("result"):
         baseline, opened = proposal_of(journal.of("proposal")[0]), resume_night(here, folder, args, journal, ask)
     else:
-        source = repository.source(repository.resolve("HEAD")) if args.describe else checkout
-        if args.describe and source == checkout:
+        source = repository.source(repository.resolve("HEAD")) if args.attempt else checkout
+        if args.attempt and source == checkout:
             raise Problem(
                 "train.py is as it was committed; edit it, then run the same command: the committed one is the baseline"
             )
