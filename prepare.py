@@ -121,15 +121,13 @@ def download_shard(url: str, path: Path, advance=lambda amount: None, tries: int
         if attempt:
             time.sleep(min(30.0, backoff_s * 2 ** (attempt - 1)) * random.uniform(0.75, 1.25))
         try:
-            head = requests.head(url, headers=headers, timeout=30, allow_redirects=False)
-            refuse_final(head.status_code, url)
-            head.raise_for_status()
-            linked = head.headers.get("X-Linked-Etag", "").strip('"')
-            sha256 = linked if re.fullmatch("[0-9a-f]{64}", linked) else None
             with written(path) as file, requests.get(url, headers=headers, timeout=30, stream=True) as response:
                 refuse_final(response.status_code, url)
                 response.raise_for_status()
-                size = int(head.headers.get("X-Linked-Size") or response.headers.get("Content-Length") or 0)
+                of_hub = (response.history or [response])[0].headers  # of its redirect: the storage names another hash
+                linked = of_hub.get("X-Linked-Etag", "").strip('"')
+                sha256 = linked if re.fullmatch("[0-9a-f]{64}", linked) else None
+                size = int(of_hub.get("X-Linked-Size") or response.headers.get("Content-Length") or 0)
                 for block in response.iter_content(1 << 16):
                     file.write(block)
                     advance(len(block))

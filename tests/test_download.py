@@ -45,8 +45,7 @@ class Hub:
                 for name, value in {"Content-Length": str(length or len(body)), **dict(headers)}.items():
                     self.send_header(name, value)
                 self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(body)
+                self.wfile.write(body)
 
             def do_GET(self):
                 name = self.path.removeprefix("/cdn/").removeprefix(ENDPOINT)
@@ -58,15 +57,12 @@ class Hub:
                     digest = hashlib.sha256(data).hexdigest()
                     linked = {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(data))} if hub.etags else {}
                     return self.answer(302, headers={**linked, "Location": f"/cdn/{name}"})
-                get = self.command == "GET"
-                fault = hub.faults[name].pop(0) if get and hub.faults.get(name) else None
+                fault = hub.faults[name].pop(0) if hub.faults.get(name) else None
                 if fault == "503":
                     return self.answer(503)
                 half, page = data[: len(data) // 2], b"<html>Please log in to the proxy</html>"
                 bodies = {"page": page, "garbage": b"x" * len(data), "short": half, "close": half}
                 return self.answer(200, bodies.get(fault, data), length=len(data) if fault == "close" else None)
-
-            do_HEAD = do_GET
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.handle_error = lambda *args: None  # a connection that the test itself cut
