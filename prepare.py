@@ -30,7 +30,7 @@ import time
 import types
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -180,16 +180,12 @@ def download(indices: list[int], workers: int = 8) -> None:
         return
     title = f"download {constants.counted(len(missing), 'shard')} (about 0.1 GB each)"
     with progress(title, len(missing) * 1e8) as advance, ThreadPoolExecutor(workers) as pool:
-        urls = {
-            index: f"{endpoint}/datasets/{CLIMBMIX_REPO}/resolve/main/{shard_path(index).name}" for index in missing
-        }
-        jobs = [pool.submit(download_shard, urls[index], shard_path(index), advance) for index in missing]
-        try:
-            for job in as_completed(jobs):
-                job.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+
+        def fetch(index: int) -> None:
+            path = shard_path(index)
+            download_shard(f"{endpoint}/datasets/{CLIMBMIX_REPO}/resolve/main/{path.name}", path, advance)
+
+        list(pool.map(fetch, missing))  # what one raises, Ctrl-C too, cancels those that have not begun
 
 
 def split_of(name: str) -> str:
