@@ -69,7 +69,7 @@ def score(
 
     token_bytes = token_byte_lengths(load_tokenizer(Path(settings.data, "tokenizer.txt")))
     first = random.integers(0, len(token_bytes), (1, profile.max_seq_len))
-    scores = {"val_bpb": None, "test_bpb": None, "val_tokens": None, "invalid": "", "seconds": seconds}
+    scores = {"val_bpb": None, "test_bpb": None, "invalid": "", "seconds": seconds}
     scored, stated = [], []  # rows of val and test, and the nats that the first process states for them
 
     def warm_up(connection) -> None:
@@ -100,7 +100,6 @@ def score(
             ended(split)
             if not scores["val_bpb"] < below:
                 break
-    scores["val_tokens"] = stated[0].size
     rows, nats = np.concatenate(scored), np.concatenate(stated)
     if scores["val_bpb"] < below:
         with launch("answer") as connection:
