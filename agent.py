@@ -34,7 +34,7 @@ import constants
 from constants import CONFIRM_SEED, SEED, Problem, locked
 from lab.arguments import complete, parse_arguments, restore
 from lab.check import CHECK_SEEDS, ablate, check, rehearsal
-from lab.measure.child import end_processes, guard_this_process
+from lab.measure.child import end_processes
 from lab.measure.files import remove
 from lab.measure.run import clear_caches, rows_of_the_night
 from lab.measure.sandbox import choose_sandbox, inherited_names
@@ -387,7 +387,7 @@ def start_and_work(args, secrets: dict) -> None:
 
 def main() -> None:
     args = parse_arguments(__doc__)
-    guard_this_process()
+    constants.guard_this_process()
     sys.stdout.reconfigure(errors="replace")  # the name of a file may be no UTF-8
     secrets = take_secrets()
     os.environ.pop("PYTHONSAFEPATH", None)

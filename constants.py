@@ -163,7 +163,7 @@ class Settings:
 
 
 # ---------------------------------------------------------------------------
-# Paths, files, locks, wording, and the choice of profile
+# Paths, files, locks, wording
 
 
 def home() -> Path:
@@ -250,6 +250,16 @@ def lock(path: Path, note: str, wait: bool = False, shared: bool = False) -> IO[
     file.write(f"pid {os.getpid()}, {note}, in {Path(__file__).parent}")
     file.flush()
     return file
+
+
+def guard_this_process() -> None:
+    """Linux: orphans of our children become ours, and no process of the same user can read our memory or environment, or write them."""
+    if sys.platform == "linux":
+        import ctypes
+
+        prctl = ctypes.CDLL(None).prctl
+        prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+        prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
 
 
 def device_lock(device_id: str) -> Path:

@@ -18,9 +18,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import constants
 from constants import DATASETS, SEED, Problem, Settings, cache_dir, counted, device_lock, lock, locked
 from lab.machine import cores
-from lab.measure.child import end_processes, guard_this_process
+from lab.measure.child import end_processes
 from lab.measure.files import names_within, packed, remove, unpack
 from lab.measure.place import HARNESS, Place
 from lab.measure.run import (
@@ -238,7 +239,7 @@ class Worker:
 
     def __init__(self, number: int, tag: str, share: int, alone: bool):
         """share: how many cores are its own; 0: it has a card. alone: no worker of another night or cluster is on this machine."""
-        guard_this_process()
+        constants.guard_this_process()
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
         self.number, self.share, self.alone, self.cores = number, share, alone, None
         self.folder = cache_dir() / "fleet" / f"{tag}-{number}"

@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -138,7 +137,7 @@ def exhausted(folder: Path, available: int) -> str:
 def end_processes(place: str) -> list[int]:
     """Ends what was started for a folder, or folders in it, by its environment, and what has become our child; returns the pids.
 
-    On Linux whatever a run has started becomes our child if its parents end: see guard_this_process(). Raises Problem if one survives.
+    On Linux whatever a run has started becomes our child if its parents end: see constants.guard_this_process(). Raises Problem if one survives.
     """
     return end_all(lambda: [*strays(), *started_for(place)])
 
@@ -205,13 +204,3 @@ def trim(file) -> None:
     file.seek(0)
     file.write(clean(text).encode())
     file.truncate()
-
-
-def guard_this_process() -> None:
-    """Linux: orphans of our children become ours, and no process of the same user can read our memory or environment."""
-    if sys.platform == "linux":
-        import ctypes
-
-        prctl = ctypes.CDLL(None).prctl
-        prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
-        prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE

@@ -440,12 +440,7 @@ def main() -> None:
             parser.error("it takes the folder of a run")
         folder = args.folder.resolve()
         settings = settings_of_folder(folder)
-        if sys.platform == "linux":
-            import ctypes
-
-            prctl = ctypes.CDLL(None).prctl
-            prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: what a child leaves becomes ours
-            prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: no child that sees our processes writes to /proc/PID
+        constants.guard_this_process()
         if args.children:
             commands = json.loads(args.children)
 
