@@ -188,14 +188,11 @@ def syscall_filter(machine: str) -> bytes | None:
         return None
     _, arch, clone, fcntl = ARCHITECTURES[machine]
     load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06  # BPF_LD|W|ABS, JMP|JEQ, JGE, JSET, RET
-    tables = (SYSCALLS, MADE_UP, OF_OTHERS, OF_THREADS)
-    always, made_up, of_others, of_threads = (refused_calls(machine, table).values() for table in tables)
+    tables = {SYSCALLS: "refuse", MADE_UP: "done", OF_OTHERS: "of others", OF_THREADS: "of threads"}
     steps = [("", load, 4, "", ""), ("", equal, arch, "", "refuse")]
     steps += [("", load, 0, "", ""), ("", at_least, 0x40000000, "refuse", "")]
-    steps += [("", equal, number, "refuse", "") for number in always]
-    steps += [("", equal, number, "done", "") for number in made_up]
-    steps += [("", equal, number, "of others", "") for number in of_others]
-    steps += [("", equal, number, "of threads", "") for number in of_threads]
+    for table, label in tables.items():
+        steps += [("", equal, number, label, "") for number in refused_calls(machine, table).values()]
     steps += [("", equal, CLONE3, "unknown", ""), ("", equal, fcntl, "fcntl", ""), ("", equal, clone, "", "allow")]
     steps += [("", load, 16, "", ""), ("", any_bit, NEW_NAMESPACES, "refuse", "allow")]  # of its first argument
     steps += [("of others", load, 16, "", ""), ("", equal, 0, "allow", "refuse")]
