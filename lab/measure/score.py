@@ -76,30 +76,25 @@ def score(
         """One row: what an honest model takes for it is little beside the load, whatever its size."""
         ask_logits(connection, first, np.zeros(1, np.int64), len(token_bytes))
 
-    @contextmanager
-    def evaluating():
-        try:
-            with launch("evaluate") as connection:
-                yield connection
-        except (Problem, ValueError):
-            with launch("answer") as connection:
-                warm_up(connection)
-            raise
-
-    with evaluating() as connection:
-        warm_up(connection)
-        ended("load")
-        for split in ("val", "test") if test else ("val",):
-            rows = scored_rows(split, settings)
-            nats = ask_nats(connection, split, rows.shape, profile.eval_batch_rows, random)
-            if not (np.isfinite(nats).all() and nats.min() > -1e-6):
-                raise ValueError("the process that evaluates states losses that no model has")
-            nats = np.where(token_bytes[rows[:, 1:]] > 0, nats, 0)
-            scores[f"{split}_bpb"] = bits_per_byte(nats, rows, token_bytes)
-            scored, stated = [*scored, rows], [*stated, nats]
-            ended(split)
-            if not scores["val_bpb"] < below:
-                break
+    try:
+        with launch("evaluate") as connection:
+            warm_up(connection)
+            ended("load")
+            for split in ("val", "test") if test else ("val",):
+                rows = scored_rows(split, settings)
+                nats = ask_nats(connection, split, rows.shape, profile.eval_batch_rows, random)
+                if not (np.isfinite(nats).all() and nats.min() > -1e-6):
+                    raise ValueError("the process that evaluates states losses that no model has")
+                nats = np.where(token_bytes[rows[:, 1:]] > 0, nats, 0)
+                scores[f"{split}_bpb"] = bits_per_byte(nats, rows, token_bytes)
+                scored, stated = [*scored, rows], [*stated, nats]
+                ended(split)
+                if not scores["val_bpb"] < below:
+                    break
+    except (Problem, ValueError):
+        with launch("answer") as connection:  # which is heard
+            warm_up(connection)
+        raise
     rows, nats = np.concatenate(scored), np.concatenate(stated)
     if scores["val_bpb"] < below:
         with launch("answer") as connection:
