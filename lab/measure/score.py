@@ -128,12 +128,10 @@ def draw_probe(nats: np.ndarray, incumbent: np.ndarray | None, random) -> tuple[
     """
     N, T = nats.shape
     count, order = min(PROBE_ROWS, N), np.argsort(nats.sum(1))
-    gained = np.zeros((0, T)) if incumbent is None else np.maximum(0.0, incumbent[:N] - nats[: len(incumbent)])
+    gained = np.zeros((1, T)) if incumbent is None else np.maximum(0.0, incumbent[:N] - nats[: len(incumbent)])
     weights = np.cumsum(gained.astype(np.float64) ** 2)
-    aimed = count // 2 if weights.size and weights[-1] > 0 else 0
-    edges = (
-        np.searchsorted(weights, random.random(aimed) * weights[-1], side="right") if aimed else np.empty(0, np.int64)
-    )
+    aimed = count // 2 if weights[-1] > 0 else 0
+    edges = np.searchsorted(weights, random.random(aimed) * weights[-1], side="right")
     best = (count - aimed) // 2
     others = random.permutation(order[best:])[: count - aimed - best]
     chosen = np.concatenate([order[:best], others])
