@@ -337,15 +337,8 @@ def score(place: Place, run: Run, folder: Path, references: References) -> Run:
     below = best.val_bpb if best and run.seed == constants.SEED else math.inf
     limit_s = min(SCORE_LIMIT_S, 2 * baseline.scoring_seconds + 3) if baseline else SCORE_LIMIT_S
     children = {action: child_command(action, folder, place.sandbox).argv for action in ("evaluate", "answer")}
-    incumbent = ("--incumbent", str(place.folder / "nats.npy")) if baseline else ()
-    more = (
-        *incumbent,
-        "--below",
-        repr(below),
-        "--children",
-        json.dumps(children),
-        *(("--no-test",) if run.seed == constants.CONFIRM_SEED else ()),
-    )
+    more = ("--below", repr(below), "--children", json.dumps(children))
+    more += ("--no-test",) if run.seed == constants.CONFIRM_SEED else ()
     ended = run_child(child_command("score", folder, None, more), log, limit_s, stop=place.stop)
     place.last_exit = time.perf_counter()
     crash = ended.why or crash_reason(ended.status, log)

@@ -7,7 +7,7 @@ No line of train.py runs in the scorer's own process. A first child loads the we
 many nats each token costs. A number under --below is a win: the first child states test too, and a second child, which has neither val
 nor test within reach, answers a probe: it gets rows up to a cut with random tokens after it, computes all logits, and learns only then
 which are wanted. Its predictions before the cut have to agree with what the first child stated. Half of the cuts lie where the run
-claims to have improved most on the incumbent (--incumbent). The children share nothing: each has a pipe of its own for what it prints, and
+claims to have improved most on the incumbent. The children share nothing: each has a pipe of its own for what it prints, and
 score.json is written by this process when both have ended. What a child says that has seen text reaches no log, which another
 run or a prompt might see: why a model fails is heard from one that has not. tests/bench_probe.py measures what the probe finds.
 """
@@ -417,7 +417,6 @@ def main() -> None:
     parser.add_argument("--no-test", action="store_true", help="leave test out")
     # The agent gives the commands of both children, which it runs with --serve.
     parser.add_argument("--children", metavar="JSON", help=argparse.SUPPRESS)
-    parser.add_argument("--incumbent", type=Path, metavar="FILE", help=argparse.SUPPRESS)  # nats.npy of the incumbent
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     try:
@@ -440,7 +439,8 @@ def main() -> None:
             def launch(kind: str):
                 return serving(commands[kind], settings, folder, kind == "answer")
 
-            incumbent = np.load(args.incumbent) if args.incumbent and args.incumbent.exists() else None
+            best = folder.parent / "nats.npy"  # of the incumbent, once there is one
+            incumbent = np.load(best) if best.exists() else None
             scores, nats = score(settings, args.below, not args.no_test, launch, incumbent)
             np.save(folder / "nats.npy", np.minimum(nats, 1_000.0).astype(np.float16))  # whose largest is 65,504
             write_atomically(folder / "score.json", json.dumps(scores))  # both children have ended
