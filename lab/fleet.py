@@ -179,8 +179,7 @@ class Fleet:
             if files:
                 place = self.night.arrived(run.source)
                 unpack(files, place)
-                if (place / "cache").exists():
-                    set_cache_aside(self.night.folder, run.source, place / "cache")
+                set_cache_aside(self.night.folder, run.source, place / "cache")  # only a win brings one
             return run
         if not self.night.incumbent:
             raise Problem("two workers were lost with the baseline; run the same command again")

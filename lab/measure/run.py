@@ -168,18 +168,15 @@ def cache_aside(night: Path, source: str) -> Path:
     return night / f"cache-{source[:16]}"
 
 
-def fill_cache(night: Path, source: str, target: Path) -> None:
-    """Gives a run the cache of its own source, else the night's."""
-    for place in (cache_aside(night, source), night / "cache"):
-        if place.exists():
-            copy_regular_files(place, target, OUT_BYTES)
-            return
+def cache_for(night: Path, source: str) -> Path:
+    """The cache that a run begins with: that of its own source, else the night's, which need not exist."""
+    aside = cache_aside(night, source)
+    return aside if aside.exists() else night / "cache"
 
 
 def set_cache_aside(night: Path, source: str, made: Path) -> None:
     """Keeps what a run has compiled, if that is more than it was given. A kill leaves the whole or nothing."""
-    place = cache_aside(night, source)
-    known = place if place.exists() else night / "cache"
+    place, known = cache_aside(night, source), cache_for(night, source)
     if all(os.path.exists(f"{known}/{name}") for name in names_within(made)):  # False for a path that is too long
         return
     fresh = place.with_suffix(".new")
@@ -325,7 +322,7 @@ def make_folder(place: Place, folder: Path, source: str, seed: int, baseline: Ru
     chosen = {"attention": chosen.get("backend"), "micro_rows": chosen.get("micro_rows")}
     (folder / "run.json").write_text(json.dumps({"seed": seed, "chosen": chosen}))
     if place.settings.compile and not cold:
-        fill_cache(place.folder, sha256(source), folder / "cache")
+        copy_regular_files(cache_for(place.folder, sha256(source)), folder / "cache", OUT_BYTES)
 
 
 def score(place: Place, run: Run, folder: Path, references: References) -> Run:
