@@ -270,10 +270,9 @@ def trial(place: Place, sandbox: Sandbox, forbidden: list[Path]) -> str:
         stranger.kill()
         stranger.wait()
     lines = log_tail(folder / "run.log")
-    if status != 0:  # a full disk is no fault of the sandbox
-        check_disk(place.folder)
     remove(folder)
     if status != 0:
+        check_disk(place.folder)  # a full disk is no fault of the sandbox
         message = lines[-1] if lines else f"exit status {status}"
         if "bwrap" not in message:
             return f"a child does not work inside it: {message}\nif it lacks a folder, show it: AUTORESEARCH_SHOW=FOLDER[:FOLDER]"
