@@ -144,8 +144,8 @@ def download_shard(url: str, path: Path, advance=lambda amount: None, tries: int
             reason, how = str(error) or type(error).__name__, "pip install 'requests[socks]'"
             mend = "mend ALL_PROXY, HTTPS_PROXY, HF_ENDPOINT or HF_TOKEN"
             raise Problem(f"{url} cannot be asked ({reason}); {mend}; for SOCKS run: {how}") from None
-        except (requests.RequestException, OSError) as error:
-            if getattr(error, "errno", None) in constants.FULL:
+        except OSError as error:  # those of requests too
+            if error.errno in constants.FULL:
                 raise
             cause = str(error) or type(error).__name__
     raise Problem(
