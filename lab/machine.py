@@ -292,10 +292,10 @@ CARD_INTERVAL_S = 2.0  # between two looks at a card that is full
 CARD_REMINDER_S = 1_800.0  # between two lines that say so
 
 
-def ask_card(query: str) -> list[list[float | str | None]]:
-    """What nvidia-smi answers about the card that runs take, a list for each line; none if it is not there, or does not answer.
+def ask_card(query: str) -> list[str]:
+    """The lines that nvidia-smi answers about the card that runs take; none if it is not there, or does not answer.
 
-    query="gpu=memory.free" -> [[10240.0]]; a field that is no number on this machine ("[N/A]") is None, a text stays one.
+    query="gpu=memory.free" -> ["10240"], on some machines ["[N/A]"]
     """
     card = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
     command = ["nvidia-smi", "-i", card, f"--query-{query}", "--format=csv,noheader,nounits"]
@@ -310,28 +310,20 @@ def ask_card(query: str) -> list[list[float | str | None]]:
         process.kill()  # and not waited for: one that hangs in the driver does not go
         process.stdout.close()
         return []
-    lines = [line.split(", ") for line in output.splitlines() if line.strip()]
-    return [list(map(field_of, line)) for line in lines] if process.returncode == 0 else []
-
-
-def field_of(text: str) -> float | str | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None if re.fullmatch(r"\[.*\]|N/A|", text.strip()) else clean(text.strip())
+    return [clean(line) for line in output.splitlines()] if process.returncode == 0 else []
 
 
 def free_card_mb() -> float | None:
     """Free memory of the card that runs take, in MiB; None if nobody says."""
-    answer = ask_card("gpu=memory.free")
-    free = answer[0][0] if answer else None
-    return free if isinstance(free, float) else None
+    with suppress(IndexError, ValueError):
+        return float(ask_card("gpu=memory.free")[0])
+    return None
 
 
 def card_users() -> list[str]:
     """The processes that compute on the card that runs take, as `name (pid 17)`."""
-    users = ((pid, " ".join(map(str, name))) for pid, *name in ask_card("compute-apps=pid,process_name"))
-    return [f"{name} (pid {pid:.0f})" for pid, name in users if isinstance(pid, float)]
+    users = (line.partition(", ") for line in ask_card("compute-apps=pid,process_name"))
+    return [f"{name} (pid {pid})" for pid, _, name in users if pid.isdecimal()]
 
 
 def wait_for_card(needed_mb: float, say, give_up=lambda: False) -> None:

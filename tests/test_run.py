@@ -270,7 +270,7 @@ def test_a_full_card_is_waited_for_aloud(tmp_path, monkeypatch):
     assert said == []  # a moment is no reason to say something
     fake_card(tmp_path / "bin2", monkeypatch, *["1000"] * 30, "9001")
     machine.wait_for_card(9000.0, said.append)
-    line = "waiting: 1,000 MB of the card are free, a run needs 9,000; end what holds the rest: /usr/bin/ollama serve (pid 77); None (pid 78)"
+    line = "waiting: 1,000 MB of the card are free, a run needs 9,000; end what holds the rest: /usr/bin/ollama, serve (pid 77); [N/A] (pid 78)"
     assert said == [line] and (tmp_path / "bin2" / "free").read_text() == "9001\n"
     with pytest.raises(OutOfTime):
         machine.wait_for_card(9002.0, said.append, lambda: True)
