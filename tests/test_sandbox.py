@@ -624,7 +624,7 @@ settings = settings_of_folder(folder)
 sandbox = make_sandbox(checkout, checkout / "runs", settings, Repository(checkout).common_dir)
 sandbox = replace(sandbox, shared_processes={"shared" in tier}, filter=folder.parent / "filter")
 for kind in ("evaluate", "answer"):
-    with serving(child_command(kind, folder, sandbox).argv, settings, folder, kind == "answer") as connection:
+    with serving({{kind: child_command(kind, folder, sandbox).argv}}, settings, folder, kind) as connection:
         connection.send(("text",))
         print(kind, connection.recv_bytes().decode()[:200], flush=True)
 """

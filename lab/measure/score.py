@@ -313,10 +313,11 @@ def end_descendants() -> None:
 
 
 @contextmanager
-def serving(command: list[str], settings: Settings, folder: Path, heard: bool):
-    """The connection to a process of its own that serves the model of a run.
+def serving(commands: dict[str, list[str]], settings: Settings, folder: Path, kind: str):
+    """The connection to a process of its own that serves the model of a run, by the command of its kind.
 
-    As long as it is heard (an attribute of the connection), what it prints goes through a pipe into our output: no child holds the log.
+    As long as it is heard (an attribute of the connection; only "answer" is, which has not seen text), what it prints goes through a
+    pipe into our output: no child holds the log.
     """
     import socket
     import subprocess
@@ -325,8 +326,8 @@ def serving(command: list[str], settings: Settings, folder: Path, heard: bool):
 
     ours, theirs = socket.socketpair()
     with Connection(ours.detach()) as connection, theirs:
-        connection.heard = heard
-        process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        connection.heard = kind == "answer"
+        process = subprocess.Popen(commands[kind], stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         theirs.close()
         printing = threading.Thread(target=pass_on, args=(process.stdout, connection), daemon=True)
         printing.start()
@@ -386,10 +387,8 @@ def score_by_hand(settings: Settings, folder: Path, below: float, test: bool) ->
     print(f"warning: this runs {folder / 'train.py'} as you, with your files and your network", flush=True)
 
     os.environ["PYTHONPATH"] = str(Path(constants.__file__).parent)  # for the children
-
-    def launch(kind: str):
-        return serving([sys.executable, __file__, "--serve"], settings, folder, kind == "answer")
-
+    commands = {kind: [sys.executable, __file__, "--serve"] for kind in ("evaluate", "answer")}
+    launch = partial(serving, commands, settings, folder)
     scores, _ = score(settings, below, test, launch)
     for name in ("val_bpb", "test_bpb"):
         print(f"{name + ':':18}{'not measured' if scores[name] is None else f'{scores[name]:.6f}'}")
@@ -434,11 +433,7 @@ def main() -> None:
         settings = settings_of_folder(folder)
         constants.guard_this_process()
         if args.children:
-            commands = json.loads(args.children)
-
-            def launch(kind: str):
-                return serving(commands[kind], settings, folder, kind == "answer")
-
+            launch = partial(serving, json.loads(args.children), settings, folder)
             best = folder.parent / "nats.npy"  # of the incumbent, once there is one
             incumbent = np.load(best) if best.exists() else None
             scores, nats = score(settings, args.below, not args.no_test, launch, incumbent)
