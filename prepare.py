@@ -172,14 +172,14 @@ def looks_like_parquet(path: Path) -> bool:
         return False
 
 
-def download(indices: list[int], workers: int = 8) -> None:
+def download(indices: list[int]) -> None:
     """Makes the shards of climbmix present."""
     endpoint = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
     missing = [index for index in indices if not shard_path(index).exists()]
     if not missing:
         return
     title = f"download {constants.counted(len(missing), 'shard')} (about 0.1 GB each)"
-    with progress(title, len(missing) * 1e8) as advance, ThreadPoolExecutor(workers) as pool:
+    with progress(title, len(missing) * 1e8) as advance, ThreadPoolExecutor(8) as pool:
 
         def fetch(index: int) -> None:
             path = shard_path(index)
@@ -480,7 +480,7 @@ def prepare(profile: Profile, dataset: str, shards: int, workers: int) -> None:
             if not (folder / name).exists():
                 pack_split(profile, dataset, split, shards, folder / name, workers)
             if split == "val" and dataset not in constants.DATASETS:
-                rows = (folder / name).stat().st_size // (2 * (profile.max_seq_len + 1))
+                rows = constants.row_count(folder / name, profile.name)
                 if rows < LEAST_VAL_ROWS:
                     shutil.rmtree(folder)
                     few = f"{rows} rows for val, {LEAST_VAL_ROWS} are needed"
