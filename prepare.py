@@ -124,7 +124,10 @@ def download_shard(url: str, path: Path, advance=lambda amount: None, tries: int
             with written(path) as file, requests.get(url, headers=headers, timeout=30, stream=True) as response:
                 refuse_final(response.status_code, url)
                 response.raise_for_status()
-                of_hub = (response.history or [response])[0].headers  # of its redirect: the storage names another hash
+                answers = [answer.headers for answer in (*response.history, response)]
+                of_hub = next(
+                    (named for named in answers if "X-Linked-Etag" in named), answers[-1]
+                )  # a redirect of the hub
                 linked = of_hub.get("X-Linked-Etag", "").strip('"')
                 sha256 = linked if re.fullmatch("[0-9a-f]{64}", linked) else None
                 size = int(of_hub.get("X-Linked-Size") or response.headers.get("Content-Length") or 0)
