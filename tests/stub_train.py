@@ -8,7 +8,7 @@ CONFIGS = {
         warmdown=0.6,
         momentum=0.95,
         beta=0.8,
-    ),
+    )
 }
 
 

@@ -325,8 +325,7 @@ def test_a_cache_reached_through_a_link_is_a_cache(tmp_path, monkeypatch):
 
 @sandboxed
 @pytest.mark.parametrize(
-    ("action", "rows", "writes"),
-    [("train", "", True), ("evaluate", "test val", False), ("answer", "", False)],
+    ("action", "rows", "writes"), [("train", "", True), ("evaluate", "test val", False), ("answer", "", False)]
 )
 def test_each_child_sees_the_rows_that_it_needs(checkout, action, rows, writes):
     """Training no file of the data, since its rows appear in text/; who states losses val and test; who answers none."""
