@@ -213,13 +213,16 @@ class Quiet:
         self.results.append(result)
 
 
+SETTINGS = constants.Settings(
+    profile=constants.PROFILES["cpu"], dataset="sotu", data="", train_file="train.bin", train_rows=1_000, budget_s=300.0,
+    compile=False, device="cpu", device_name="stub", capability=None, sizes_reason="", compiler_trouble="", threads=1, torch="stub",
+    flash_attention={},
+)  # fmt: skip
+
+
 def settings_for(checkout, tag: str = "t", **changes) -> constants.Settings:
-    settings = constants.Settings(
-        profile=constants.PROFILES["cpu"], dataset="sotu", data=str(checkout.cache / "cpu-sotu"), train_file="train.bin", train_rows=1_000, budget_s=300.0,
-        compile=False, device="cpu", device_name="stub", capability=None, sizes_reason="", compiler_trouble="", threads=1, torch="stub",
-        flash_attention={}, tag=tag, head=checkout.git("rev-parse", "HEAD"),
-    )  # fmt: skip
-    return replace(settings, **changes)
+    own = {"data": str(checkout.cache / "cpu-sotu"), "tag": tag, "head": checkout.git("rev-parse", "HEAD")}
+    return replace(SETTINGS, **own | changes)
 
 
 def open_here(checkout, tag: str = "t", baseline: str | None = None, **changes) -> Night:
@@ -283,14 +286,18 @@ def run_here(
 
 
 class Script(Proposer):
-    """A proposer that gives one change after the other: pairs of lines, or functions of the incumbent's source."""
+    """A proposer that gives one change after the other: pairs of lines, or functions of the incumbent's source.
+
+    `asked` are the histories and the feedbacks that it was asked with.
+    """
 
     name, exhausted = "script", "the script is complete"
 
     def __init__(self, *changes):
-        self.changes = list(changes)
+        self.changes, self.asked = list(changes), []
 
     def propose(self, source, history, feedback):
+        self.asked.append((history, feedback))
         if not self.changes:
             return None
         change = self.changes.pop(0)
@@ -313,8 +320,9 @@ def better(lr: float, **more) -> tuple[str, str]:
 
 
 def rows_of(checkout, event=None, tag="t"):
-    """The rows of a night's journal; those of results with the fields of their run."""
-    lines = (checkout.folder / "runs" / tag / "journal.jsonl").read_text().splitlines(keepends=True)
+    """The rows of a night's journal, none before it has one; those of results with the fields of their run."""
+    journal = checkout.folder / "runs" / tag / "journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True) if journal.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the agent may be writing the last one
     runs = {row["id"]: row for row in rows if row["event"] == "run"}
     rows = [runs[row["run"]] | row if row["event"] == "result" else row for row in rows]

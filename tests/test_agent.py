@@ -40,7 +40,6 @@ from lab.records import Stopped, Verdict, sha256
     [
         ({"val_bpb": 0.995}, "keep"),
         ({"val_bpb": 1.0}, "discard"),  # equal is not lower
-        ({"val_bpb": 1.01}, "discard"),
         ({"val_bpb": None, "crash": "RuntimeError"}, "crash"),
         ({"val_bpb": 0.5, "metrics": METRICS | {"training_seconds": 304.0}}, "invalid"),
         ({"val_bpb": 1.5, "distrust": "looks ahead"}, "invalid"),
@@ -58,16 +57,10 @@ def test_the_verdict_is_a_pure_function_of_the_numbers(changes, word):
     [
         ({"val_bpb": 0.99}, {}, "keep", "lower on the second seed 0.990000 against 1.000000 too"),
         ({"val_bpb": 1.0}, {}, "discard", "not confirmed: on the second seed 1.000000 against 1.000000"),
-        ({"crash": "KeyError", "val_bpb": None}, {}, "discard", "not confirmed: on the second seed KeyError"),
         ({"distrust": "keeps state", "val_bpb": 0.5}, {}, "discard", "not confirmed: on the second seed keeps state"),
-        (
-            {"val_bpb": 1.5},
-            {"crash": "KeyError", "val_bpb": None},
-            "keep",
-            "the incumbent has no number on the second seed",
-        ),
+        ({"val_bpb": 1.5}, {"crash": "KeyError", "val_bpb": None}, "keep", "the incumbent has no number on the second seed"),
     ],
-)
+)  # fmt: skip
 def test_a_win_has_to_be_lower_on_the_second_seed_too(challenger, incumbent, word, said):
     """Not on the mean of both: the first comparison is the one that the selection flattered."""
     trouble = lambda run: run.crash or run.distrust  # noqa: E731
@@ -101,9 +94,8 @@ def test_on_a_cpu_the_second_look_is_a_fresh_pair(checkout, profile, fresh):
     night = open_here(checkout, profile=replace(agent.constants.PROFILES[profile]))
     night.confirm, order = True, []
     measure = fake_measure(night, lambda source, seed: order.append((sha256(source)[:6], seed)))
-    run_here(
-        night, proposer=Script(better(0.39), (better(0.39)[1], better(0.38)[1])), measure=measure, second_seed=True
-    )
+    changes = better(0.39), (better(0.39)[1], better(0.38)[1])
+    run_here(night, proposer=Script(*changes), measure=measure, second_seed=True)
     base, one, two = (result.run.source[:6] for result in night.results)
     expected = [(base, 1), (base, 2), (one, 1), (one, 2), (base, 2), (two, 1), (two, 2), (one, 2)]
     stored = [(base, 1), (base, 2), (one, 1), (one, 2), (two, 1), (two, 2)]
@@ -210,25 +202,17 @@ class Slow(Script):
 
 def test_the_next_proposal_is_prepared_while_one_trains(checkout):
     """Of two that take as long as a run does, the second costs no time: it is thought of meanwhile."""
-    night, asked = open_here(checkout), []
-
-    class Thinking(Slow):
-        def propose(self, source, history, feedback):
-            asked.append((history.number, *(running.description for running in history.running)))
-            return super().propose(source, history, feedback)
-
-    measure = fake_measure(night, lambda source, seed: time.sleep(0.2))
-    run_here(night, 3, Thinking(*[("beta=0.8", f"beta=0.{i}") for i in range(1, 4)]), measure=measure)
-    assert asked == [(1, "baseline"), (2, "change 1"), (3, "change 2")]  # and none after the last
+    night, script = open_here(checkout), Slow(*[("beta=0.8", f"beta=0.{i}") for i in range(1, 4)])
+    run_here(night, 3, script, measure=fake_measure(night, lambda source, seed: time.sleep(0.2)))
+    running = [(history.number, *(run.description for run in history.running)) for history, _ in script.asked]
+    assert running == [(1, "baseline"), (2, "change 1"), (3, "change 2")]  # and none after the last
 
 
 def test_a_proposal_made_for_the_old_incumbent_is_merged_into_the_new_one(checkout):
     night = open_here(checkout)
     changes = [better(0.2), ("        width=64,", "        width=32,")]
     run_here(night, 2, Slow(*changes), measure=fake_measure(night, lambda source, seed: time.sleep(0.1)))
-    assert [result.verdict.word for result in night.results] == ["keep", "keep", "keep"] and night.results[
-        2
-    ].parent == 1
+    assert [(result.verdict.word, result.parent) for result in night.results[1:]] == [("keep", 0), ("keep", 1)]
     source = night.source(night.results[2])
     assert "lr=0.2," in source and "width=32," in source
     rows = [row for row in rows_of(checkout, "proposal") if row["id"] == night.results[2].proposal]
@@ -236,20 +220,11 @@ def test_a_proposal_made_for_the_old_incumbent_is_merged_into_the_new_one(checko
 
 
 def test_a_proposal_that_does_not_merge_goes_back_with_the_reason(checkout):
-    night, told = open_here(checkout), []
-
-    class Told(Slow):
-        def propose(self, source, history, feedback):
-            told.append(feedback)
-            return super().propose(source, history, feedback)
-
-    changes = [better(0.2), better(0.1), (better(0.2)[1], better(0.1)[1])]
-    run_here(night, 2, Told(*changes), measure=fake_measure(night, lambda source, seed: time.sleep(0.1)))
+    night, script = open_here(checkout), Slow(better(0.2), better(0.1), (better(0.2)[1], better(0.1)[1]))
+    run_here(night, 2, script, measure=fake_measure(night, lambda source, seed: time.sleep(0.1)))
     (row,) = rows_of(checkout, "reject")
-    assert (
-        "no longer applies: the incumbent has changed since, in the same lines" in row["reason"] and "proposal" in row
-    )
-    assert told[2] == [f"change 2: {row['reason']}"] and night.results[2].verdict.word == "keep"
+    assert "the incumbent has changed since, in the same lines" in row["reason"] and "proposal" in row
+    assert script.asked[2][1] == [f"change 2: {row['reason']}"] and night.results[2].verdict.word == "keep"
 
 
 def test_a_proposal_that_is_made_while_one_looks_for_it_does_not_end_the_night(checkout, monkeypatch):
@@ -283,10 +258,8 @@ def arguments(monkeypatch, *words):
 
 def test_what_a_start_takes_over_from_the_last(monkeypatch):
     """What only goes with Claude is forgotten with another proposer, what a model may cost is not; a --try and a --check are no such starts."""
-    claude, tune = (
-        {"proposer": "claude", "max_usd": 9.0, "model": "m", "hours": 3.0},
-        {"proposer": "tune", "workers": 2},
-    )
+    claude = {"proposer": "claude", "max_usd": 9.0, "model": "m", "hours": 3.0}
+    tune = {"proposer": "tune", "workers": 2}
     for starts, flags, key, expected in (
         ([claude], "--proposer tune", False, {"proposer": "tune", "max_usd": None, "model": None, "hours": 3.0}),
         ([claude], "", True, {"proposer": "claude", "max_usd": 9.0, "hours": 3.0}),
@@ -311,19 +284,13 @@ def test_try_runs_the_checkout_against_the_committed_baseline(checkout):
     results = check_agreement(checkout)
     assert results[1]["hypothesis"] == "it overshoots"
     assert "it overshoots" in checkout.git("log", "-1", "--format=%B", results[1]["commit"])
-    assert [(row["verdict"], row["description"]) for row in results] == [
-        ("keep", "baseline"),
-        ("keep", "halve the rate"),
-    ]
+    assert [(row["verdict"], row["description"]) for row in results[1:]] == [("keep", "halve the rate")]
     assert "lr=0.4" in checkout.git("show", f"{results[0]['commit']}:train.py")
     assert "git diff autoresearch/t -- train.py" in output
     (checkout.folder / "train.py").write_text(STUB.replace("lr=0.4", "lr=0.8"))
     output = checkout.agent(*flags, "still \x1b[31mtoo\nhigh")
     table = [line for line in output.splitlines() if line[:4].strip().isdigit()]
-    assert [line.split()[0] for line in table] == [
-        "1",
-        "2",
-    ]  # its own experiment and the incumbent, not the whole night
+    assert [line.split()[0] for line in table] == ["1", "2"]  # the incumbent and its own, not the whole night
     assert "put back   git checkout autoresearch/t -- train.py" in output
     assert checkout.git("log", "-1", "--format=%B", "refs/autoresearch/t/0002").startswith("still too high (discard, ")
 
@@ -363,10 +330,8 @@ def test_a_demo_is_deleted_only_if_the_next_one_can_run(checkout):
     """An interrupted one goes on; with another budget, or after its end, it begins anew; nobody's running demo is touched."""
     checkout.agent("--demo", "--experiments", "1", "--budget", "3")
     journal = (checkout.folder / "runs" / "demo" / "journal.jsonl").read_bytes()
-    from constants import lock
-
     for place in (checkout.folder / "runs" / "demo" / "lock", checkout.cache / "device-cpu.lock"):
-        with lock(place, "somebody"):
+        with constants.lock(place, "somebody"):
             assert "in use by" in checkout.agent("--demo", expect=1)
         assert (checkout.folder / "runs" / "demo" / "journal.jsonl").read_bytes() == journal
     assert "the earlier demo is deleted" in checkout.agent("--demo", "--experiments", "1")
@@ -438,10 +403,9 @@ def test_no_lock_is_held_after_the_last_line(checkout):
     for line in process.stdout:
         if line.startswith("history"):
             break
-    from constants import lock
-
-    with lock(checkout.folder / "runs" / "t" / "lock", "a test"), lock(checkout.cache / "device-cpu.lock", "a test"):
-        pass
+    for place in (checkout.folder / "runs" / "t" / "lock", checkout.cache / "device-cpu.lock"):
+        with constants.lock(place, "a test"):
+            pass
     assert process.wait(timeout=10) == 0
 
 

@@ -57,10 +57,6 @@ class Turns:
         return self.measure(source, seed, title, fresh)
 
 
-def run_several(night, changes, order, count=2, proposer=None, experiments=None):
-    return run_here(night, experiments, proposer or Script(*changes), measure=Turns(night, order), workers=count)
-
-
 def outcomes(night) -> list[tuple]:
     return [(result.description, result.verdict.word, result.parent) for result in night.results[1:]]
 
@@ -76,7 +72,7 @@ def outcomes(night) -> list[tuple]:
 def test_what_was_made_on_an_earlier_incumbent(checkout, change, outcome, runs, said):
     """Both begin on the baseline; change 2 is kept first. Every keep is its parent plus one change."""
     night = open_here(checkout)
-    run_several(night, [change, better(0.2)], order=[2, 1])
+    run_here(night, None, Script(change, better(0.2)), measure=Turns(night, [2, 1]), workers=2)
     assert outcomes(night) == [("change 2", "keep", 0), ("change 1", *outcome)]
     late, source = night.results[2], night.source(night.results[2])
     assert ("lr=0.2," in source) == (outcome[0] == "keep") and ("same lines" in late.verdict.reason) == bool(said)
@@ -105,22 +101,16 @@ def test_a_win_that_was_cut_off_before_its_second_run_goes_on_after_a_kill(check
     with pytest.raises(Killed):
         experiment(night, narrower, measure)
     again = open_here(checkout)
-    run_several(again, [], order=[], experiments=2)
+    run_here(again, 2, Script(), workers=2)
     assert outcomes(again) == [("faster", "keep", 0), ("narrower", "keep", 1)]
     check_agreement(checkout)
 
 
 def test_the_next_is_proposed_knowing_what_runs_and_the_limit_counts_it(checkout):
-    night, asked = open_here(checkout), []
-
-    class Asked(Script):
-        def propose(self, source, history, feedback):
-            asked.append((history.number, sorted(proposal.description for proposal in history.running)))
-            return super().propose(source, history, feedback)
-
-    lines = [("beta=0.8", f"beta=0.{i}") for i in range(1, 9)]
-    run_several(night, [], order=[3, 2, 1], count=3, proposer=Asked(*lines), experiments=5)
+    night, script = open_here(checkout), Script(*[("beta=0.8", f"beta=0.{i}") for i in range(1, 9)])
+    run_here(night, 5, script, measure=Turns(night, [3, 2, 1]), workers=3)
     assert len(night.results) == 6 and len(rows_of(checkout, "proposal")) == 6
+    asked = [(history.number, sorted(run.description for run in history.running)) for history, _ in script.asked]
     assert asked[:4] == [(1, []), (2, ["change 1"]), (3, ["change 1", "change 2"]), (4, ["change 1", "change 2"])]
 
 
@@ -161,22 +151,17 @@ def test_a_baseline_that_fails_beside_a_run_on_the_second_seed_that_works_ends_t
 
 
 def test_an_experiment_that_was_just_recorded_is_not_counted_as_running_too(checkout):
-    night = open_here(checkout)
-    record, seen = night.record, []
+    night, script = open_here(checkout), Script(better(0.3), ("beta=0.8", "beta=0.7"))
+    record = night.record
 
     def slow_record(*args):
         result = record(*args)
         time.sleep(0.2)  # meanwhile the thread of the experiment has not ended
         return result
 
-    class Looks(Script):
-        def propose(self, source, history, feedback):
-            seen.append((history.number, history.more))
-            return super().propose(source, history, feedback)
-
     night.record = slow_record
-    assert run_here(night, 2, Looks(better(0.3), ("beta=0.8", "beta=0.7")), workers=2) == "all 2 experiments are done"
-    assert seen == [(1, 1), (2, 0)]
+    assert run_here(night, 2, script, workers=2) == "all 2 experiments are done"
+    assert [(history.number, history.more) for history, _ in script.asked] == [(1, 1), (2, 0)]
 
 
 def test_what_a_thread_raises_ends_the_night_and_what_the_others_run(checkout):
@@ -342,7 +327,7 @@ def test_a_night_of_two_workers_on_ray(checkout: Checkout):
     checkout.within = ["taskset", "-c", "0,1"]  # these tests run on one core
     flags = (*NIGHT, "--workers", "2", "--budget", "1")
     process = checkout.start(*flags, "--experiments", "9")
-    while len(rows_of(checkout, "result") if (checkout.folder / "runs/t/journal.jsonl").exists() else []) < 4:
+    while len(rows_of(checkout, "result")) < 4:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL if sys.platform == "linux" else signal.SIGINT)

@@ -17,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import ROOT, data_of
+from conftest import ROOT, SETTINGS, data_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -290,7 +290,7 @@ def test_text_is_cut_at_paragraphs_else_at_spaces():
 def test_another_recipe_is_another_folder(tmp_path, monkeypatch):
     """What was prepared under other rules is never taken for what is wanted."""
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
-    folders = {prepare.recipe_folder(profile, "sotu", 1) for profile in (CPU, prepare.replace(CPU, vocab_size=2048))}
+    folders = {prepare.recipe_folder(profile, "sotu", 1) for profile in (CPU, replace(CPU, vocab_size=2048))}
     folders |= {prepare.recipe_folder(CPU, "climbmix", shards) for shards in (1, 8, 10, 16)}
     assert len(folders) == 4  # from eight shards on the tokenizer learns from the same ones
     monkeypatch.setattr(prepare, "SPLIT_PATTERN", ".")
@@ -343,13 +343,10 @@ def test_bad_environment_is_one_clear_line(script, environment, message, tmp_pat
 # --- loader and clock
 
 
-def make_run(data, tmp_path, **changes):
-    by_hand = changes.pop("by_hand", True)
-    settings = prepare.Settings(
-        profile=CPU, dataset="sotu", data=str(data), train_file="train.bin", train_rows=len(prepare.open_rows(data / "train.bin", CPU)), device="cpu", budget_s=1.0, compile=False, threads=1,
-        device_name="cpu", capability=None, sizes_reason="", compiler_trouble="", torch="", flash_attention={},
-    )  # fmt: skip
-    return prepare.Training(prepare.replace(settings, **changes), 7, tmp_path, by_hand, data / "train.bin")
+def make_run(data, tmp_path, by_hand=True, budget_s=1.0, profile=CPU):
+    rows = len(prepare.open_rows(data / "train.bin", CPU))
+    settings = replace(SETTINGS, profile=profile, data=str(data), train_rows=rows, budget_s=budget_s)
+    return prepare.Training(settings, 7, tmp_path, by_hand, data / "train.bin")
 
 
 def test_an_epoch_shows_every_row_once_in_an_order_of_the_seed():
@@ -418,7 +415,7 @@ def test_the_clock_stops_before_a_step_that_would_not_fit(monkeypatch):
 
 
 def test_progress_is_a_line_every_few_seconds_or_one_that_is_written_over(data, tmp_path, monkeypatch, capsys):
-    now, profile = [100.0], prepare.replace(CPU, peak_tflops=4.0)
+    now, profile = [100.0], replace(CPU, peak_tflops=4.0)
     monkeypatch.setattr(prepare, "perf_counter", lambda: now[0])
 
     def said(terminal):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from bench_probe import Peeker, differences, probe, worst_peeker
-from conftest import ROOT, data_of, small
+from conftest import ROOT, SETTINGS, data_of, small
 
 import constants
 import prepare
@@ -24,10 +24,6 @@ from lab.propose.screen import screen
 
 TRAIN = small((ROOT / "train.py").read_text())
 SHORT = replace(constants.PROFILES["cpu"], max_seq_len=64, eval_batch_rows=16)  # a sixteenth of a batch, for speed
-SETTINGS = constants.Settings(
-    profile=SHORT, dataset="sotu", data="", train_file="train.bin", train_rows=1_000, budget_s=300.0, compile=False, device="cpu",
-    device_name="cpu", capability=None, sizes_reason="", compiler_trouble="", threads=1, torch="", flash_attention={},
-)  # fmt: skip
 HEAD = "    def forward(self, idx):\n"
 FORWARD = f'{HEAD}        """(B, T) -> (B, T, vocab)'  # the model's, whose answer is the logits
 assert TRAIN.count(FORWARD) == 1
@@ -92,7 +88,7 @@ def launcher(settings, folder):
 def scored(harness, source: str, dtype: str = "float32", below: float = math.inf, test: bool = True) -> dict | str:
     """What the scorer says of a train.py: its facts, or the line that it ends with."""
     profile = replace(SHORT, dtype=dtype)
-    settings = replace(SETTINGS, profile=profile, data=str(harness / "data"), threads=1)
+    settings = replace(SETTINGS, profile=profile, data=str(harness / "data"))
     folder = harness / "0001"
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "out").mkdir(parents=True)
