@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import SETTINGS
 
 import constants
 import prepare
@@ -21,10 +22,8 @@ TOO_OLD = (
 )
 NO_KERNEL = "CUDA error: no kernel image is available for execution on the device\nSearch for it in the manual."
 GPU = replace(constants.PROFILES["gpu"], dtype="bfloat16")
-SETTINGS = constants.Settings(
-    profile=GPU, dataset="climbmix", data="/data", train_file="train-10.bin", train_rows=1_000, budget_s=300.0, compile=True, device="cuda",
-    device_name="NVIDIA H100 80GB HBM3", capability=[9, 0], sizes_reason="a known card", compiler_trouble="", threads=2, torch="2.13.0",
-    flash_attention={},
+H100 = replace(
+    SETTINGS, profile=GPU, compile=True, device="cuda", device_name="NVIDIA H100 80GB HBM3", capability=[9, 0], sizes_reason="a known card"
 )  # fmt: skip
 CARD_TROUBLE = machine.card_trouble
 RESULT = {"mfu_percent": 39.84, "total_tokens_M": 330.0, "training_seconds": 300.0, "backend": "FA4"}
@@ -94,8 +93,7 @@ def tool(folder, name):
         (Machine(build=None), "a build for CPUs alone", "pip install --force-reinstall torch==2.13.0"),
         (Machine(init=TOO_OLD), "driver is too old for CUDA 13.0", "torch==2.13.0 --index-url .*/cu126"),
         (Machine(init="Found no NVIDIA driver on your system. Please"), "Found no NVIDIA driver", "nvidia-smi"),
-        (Machine(card="Tesla V100-SXM2-16GB", capability=(7, 0), kernel=NO_KERNEL), r"V100.*\(compute capability 7.0\)", "/cu126"),
-        (Machine(card="GeForce GTX 1080", capability=(6, 1), kernel=NO_KERNEL), "no kernels for GeForce GTX 1080", "/cu126"),
+        (Machine(card="Tesla V100-SXM2-16GB", capability=(7, 0), kernel=NO_KERNEL), r"no kernels for .*V100.*\(compute capability 7.0\)", "/cu126"),
         (Machine(build="12.6", card="NVIDIA B200", capability=(10, 0), kernel=NO_KERNEL), "no kernels for NVIDIA B200", "/cu130"),
         (Machine(kernel="CUDA error: uncorrectable ECC error encountered"), "H100 .*does not work: .*ECC", "nvidia-smi"),
     ],
@@ -107,18 +105,14 @@ def test_what_keeps_torch_from_the_card_is_said_with_a_command(stand_in, said, c
 
 
 def test_a_card_that_works_has_no_trouble():
-    assert machine.card_trouble(Machine()) == ""
-    assert machine.card_trouble(Machine(build=None, hip="7.2")) == ""
+    assert machine.card_trouble(Machine()) == machine.card_trouble(Machine(build=None, hip="7.2")) == ""
 
 
 @pytest.mark.parametrize(
     ("card", "peak"),
     [
-        ("NVIDIA H100 80GB HBM3", 989.0), ("NVIDIA H100 PCIe", 756.0), ("NVIDIA L40S", 362.0), ("NVIDIA L40", None),
-        ("NVIDIA RTX A1000", None), ("NVIDIA RTX A4000", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("GRID A100-10C", None), ("NVIDIA A100-SXM4-80GB", 312.0),
-        ("NVIDIA A100-PCIE-40GB", 312.0), ("NVIDIA GH200 480GB", None), ("NVIDIA RTX 6000 Ada Generation", None),
-        ("NVIDIA H20", None), ("NVIDIA H800", None),
+        ("NVIDIA H100 80GB HBM3", 989.0), ("NVIDIA H100 PCIe", 756.0), ("NVIDIA A100-SXM4-80GB", 312.0), ("NVIDIA RTX A4000", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("GRID A100-10C", None), ("NVIDIA GH200 480GB", None),
     ],
 )  # fmt: skip
 def test_the_peak_is_that_of_the_very_card(card, peak):
@@ -128,9 +122,8 @@ def test_the_peak_is_that_of_the_very_card(card, peak):
 @pytest.mark.parametrize(
     ("peak", "measured", "sizes"),
     [
-        (989.0, 0.0, "H100"), (756.0, 0.0, "H100"), (312.0, 0.0, "A100"), (362.0, 0.0, "A100"), (209.5, 0.0, "RTX 4090"),
-        (71.0, 0.0, "RTX 4090"), (None, 789.0, "H100"), (None, 496.0, "H100"), (None, 234.0, "A100"), (None, 184.0, "RTX 4090"),
-        (None, 49.0, "RTX 4090"), (None, 24.0, "small"), (None, 0.1, "small"),
+        (756.0, 0.0, "H100"), (312.0, 0.0, "A100"), (209.5, 0.0, "RTX 4090"), (71.0, 0.0, "RTX 4090"), (None, 496.0, "H100"), (None, 234.0, "A100"),
+        (None, 184.0, "RTX 4090"), (None, 49.0, "RTX 4090"), (None, 24.0, "small"),
     ],
 )  # fmt: skip
 def test_a_known_card_is_its_class_and_another_goes_by_its_speed(peak, measured, sizes):
@@ -140,18 +133,13 @@ def test_a_known_card_is_its_class_and_another_goes_by_its_speed(peak, measured,
 def test_an_unknown_card_is_measured_once(tools):
     """A start on a machine that measures 10 % slower today finds the same class, by hand and in a night."""
     rates = iter([455.0, 410.0])
-    measure = lambda: next(rates)  # noqa: E731
-    first = machine.sizes_of("NVIDIA GH200 480GB, bfloat16", None, "cuda-1", measure)
-    assert (
-        first
-        == ("H100", "measured 455 TFLOP/s, kept in cards.json")
-        == machine.sizes_of("NVIDIA GH200 480GB, bfloat16", None, "cuda-1", measure)
+    found = [machine.sizes_of("NVIDIA GH200", None, uuid, lambda: next(rates)) for uuid in ("a", "a", "b")]
+    fast, slow = (
+        ("H100", "measured 455 TFLOP/s, kept in cards.json"),
+        ("A100", "measured 410 TFLOP/s, kept in cards.json"),
     )
-    assert machine.sizes_of("NVIDIA GH200 480GB, bfloat16", None, "cuda-2", measure) == (
-        "A100",
-        "measured 410 TFLOP/s, kept in cards.json",
-    )
-    assert machine.sizes_of("NVIDIA A40", 149.7, "cuda-3", measure) == ("RTX 4090", "a known card")
+    assert found == [fast, fast, slow]
+    assert machine.sizes_of("NVIDIA A40", 149.7, "c", None) == ("RTX 4090", "a known card")
 
 
 def test_the_rate_is_that_of_the_fastest_products(monkeypatch):
@@ -178,11 +166,7 @@ def test_what_a_night_decides_on_a_card(tools, monkeypatch):
     wanted = {"sizes": "H100", "peak_tflops": 989.0, "memory_gb": 85.0, "dtype": "bfloat16", "compiler": True}
     assert facts.items() >= (wanted | {"capability": [9, 0]}).items()
     old = machine.card_facts(Machine(card="Tesla T4", capability=(7, 5), bf16=False))
-    assert (old["sizes"], old["dtype"], old["sizes_reason"]) == (
-        "small",
-        "float32",
-        "measured 30 TFLOP/s, kept in cards.json",
-    )
+    assert (old["sizes"], old["dtype"]) == ("small", "float32") and "measured 30" in old["sizes_reason"]
     assert machine.card_facts(Machine(build=None, hip="7.2", capability=(9, 4)))["capability"] is None  # no Hopper
     assert machine.card_facts(Machine(capability=(6, 1)))["compiler"] is False
     (tools / "gcc").unlink()
@@ -197,8 +181,7 @@ def test_each_card_has_its_own_lock(monkeypatch):
         locks.add(constants.device_lock(prepare.device_id("cuda")))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-GPU-1/5/0")
     locks.add(constants.device_lock(prepare.device_id("cuda")))
-    assert len(locks) == 3 and len({path.parent for path in locks}) == 1
-    assert prepare.device_id("cpu") == "cpu"
+    assert len(locks) == 3 and prepare.device_id("cpu") == "cpu"
 
 
 @pytest.mark.parametrize(("given", "order"), [(None, "PCI_BUS_ID"), ("FASTEST_FIRST", "FASTEST_FIRST")])
@@ -207,13 +190,9 @@ def test_cards_are_numbered_alike_by_hand_and_in_a_night(monkeypatch, given, ord
     monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
     if given:
         monkeypatch.setenv("CUDA_DEVICE_ORDER", given)
-    seen = []
-    monkeypatch.setattr(
-        machine, "card_trouble", lambda torch: seen.append(os.environ["CUDA_DEVICE_ORDER"]) or "no card"
-    )
-    with pytest.raises(machine.Problem, match="no card"):
+    monkeypatch.setattr(machine, "card_trouble", lambda torch: os.environ["CUDA_DEVICE_ORDER"])
+    with pytest.raises(machine.Problem, match=order):
         machine.machine("gpu")
-    assert seen == [order]
 
 
 # --- what compiling needs
@@ -233,11 +212,8 @@ def test_what_compiling_lacks_is_named_with_its_packages(tools, monkeypatch, dev
         (tools.parent / "Python.h").touch()
     if installed:
         tool(tools, installed)
-    trouble = machine.compiler_trouble(device)
-    assert bool(trouble) == bool(missing)
-    if missing:
-        pattern = rf"^torch.compile needs {missing}; run: apt-get install g\+\+ python3\.\d+-dev$"
-        assert re.match(pattern, trouble), trouble
+    pattern = rf"torch.compile needs {missing}; run: apt-get install g\+\+ python3\.\d+-dev" if missing else ""
+    assert re.fullmatch(pattern, machine.compiler_trouble(device))
 
 
 def test_a_compiler_of_the_users_counts_and_one_that_is_not_there_does_not(tools, monkeypatch):
@@ -247,9 +223,7 @@ def test_a_compiler_of_the_users_counts_and_one_that_is_not_there_does_not(tools
     assert "compiler" not in machine.compiler_trouble("cuda")
     for wrong in ("/opt/gone/gcc", '"unclosed'):
         monkeypatch.setenv("CC", wrong)
-        assert (
-            machine.compiler_trouble("cuda") == f"torch.compile needs a compiler and CC={wrong} is none; run: unset CC"
-        )
+        assert f"CC={wrong} is none; run: unset CC" in machine.compiler_trouble("cuda")
 
 
 # --- the profile
@@ -271,14 +245,9 @@ def test_the_profile_goes_by_what_torch_can_use(tools, monkeypatch, capsys):
         assert choice(monkeypatch, none, [node]) == "cpu"
         said = capsys.readouterr().err
         assert "note: profile cpu, since torch sees no GPU" in said and ("rocm7.2" in said) == (node == "/dev/kfd")
-    with pytest.raises(
-        machine.Problem,
-        match=r"a build for CPUs alone; .*; to train on the CPU instead, add --profile cpu \(to train.py: AUTORESEARCH_PROFILE=cpu\)",
-    ):
+    with pytest.raises(machine.Problem, match=r"a build for CPUs alone; .* on the CPU instead, add --profile cpu"):
         choice(monkeypatch, Machine(build=None), ["/dev/nvidia0"])
-
-
-def test_nothing_is_chosen_that_could_not_be_compiled(tools, monkeypatch):
+    (tools / "gcc").unlink()  # nothing is chosen that could not be compiled
     with pytest.raises(machine.Problem, match=r"torch\.compile needs a C compiler"):
         choice(monkeypatch, Machine(), ["/dev/nvidia0"])
 
@@ -311,56 +280,38 @@ def test_the_shards_that_a_night_begins_with_are_enough_for_one_run():
 
 def test_a_run_says_what_it_ran_on():
     line = "NVIDIA H100 80GB HBM3 (sizes H100, a known card), attention FA4, 1,100,000 tokens a second, mfu 39.8 %"
-    assert machine.speed_text(SETTINGS, RESULT) == line
-    plain = replace(SETTINGS, device_name="cpu", sizes_reason="")
-    assert (
-        machine.speed_text(plain, RESULT | {"mfu_percent": None, "backend": "sdpa"})
-        == "cpu, attention sdpa, 1,100,000 tokens a second"
-    )
+    assert machine.speed_text(H100, RESULT) == line
+    plain = replace(H100, device_name="cpu", sizes_reason="")
+    sdpa = machine.speed_text(plain, RESULT | {"mfu_percent": None, "backend": "sdpa"})
+    assert sdpa == "cpu, attention sdpa, 1,100,000 tokens a second"
     assert machine.speed_text(plain, {}) == "cpu, attention unknown"
 
 
-FLOAT32 = {"profile": replace(GPU, dtype="float32")}
 NO_COMPILER = {"capability": None, "compiler_trouble": "run: apt-get install g++", "compile": False}
 
 
 @pytest.mark.parametrize(
     ("facts", "backend", "said"),
     [
-        ({}, "FA3", ""), ({}, "FA4", ""), ({}, "FA2", "pip install -e '.[hopper]'"),
-        ({"capability": [10, 0]}, "FA2", "pip install -e '.[hopper]'"), ({"capability": [8, 9]}, "FA2", ""),
-        ({"capability": [12, 0]}, "FA2", ""), ({"capability": [8, 0]}, "sdpa", "grep attention"),
-        ({"capability": [7, 5], **FLOAT32}, "sdpa", ""), ({"capability": None}, "sdpa", ""),
-        (NO_COMPILER, "sdpa", "apt-get install g++"), (NO_COMPILER | {"budget_s": 20.0}, "sdpa", ""),
-        ({"capability": None, "compile": False}, "sdpa", ""),
+        ({}, "FA3", ""), ({}, "FA2", "pip install -e '.[hopper]'"), ({"capability": [12, 0]}, "FA2", ""),
+        ({"capability": [8, 0]}, "sdpa", "grep attention"), ({"profile": replace(GPU, dtype="float32")}, "sdpa", ""), ({"capability": [7, 5]}, "sdpa", ""),
+        (NO_COMPILER, "sdpa", "apt-get install g++"), (NO_COMPILER | {"budget_s": 20.0}, "sdpa", ""), ({"capability": None, "compile": False}, "sdpa", ""),
     ],
 )  # fmt: skip
 def test_what_would_be_faster_is_named_with_its_command(facts, backend, said):
-    advice = machine.speed_advice(replace(SETTINGS, **facts), backend)
+    advice = machine.speed_advice(replace(H100, **facts), backend)
     assert said in advice and bool(advice) == bool(said) and "\n" not in advice
 
 
 def test_the_first_line_of_a_run_names_the_sizes_and_why():
-    measured = replace(
-        SETTINGS,
-        device_name="NVIDIA GH200 480GB",
-        sizes_reason="measured 410 TFLOP/s",
-        profile=replace(GPU, sizes="A100"),
-    )
-    assert (
-        "NVIDIA GH200 480GB (sizes A100, measured 410 TFLOP/s), bfloat16, compiled, 2 threads, 300 s a run"
-        in measured.text
-    )
-    assert constants.Settings.of(measured.json()) == measured
+    measured = replace(H100, sizes_reason="measured 410 TFLOP/s", profile=replace(GPU, sizes="A100"))
+    line = "NVIDIA H100 80GB HBM3 (sizes A100, measured 410 TFLOP/s), bfloat16, compiled, 1 thread, 300 s a run"
+    assert line in measured.text and constants.Settings.of(measured.json()) == measured
 
 
 def test_a_run_of_a_night_takes_what_its_baseline_chose(tmp_path):
-    (tmp_path / "night.json").write_text(replace(SETTINGS, profile=replace(GPU, sizes="A100")).json())
+    (tmp_path / "night.json").write_text(replace(H100, profile=replace(GPU, sizes="A100")).json())
     chosen = {"attention": "FA2", "micro_rows": 64}
     (tmp_path / "run.json").write_text(json.dumps({"seed": 2, "chosen": chosen}))
     settings, seed = prepare.settings_of_night(tmp_path / "night.json", tmp_path)
-    assert (settings.profile.attention, settings.profile.micro_rows, settings.profile.sizes) == (
-        "FA2",
-        64,
-        "A100",
-    ) and seed == 2
+    assert seed == 2 and settings.profile == replace(GPU, sizes="A100", **chosen)
