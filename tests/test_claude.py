@@ -65,16 +65,13 @@ def test_a_reply_is_parsed():
 
 
 HONEST = (
-    """# x[..., 0] holds the previous token
+    """x = 1  # 8 layers ... 0.002
+# the rest moves nothing: variety for `tune`
 # q[..., :half], the rest passes unchanged
-# previous token's embedding, x[..., 1:]
 # (B, T, ...) -> remaining dims are flattened
-# the rest of the model is float32
 # the rest of the model's parameters go to AdamW
 # Muon for matrices, AdamW for the rest...
 # same code as in the paper, fused
-# existing code path for ROCm
-# unchanged code: torch.compile keeps its graph
 # other layers
 #"""
     + 20_000 * "-"
@@ -83,53 +80,27 @@ HONEST = (
 
 @pytest.mark.parametrize(
     "line",
-    [
-        "# rest unchanged",
-        "# same as before",
-        "# remaining lines as above",
-        "# ... (other layers)",
-        "# other methods here",
-        "# Rest of training loop stays as is",
-        "    ...",
-        "# ... existing code ...",
-        "    # ...",
-        "# ... (rest of the class unchanged)",
-        "// \u2026 unchanged",
-        "# rest of the file",
-        "#  [same code]",
-    ],
-)
+    ["    ...", "    # ...", "# ... existing code ...", "// \u2026 unchanged", "# remaining lines as above", "# rest of the file", "#  [same code]"],
+)  # fmt: skip
 def test_a_line_that_stands_for_others_is_refused(line):
     """It would cost a run. One that was there before may stay."""
     with pytest.raises(Rejected, match="stands for lines that it leaves out"):
         parse_reply(reply("x", ("a", f"b\n{line}")), "a\nc\n")
     assert parse_reply(reply("x", (f"a\n{line}", f"b\n{line}")), f"a\n{line}\n")[0].source == f"b\n{line}\n"
-    honest = (
-        "x = 1  # 8 layers ... 0.002\n# the rest moves nothing: variety for `tune`\n# same width as before\n" + HONEST
-    )
-    assert parse_reply(reply("x", ("a", honest)), "a\n")[0].source == honest + "\n"
+    assert parse_reply(reply("x", ("a", HONEST)), "a\n")[0].source == HONEST + "\n"
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "no SEARCH/REPLACE block.\n"),
-        (
-            "You have hit your usage limit.\nTry at 5pm",
-            'no SEARCH/REPLACE block; it says "You have hit your usage limit. Try at 5pm".\n',
-        ),
-        ("x" * 301, "no SEARCH/REPLACE block.\n"),
-        ("DESCRIPTION: x\nno block", "no SEARCH/REPLACE block"),
-        (reply("x", ("a", "b")).replace("DESCRIPTION: x\n", ""), "no DESCRIPTION"),
-        (reply("x", ("a", "b"))[:-12], "has no `=======` or no end"),
+        ("", "no SEARCH/REPLACE block.\n"), ("x" * 301, "no SEARCH/REPLACE block.\n"), ("Your limit is hit.\nTry at 5pm", 'it says "Your limit is hit. Try at 5pm".\n'),
+        (reply("x", ("a", "b")).replace("DESCRIPTION: x\n", ""), "no DESCRIPTION"), (reply("x", ("a", "b"))[:-12], "has no `=======` or no end"),
         (reply("x", ("a", "b")).replace(DIVIDER + "\n", ""), "has no `=======`"),
         (reply("x", ("a", "b"), ("c", "d")).replace(REPLACE, "", 1), "has no `=======` or no end"),
-        (reply("x", ("z", "b")), "match 0 times"),
-        (reply("x", ("", "b")), "is empty"),
-        (reply("x", ("c", "b")), "match 2 times"),
+        (reply("x", ("", "b")), "is empty"), (reply("x", ("c", "b")), "match 2 times"),
         (reply("x", ("a = ", "b")), "match 0 times"),  # part of a line is not a line
     ],
-)
+)  # fmt: skip
 def test_a_reply_that_is_no_proposal_is_rejected_with_its_reason(text, said):
     with pytest.raises(Rejected, match=re.escape(said)):
         parse_reply(text, "a\nc\nc\na = 1\n")
@@ -166,19 +137,16 @@ def test_a_server_that_will_never_reply_is_named_in_its_own_words(asking):
     """At once, after ten answers that are no reply, or after three ideas that it refused."""
     for answer, said in (
         (("empty", add("idea", 1)), "answered 10 times and never with a whole reply (its answer has no text)"),
-        (("html", "sign in"), "answers with text/html"),
-        (("status", (401, [], "invalid x-api-key")), "refuses the key"),
+        (("html", "sign in"), "answers with text/html"), (("status", (401, [], "invalid x-api-key")), "refuses the key"),
         (("status", (404, [], "model: gone")), "does not know the model"),
         (("error event", ("authentication_error", "no such key")), "refuses the key (no such key)"),
-        (("error event", ("not_found_error", "model: gone")), "does not know the model"),
         (("status", (400, [], {"error": {"message": "No connected db.", "type": "no_db_connection", "code": "400"}})),
          "refused 3 ideas and never replied (the server does not take the request: No connected db."),
-        (("status", (400, [], "Invalid model name passed in model=x")), "never replied"),
         (("status", (422, [], {"detail": "Unprocessable"})), "never replied (the server does not take the request: Unprocessable"),
         (("status", (422, [], "Budget has been exceeded! Current cost: 5.01")), "no credit or budget left (Budget has been exceeded!"),
         (("status", (429, [], "crossed budget: 0.002 >= 1d\n")), "no credit or budget left"),
         (("status", (429, [], "You exceeded your current quota, insufficient_quota")), "no credit or budget left"),
-        (("status", (415, [], "unsupported")), "refused 3 ideas"), (("status", (501, [], "not here")), "refused 3 ideas"),
+        (("status", (501, [], "not here")), "refused 3 ideas"),
         (("json", {"type": "message", "content": 5}), "never with a whole reply"),
         (("json", {"type": "error", "error": {"type": [], "message": "x"}}), "never with a whole reply"),
     ):  # fmt: skip
@@ -208,14 +176,10 @@ def test_what_brings_no_reply_costs_one_idea(asking):
 
 def test_an_outage_is_waited_out_with_a_line_at_its_third_failure(asking, capsys):
     """It shortens nothing. Each attempt is journalled and billed; what broke off counts for the cap at its worst case."""
-    statuses = [
-        (529, "overloaded"),
-        (429, "Quota exceeded for quota metric 'Generate requests per minute'"),
-        (429, "Resource has been exhausted (e.g. check quota)."),
-        (503, "upstream retry budget exceeded"),
-        (503, "Too many tokens, please wait before trying again."),
-        (500, "internal error while processing request {max_tokens: 32000}"),
-    ]
+    statuses = (
+        (529, "overloaded"), (429, "Quota exceeded for quota metric 'Generate requests per minute'"), (503, "upstream retry budget exceeded"),
+        (503, "Too many tokens, please wait before trying again."), (500, "internal error while processing request {max_tokens: 32000}"),
+    )  # fmt: skip
     answers = [("status", (status, [], words)) for status, words in statuses]
     for answer in (("cut", add("idea", 1)), ("error event", ""), *answers):
         ask, claude, server = asking([answer] * 5 + [numbered()])
@@ -231,11 +195,9 @@ def test_an_outage_is_waited_out_with_a_line_at_its_third_failure(asking, capsys
 def test_a_smaller_context_is_met_by_shorter_replies_then_by_a_shorter_history(asking, capsys):
     """Which is said once, and kept."""
     for status, words in (
-        (400, "max_tokens is too large: 32000"),
-        (500, "This model's maximum context length is 16384 tokens"),
-        (400, "request exceeds the available context size"),
-        (400, "prompt is too long: 70000 tokens"),
-    ):
+        (400, "max_tokens is too large: 32000"), (500, "This model's maximum context length is 16384 tokens"),
+        (400, "request exceeds the available context size"), (400, "prompt is too long: 70000 tokens"),
+    ):  # fmt: skip
         no = ("status", (status, [], words))
         ask, _, server = asking([lambda body, no=no: no if body["max_tokens"] > 8_000 else add("idea", 1)])
         assert all("idea 1" in ask() for _ in range(2)) and capsys.readouterr().out.count("context is small") == 1
@@ -275,11 +237,8 @@ def test_a_reply_is_its_text_blocks_without_thoughts():
 
 
 def test_what_another_server_does_not_take_is_left_out_aloud(asking, capsys):
-    other = [
-        ("status", (422, [], "extra fields: output_config")),
-        ("status", (422, [], "cache_control: extra fields not permitted")),
-        ("status", (400, [], "'system' must be a string")),
-    ]
+    words = ("extra fields: output_config", "cache_control: extra fields not permitted", "'system' must be a string")
+    other = [("status", (422, [], text)) for text in words]
     for script in (other, [("status", (400, [], "This model does not support the effort parameter."))]):
         ask, _, server = asking([*script, numbered()])
         assert "idea 0" in ask() and capsys.readouterr().out.count("going on without it") == len(script)
@@ -306,9 +265,7 @@ def test_what_is_wrong_is_found_before_the_baseline(asking, monkeypatch):
     for model, key, odd, said, of_another in (
         (MODEL, "wrong", {}, "refuses the key (invalid x-api-key)", ""),
         (MODEL, "k", {"get": forbidden}, "only llm_api_routes", ""),
-        ("claude-9", "k", {}, unknown, ""),
         ("claude-9", "k", {"listed": [None]}, unknown, ""),
-        ("claude-9", "k", {"listed": [5]}, unknown, ""),
         ("claude-9", "k", {"listed": ["qwen", "llama"]}, unknown, "that it has: qwen, llama"),
     ):
         with MessagesServer([""], **odd) as server:
@@ -337,7 +294,6 @@ def test_a_server_that_does_not_answer_and_a_proxy_of_an_unknown_kind_are_named(
     ("model", "tokens", "usd"),
     [
         (MODEL, {"input": 1_000, "cache_write": 30_000, "cache_read": 20_000, "output": 10_000}, 0.004 + 0.24 + 0.004 + 0.2),
-        ("claude-sonnet-5-5", {"cache_read": 1_000_000, "output": 1_000}, 0.1 + 0.01),
         ("claude-haiku-5-5", {"input": 40_000, "cache_read": 60_000, "output": 2_000}, 0.004 + 0.0006 + 0.001),
         ("claude-haiku-5-5", {"input": 40_000, "cache_read": 60_001, "output": 2_000}, 5 * (0.004 + 0.00060001 + 0.001)),
         ("another", {"input": 1}, None),
@@ -408,10 +364,10 @@ def test_a_night_with_replies_of_every_kind(checkout, night):
     results = check_agreement(checkout)
     verdicts = {row["description"]: row["verdict"] for row in results}
     assert verdicts["good"] == verdicts["mended"] == "keep" and verdicts["crashes"] == "crash"
-    lost = [
-        row for row in results if row["operator"] == "tune"
-    ]  # a refusal, `max_tokens` twice, and what no longer applies
-    assert len(lost) >= 2 and all("->" in row["description"] for row in lost)
+    lost = [row["description"] for row in results if row["operator"] == "tune"]
+    assert len(lost) >= 2 and all(
+        "->" in text for text in lost
+    )  # a refusal, `max_tokens` twice, what no longer applies
     repaired = next(row for row in results if row["description"] == "repaired")
     assert repaired["mends"] == next(row["number"] for row in results if row["description"] == "crashes")
     reasons = [row["reason"] for row in rows_of(checkout, "reject")]
@@ -438,8 +394,7 @@ def test_a_proposal_that_was_paid_for_is_used_after_a_kill(checkout):
     with MessagesServer([numbered()], models=("qwen",)) as server:
         keys = {"ANTHROPIC_API_KEY": "canary-key", "ANTHROPIC_BASE_URL": server.url}
         process = checkout.start(*NIGHT, "--experiments", "2", "--model", "qwen", **keys)
-        journal = checkout.folder / "runs" / "t" / "journal.jsonl"
-        wait_for(lambda: journal.exists() and journal.read_text().count('"event": "proposal"') == 2, process)
+        wait_for(lambda: len(rows_of(checkout, "proposal")) == 2, process)
         process.kill()
         process.communicate()
         paid = [row["description"] for row in rows_of(checkout, "proposal")]
@@ -527,8 +482,7 @@ def test_interrupted_while_thinking_the_call_stands_at_its_worst_case(checkout):
     """Exit 0 at once; the call in flight is thrown away."""
     with MessagesServer([numbered()], think_s=20.0) as server:
         process = checkout.start(*NIGHT, "--experiments", "3", ANTHROPIC_API_KEY="k", ANTHROPIC_BASE_URL=server.url)
-        journal = checkout.folder / "runs" / "t" / "journal.jsonl"
-        wait_for(lambda: server.requests and journal.exists() and rows_of(checkout, "result"), process)
+        wait_for(lambda: server.requests and rows_of(checkout, "result"), process)
         start = time.monotonic()
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=20)
