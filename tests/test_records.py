@@ -9,23 +9,10 @@ from lab.records import Result, Run, Verdict, clean, like_rounding, pace_text, r
 
 METRICS = {"training_seconds": 299.5, "num_steps": 1000}
 PARTS = {"load": 4.0, "val": 10.0}
-RUN = Run(
-    "sha",
-    1,
-    1.0,
-    1.0,
-    "",
-    "",
-    METRICS,
-    320.0,
-    300.0,
-    20.0,
-    0.1,
-    saving_seconds=1.0,
-    weights_bytes=100,
-    parts=PARTS,
-    probe={"rows": 1_024, "last_mean_nats": 5e-5, "last_abs_nats": 1e-4},
-)  # it started for 19 s, and its clock half a second after the line
+PROBE = {"rows": 1_024, "last_mean_nats": 5e-5, "last_abs_nats": 1e-4}
+RUN = Run(  # it started for 19 s, and its clock half a second after the line
+    "sha", 1, 1.0, 1.0, "", "", METRICS, 320.0, 300.0, 20.0, 0.1, saving_seconds=1.0, weights_bytes=100, parts=PARTS, probe=PROBE
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -33,35 +20,23 @@ RUN = Run(
     [
         ({}, ""),
         ({"metrics": {}}, ""),  # what a run says of itself can condemn it, not acquit it
-        ({"metrics": {"training_seconds": 304.0, "num_steps": 1000}}, "trained 304.0 s of 300 s"),
-        (
-            {"metrics": {"training_seconds": 304.0, "num_steps": 1}},
-            "trained 304.0 s of 300 s",
-        ),  # a step as long as it says
-        (
-            {"metrics": {"training_seconds": 0.11, "num_steps": 9}},
-            "says that it trained 0.1 s",
-        ),  # clock.stop() by train.py
+        ({"metrics": {"training_seconds": 304.0, "num_steps": 1}}, "trained 304.0 s of 300 s"),  # a step as long as it says
+        ({"metrics": {"training_seconds": 0.11, "num_steps": 9}}, "says that it trained 0.1 s"),  # clock.stop() by train.py
         ({"clock_seconds": 305.2, "metrics": {"training_seconds": 303.2, "num_steps": 9}}, ""),  # a longer look
         ({"clock_seconds": 305.4, "metrics": {"training_seconds": 300.0}}, "trained for 303.4 s by the agent's watch"),
-        ({"clock_seconds": 306.0, "metrics": {}}, "trained for 305.5 s by the agent's watch"),
-        ({"clock_seconds": 303.0}, ""),
-        ({"clock_seconds": None}, "never started"),
-        ({"saving_seconds": None}, "never said that the training was over"),
+        ({"clock_seconds": 306.0, "metrics": {}}, "trained for 305.5 s by the agent's watch"), ({"clock_seconds": 303.0}, ""),
+        ({"clock_seconds": None}, "never started"), ({"saving_seconds": None}, "never said that the training was over"),
         ({"saving_seconds": 3.5, "run_seconds": 322.5}, "from the end of its training to its exit; 3.0 s are allowed"),
         ({"saving_seconds": 3.5, "run_seconds": 322.5, "weights_bytes": 200}, ""),
         ({"saving_seconds": 18.0, "run_seconds": 337.0, "weights_bytes": 10**12}, "exit; 17.0 s are allowed"),
         ({"run_seconds": 301.0 + 58}, ""),
-        ({"probe": {"last_mean_nats": -4e-4, "last_abs_nats": 5e-4}}, ""),
-        ({"probe": {"last_mean_nats": 6e-4}}, "at the edge of the probe change"),
+        ({"probe": {"last_mean_nats": -4e-4, "last_abs_nats": 5e-4}}, ""), ({"probe": {"last_mean_nats": 6e-4}}, "at the edge of the probe change"),
         ({"probe": {"last_abs_nats": 1.2e-3}}, "last_abs_nats 0.00120; the baseline's 0.00010"),
         ({"run_seconds": 301.0 + 59}, "started for 59 s; 58 s are allowed, the baseline took 19 s"),
-        ({"parts": {"load": 7.0, "val": 21.0}}, ""),
-        ({"parts": {"load": 7.5}}, "its part `load`; 7.0 s are allowed"),
-        ({"parts": {"val": 21.5}}, "its part `val`; 21.0 s are allowed"),
-        ({"distrust": "looks ahead"}, "looks ahead"),
+        ({"parts": {"load": 7.0, "val": 21.0}}, ""), ({"parts": {"load": 7.5}}, "its part `load`; 7.0 s are allowed"),
+        ({"parts": {"val": 21.5}}, "its part `val`; 21.0 s are allowed"), ({"distrust": "looks ahead"}, "looks ahead"),
     ],
-)
+)  # fmt: skip
 def test_a_number_that_took_too_long_does_not_count(changes, said):
     found = run_trouble(replace(RUN, **changes), RUN, 300.0)
     assert said in found and bool(found) == bool(said)
@@ -78,9 +53,7 @@ def test_a_probe_is_held_against_that_of_the_baseline_only_above_rounding():
     lucky = replace(RUN, probe={"rows": 1_024, "last_mean_nats": 0.0, "last_abs_nats": 5e-3})  # its mean is 0 by chance
     assert unlike(replace(RUN, probe={"last_mean_nats": 4e-4, "last_abs_nats": 5e-3}), lucky) == ""
     assert unlike(replace(RUN, probe={"last_mean_nats": float("nan")}), silent)
-    assert "0.00160" in unlike(
-        replace(RUN, probe={"last_mean_nats": 1.6e-3}), silent
-    )  # look-ahead within the old tolerance
+    assert "0.00160" in unlike(replace(RUN, probe={"last_mean_nats": 1.6e-3}), silent)
 
 
 @pytest.mark.parametrize(
