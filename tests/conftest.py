@@ -56,13 +56,27 @@ def data_of(cache: Path) -> Path:
     return folder
 
 
+def start_prepare(cache: Path, *flags, **environment) -> subprocess.Popen:
+    """`prepare.py --profile cpu` on this cache, as a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, ROOT / "prepare.py", "--profile", "cpu", *flags], env={**os.environ, "AUTORESEARCH_CACHE": str(cache), **environment},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def run_prepare(cache: Path, *flags, expect=0, **environment) -> str:
+    process = start_prepare(cache, *flags, **environment)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == expect and "Traceback" not in output, output
+    return output
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
     """A cache folder in which `prepare.py --profile cpu` has run, once for all workers: the others wait for its lock."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if worker else base) / "prepared"
-    command = [sys.executable, str(ROOT / "prepare.py"), "--profile", "cpu"]
-    subprocess.run(command, env={**os.environ, "AUTORESEARCH_CACHE": str(folder)}, check=True, timeout=120)
+    run_prepare(folder)
     return folder
 
 

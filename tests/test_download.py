@@ -3,17 +3,13 @@
 import hashlib
 import http.server
 import io
-import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT
+from conftest import run_prepare
 
 import constants
 import prepare
@@ -141,25 +137,10 @@ def test_the_token_goes_to_the_hub(hub, tmp_path, monkeypatch):
     assert hub.log[0][1] == "Bearer secret"
 
 
-def run_prepare(hub, cache: Path):
-    environment = {**os.environ, "AUTORESEARCH_CACHE": str(cache), "HF_ENDPOINT": hub.url}
-    command = [
-        sys.executable,
-        str(ROOT / "prepare.py"),
-        "--profile",
-        "cpu",
-        "--dataset",
-        "climbmix",
-        "--num-shards",
-        "1",
-    ]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-
-
 def test_climbmix_end_to_end(hub, tmp_path):
     hub.faults = {"shard_00000.parquet": ["close"], "shard_06542.parquet": ["short", "503"]}
-    done = run_prepare(hub, tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    flags = ("--dataset", "climbmix", "--num-shards", "1")
+    run_prepare(tmp_path, *flags, HF_ENDPOINT=hub.url)
     profile = constants.PROFILES["cpu"]
     (folder,) = tmp_path.glob("cpu-climbmix-*")
     encoding = prepare.load_tokenizer(folder / "tokenizer.txt")
@@ -172,4 +153,4 @@ def test_climbmix_end_to_end(hub, tmp_path):
     expected = np.array(list(prepare.pack_rows(tokens, profile.max_seq_len + 1, bos, keep_tails=False)))
     assert (rows == expected[: profile.val_rows]).all()
     requests = len(hub.log)
-    assert "nothing to do" in run_prepare(hub, tmp_path).stdout and len(hub.log) == requests
+    assert "nothing to do" in run_prepare(tmp_path, *flags, HF_ENDPOINT=hub.url) and len(hub.log) == requests
