@@ -12,7 +12,25 @@ ODD = {  # how other servers stream: the kind of event that each leaves out
 }  # fmt: skip
 
 
-class MessagesServer:
+class LocalServer:
+    """A server on a free local port, while its `with` lasts."""
+
+    def __init__(self, handler):
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.server.daemon_threads = True
+        self.server.handle_error = lambda *args: None  # a connection that the test itself cut
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *exc):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class MessagesServer(LocalServer):
     """`script` holds one reply for each call: text, or (kind, argument); the last one is repeated for ever.
 
     Kinds: "status" (code, headers, message or JSON body), "refusal", "max_tokens", "cut", "error event" (message, or (type, message)),
@@ -44,9 +62,8 @@ class MessagesServer:
                 elif name not in owner.models:
                     self.answer(404, {"error": {"type": "not_found_error", "message": f"model: {name}"}})
                 else:
-                    self.answer(
-                        200, {"type": "model", "id": name, "display_name": name, "created_at": "2026-01-01T00:00:00Z"}
-                    )
+                    times = {"created_at": "2026-01-01T00:00:00Z"}
+                    self.answer(200, {"type": "model", "id": name, "display_name": name} | times)
 
             def wrong_key(self):
                 return "wrong" in f"{self.headers.get('x-api-key')} {self.headers.get('authorization')}"
@@ -68,14 +85,9 @@ class MessagesServer:
                 elif kind == "html":
                     self.answer(200, argument, kind="text/html")
                 elif kind == "json":
-                    content = [{"type": "text", "text": argument}]
-                    whole = {"type": "message", "role": "assistant", "content": content, "stop_reason": "end_turn"}
-                    self.answer(
-                        200,
-                        argument
-                        if isinstance(argument, dict)
-                        else whole | {"usage": {"input_tokens": 9, "output_tokens": 9}},
-                    )
+                    whole = {"type": "message", "role": "assistant", "content": [{"type": "text", "text": argument}]}
+                    whole |= {"stop_reason": "end_turn", "usage": {"input_tokens": 9, "output_tokens": 9}}
+                    self.answer(200, argument if isinstance(argument, dict) else whole)
                 else:
                     self.stream(kind, argument)
 
@@ -93,15 +105,10 @@ class MessagesServer:
                 self.send_header("content-type", "text/event-stream")
                 self.send_header("connection", "close")
                 self.end_headers()
-                usage = {
-                    "input_tokens": 100,
-                    "cache_creation_input_tokens": 30,
-                    "cache_read_input_tokens": 5000,
-                    "output_tokens": 1,
-                }
+                usage = {"input_tokens": 100, "cache_creation_input_tokens": 30, "cache_read_input_tokens": 5000}
                 owner.count(input=100, cache_write=30, cache_read=5000)
                 message = {"id": "m", "type": "message", "role": "assistant", "content": [], "model": "claude-opus-5-5",
-                           "stop_reason": None, "stop_sequence": None, "usage": usage}  # fmt: skip
+                           "stop_reason": None, "stop_sequence": None, "usage": usage | {"output_tokens": 1}}  # fmt: skip
                 self.event("message_start", message=message)
                 if kind == "error event":
                     owner.count(output=1)
@@ -112,22 +119,17 @@ class MessagesServer:
                 if kind != "refusal":
                     self.event("content_block_start", index=0, content_block={"type": "text", "text": ""})
                     for begin in range(0, len(half), 50):
-                        self.event(
-                            "content_block_delta",
-                            index=0,
-                            delta={"type": "text_delta", "text": half[begin : begin + 50]},
-                        )
+                        delta = {"type": "text_delta", "text": half[begin : begin + 50]}
+                        self.event("content_block_delta", index=0, delta=delta)
                 if kind == "cut":
                     owner.count(output=1)
                     return
                 if kind != "refusal":
                     self.event("content_block_stop", index=0)
-                stop = "end_turn" if kind == "text" else kind
+                delta = {"stop_reason": "end_turn" if kind == "text" else kind, "stop_sequence": None}
                 tokens = 7 + len(half) // 4
                 owner.count(output=tokens)
-                self.event(
-                    "message_delta", delta={"stop_reason": stop, "stop_sequence": None}, usage={"output_tokens": tokens}
-                )
+                self.event("message_delta", delta=delta, usage={"output_tokens": tokens})
                 self.event("message_stop")
 
             def event(self, kind, **facts):
@@ -141,27 +143,14 @@ class MessagesServer:
                 elif self.odd in ("no stop_reason", "empty") and kind == "message_delta":
                     event["delta"] = {"stop_reason": None}
                 if kind != ODD.get(self.odd) and not (self.odd == "empty" and kind.startswith("content")):
-                    extra = (
-                        'event: ping\ndata: {}\n\nevent: new\ndata: {"type": "new", "x": [1]}\n\n'
-                        if self.odd == "more"
-                        else ""
-                    )
+                    more = 'event: ping\ndata: {}\n\nevent: new\ndata: {"type": "new", "x": [1]}\n\n'
+                    extra = more if self.odd == "more" else ""
                     self.wfile.write(f"{extra}{named}data: {json.dumps(event)}\n\n".encode())
                     self.wfile.flush()
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        super().__init__(Handler)
 
     def count(self, **tokens):
         with self.lock:
             for name, number in tokens.items():
                 self.usage[name] += number
-
-    def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(self, *exc):
-        self.server.shutdown()
-        self.server.server_close()

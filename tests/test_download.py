@@ -3,13 +3,13 @@
 import hashlib
 import http.server
 import io
-import threading
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import run_prepare
+from messages_server import LocalServer
 
 import constants
 import prepare
@@ -25,7 +25,7 @@ def shard(seed: int) -> bytes:
     return sink.getvalue()
 
 
-class Hub:
+class Hub(LocalServer):
     """A hub on a free local port. `faults` maps a shard's name to what happens at its next requests, in order."""
 
     def __init__(self, files: dict[str, bytes]):
@@ -60,15 +60,7 @@ class Hub:
                 bodies = {"page": page, "garbage": b"x" * len(data), "short": half, "close": half}
                 return self.answer(200, bodies.get(fault, data), length=len(data) if fault == "close" else None)
 
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.handle_error = lambda *args: None  # a connection that the test itself cut
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-
-    def close(self):
-        self.server.shutdown()
-        self.server.server_close()
+        super().__init__(Handler)
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +71,8 @@ def shards():
 
 @pytest.fixture
 def hub(shards):
-    hub = Hub(dict(shards))
-    yield hub
-    hub.close()
+    with Hub(dict(shards)) as hub:
+        yield hub
 
 
 def fetch(hub, tmp_path, name="shard_00000.parquet", tries=4):
@@ -112,7 +103,7 @@ def test_a_missing_shard_is_said_at_once(hub, tmp_path, monkeypatch):
 
 
 def test_a_server_that_is_not_there_is_named(hub, tmp_path):
-    hub.close()
+    hub.url = "http://127.0.0.1:9"
     with pytest.raises(prepare.Problem, match="shard_00000 could not be downloaded"):
         fetch(hub, tmp_path, tries=2)
 
