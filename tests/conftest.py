@@ -103,16 +103,17 @@ def container_works() -> bool:
         return False
 
 
+def replaced(text: str, old: str, new: str) -> str:
+    """The text with the one `old` in it replaced."""
+    assert text.count(old) == 1
+    return text.replace(old, new)
+
+
 def small(source: str) -> str:
     """The real train.py with one layer and a small table on the cpu profile: everything is there, and takes a fraction of the time."""
-    for large, little in (
-        ("        n_layer=2,", "        n_layer=1,"),
-        ("        ngram_rows=2**16,", "        ngram_rows=2**10,"),
-        ("        step_tokens=2**12,", "        step_tokens=2**10,"),  # some steps, however busy the machine
-    ):
-        assert source.count(large) == 1
-        source = source.replace(large, little)
-    return source
+    source = replaced(source, "        n_layer=2,", "        n_layer=1,")
+    source = replaced(source, "        ngram_rows=2**16,", "        ngram_rows=2**10,")
+    return replaced(source, "        step_tokens=2**12,", "        step_tokens=2**10,")  # some steps on a busy machine
 
 
 class Checkout:
@@ -140,11 +141,13 @@ class Checkout:
         for name in ("train.bin", "val.bin", "test.bin", "tokenizer.txt"):
             (data / name).write_text(f"stub{step_s}" if name == "train.bin" else "stub")
 
+    def edit(self, name: str, old: str, new: str) -> None:
+        """Replaces what stands once in a file."""
+        (self.folder / name).write_text(replaced((self.folder / name).read_text(), old, new))
+
     def drop_screen(self) -> None:
         """Lets experiments past the screen: what they try then must fail elsewhere."""
-        text = (self.folder / "lab" / "propose" / "screen.py").read_text()
-        assert text.count("check_rules(tree)\n") == 1
-        (self.folder / "lab" / "propose" / "screen.py").write_text(text.replace("check_rules(tree)\n", "pass\n"))
+        self.edit("lab/propose/screen.py", "check_rules(tree)\n", "pass\n")
 
     def agent(self, *args, expect=0, **environment) -> str:
         process = self.start(*args, **environment)
@@ -278,9 +281,8 @@ def fake_run(night: Night, before=lambda source, seed: None):
             caught = model.get("distrust_seed") in (None, seed) and model.get("distrust", "")
             true_bpb = truth(model, seed)
             best, val_bpb = night.incumbent, true_bpb - model.get("overfit", 0.0)
-            claim = seed != constants.CONFIRM_SEED and (
-                best is None or seed != constants.SEED or val_bpb < best.run.val_bpb
-            )
+            wins = best is None or seed != constants.SEED or val_bpb < best.run.val_bpb
+            claim = seed != constants.CONFIRM_SEED and wins
             run = replace(run, val_bpb=val_bpb, test_bpb=true_bpb if claim else None, distrust=caught or "")
         except Exception as error:
             run = replace(run, crash=f"{type(error).__name__}: {error}", metrics={}, scoring_seconds=None)
@@ -324,9 +326,8 @@ FIRST = "        lr=0.4,  # best at 0.1"
 
 def better(lr: float, **more) -> tuple[str, str]:
     """A change to another learning rate, nearer to the best one; `more` are further facts about the model."""
-    return FIRST, f"        lr={lr},  # best at 0.1" + "".join(
-        f"\n        {name}={value!r}," for name, value in more.items()
-    )
+    facts = "".join(f"\n        {name}={value!r}," for name, value in more.items())
+    return FIRST, f"        lr={lr},  # best at 0.1{facts}"
 
 
 # ---------------------------------------------------------------------------
@@ -389,8 +390,7 @@ def story(checkout):
 
 def mount_small(folder, size: str):
     folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True
-    )
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")

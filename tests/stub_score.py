@@ -18,10 +18,8 @@ def truth(model: dict, seed: int) -> float:
 
 def main():
     folder, below = Path(sys.argv[1]), float(sys.argv[sys.argv.index("--below") + 1])
-    model, seed = (
-        json.loads((folder / "out" / "model.pt").read_text()),
-        json.loads((folder / "run.json").read_text())["seed"],
-    )
+    model = json.loads((folder / "out" / "model.pt").read_text())
+    seed = json.loads((folder / "run.json").read_text())["seed"]
     stumbled = folder.parent / "stumbled"
     if model.get("stumbles") and seed == 2 and not stumbled.exists():
         stumbled.touch()

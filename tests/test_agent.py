@@ -9,17 +9,7 @@ from functools import partial
 
 import pytest
 from conftest import (
-    FIRST,
-    NIGHT,
-    STUB,
-    Script,
-    better,
-    check_agreement,
-    fake_measure,
-    fake_run,
-    open_here,
-    rows_of,
-    run_here,
+    FIRST, NIGHT, STUB, Script, better, check_agreement, fake_measure, fake_run, open_here, rows_of, run_here
 )  # fmt: skip
 from test_records import METRICS, RUN
 
@@ -138,7 +128,7 @@ def test_a_baseline_that_a_busy_machine_slowed_on_the_second_seed_is_measured_th
 
 def test_second_runs_by_the_program(checkout):
     """A confirming run is scored without test, is tried once more if it crashed, and each phase has its line."""
-    (checkout.folder / "train.py").write_text(STUB.replace("lr=0.4", "lr=0.39, stumbles=True"))
+    checkout.edit("train.py", "lr=0.4", "lr=0.39, stumbles=True")
     output = checkout.agent("--tag", "t", "--profile", "cpu", "--try", "stumbles", "--confirm")
     assert check_agreement(checkout)[1]["verdict"] == "keep"
     runs = [row for row in rows_of(checkout, "run") if row["seed"] == CONFIRM_SEED]
@@ -180,8 +170,7 @@ def test_twenty_crashes_in_a_row_stop_the_night(checkout):
 
 
 def test_a_baseline_that_crashes_ends_the_night_with_its_log(checkout, monkeypatch):
-    source = STUB.replace("    steps = 0\n", "    steps = 0\n    raise RuntimeError('at once')\n")
-    (checkout.folder / "train.py").write_text(source)
+    checkout.edit("train.py", "    steps = 0\n", "    raise RuntimeError('at once')\n")
     output = checkout.agent(*NIGHT, expect=1)
     assert "the baseline failed" in output and "RuntimeError: at once" in output and "--tag NEW" in output
     runs = checkout.folder / "runs"
@@ -276,8 +265,8 @@ def test_what_a_start_takes_over_from_the_last(monkeypatch):
 def test_try_runs_the_checkout_against_the_committed_baseline(checkout):
     flags = ("--tag", "t", "--profile", "cpu", "--no-confirm", "--try")
     assert "edit it" in checkout.agent(*flags, "nothing", expect=1)
-    talks = STUB.replace("lr=0.4", "lr=0.2").replace("    steps = 0\n", "    steps = 0\n    print('counted 7')\n")
-    (checkout.folder / "train.py").write_text(talks)
+    checkout.edit("train.py", "lr=0.4", "lr=0.2")
+    checkout.edit("train.py", "    steps = 0\n", "    steps = 0\n    print('counted 7')\n")
     output = checkout.agent(*flags, "halve the  rate", "--because", "it overshoots")
     assert "Its run beside the incumbent's: tokens +0 %; loss after 25% of the time" in output
     assert output.count("it printed: ") == 1 and "it printed: counted 7\n" in output
@@ -287,7 +276,7 @@ def test_try_runs_the_checkout_against_the_committed_baseline(checkout):
     assert [(row["verdict"], row["description"]) for row in results[1:]] == [("keep", "halve the rate")]
     assert "lr=0.4" in checkout.git("show", f"{results[0]['commit']}:train.py")
     assert "git diff autoresearch/t -- train.py" in output
-    (checkout.folder / "train.py").write_text(STUB.replace("lr=0.4", "lr=0.8"))
+    checkout.edit("train.py", "lr=0.2", "lr=0.8")
     output = checkout.agent(*flags, "still \x1b[31mtoo\nhigh")
     table = [line for line in output.splitlines() if line[:4].strip().isdigit()]
     assert [line.split()[0] for line in table] == ["1", "2"]  # the incumbent and its own, not the whole night
@@ -296,11 +285,10 @@ def test_try_runs_the_checkout_against_the_committed_baseline(checkout):
 
 
 def test_a_rehearsal_says_in_seconds_whether_it_would_run_and_records_nothing(checkout):
-    train = checkout.folder / "train.py"
-    train.write_text(STUB.replace("lr=0.4", "lr=0.2"))
+    checkout.edit("train.py", "lr=0.4", "lr=0.2")
     flags = ("--profile", "cpu", "--try", "x", "--dry")
     assert "passes the screen, builds and takes three steps" in checkout.agent(*flags)
-    train.write_text(STUB + "import os\n")
+    checkout.edit("train.py", "import prepare\n", "import os, prepare\n")
     assert "`os` is refused" in checkout.agent(*flags, expect=1)
     assert not list(checkout.folder.glob("runs/*")) and not checkout.git("for-each-ref", "refs/autoresearch")
     night = open_here(checkout)
@@ -314,10 +302,10 @@ def test_a_rehearsal_says_in_seconds_whether_it_would_run_and_records_nothing(ch
 
 def test_tries_and_replays_are_nights_of_their_own(checkout, monkeypatch):
     run_here(open_here(checkout), 1)  # not ended: one that names no tag would take it up
-    (checkout.folder / "train.py").write_text(STUB.replace("lr=0.4", "lr=0.35"))
+    checkout.edit("train.py", "lr=0.4", "lr=0.35")
     output = checkout.agent("--profile", "cpu", "--budget", "30", "--no-confirm", "--try", "lower rate")
     assert "git diff autoresearch/try -- train.py" in output and len(check_agreement(checkout, "try")) == 2
-    (checkout.folder / "train.py").write_text(STUB)
+    checkout.edit("train.py", "lr=0.35", "lr=0.4")
     replayed = checkout.agent("--replay", "try", "--no-confirm", "--profile", "cpu")
     assert "30 s a run" in replayed  # as in the night that it repeats
     assert "night try cannot replay itself" in checkout.agent("--replay", "try", "--tag", "try", expect=1)

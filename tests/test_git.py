@@ -35,9 +35,7 @@ def test_a_night_leaves_the_checkout_alone(checkout):
     """Dirty, staged and untracked work, a lock left over by something that was killed, a detached head: as they were."""
     checkout.git("checkout", "-q", "--detach")
     head = checkout.git("rev-parse", "HEAD")
-    (checkout.folder / "train.py").write_text(
-        (checkout.folder / "train.py").read_text().replace("width=64", "width=100")
-    )
+    checkout.edit("train.py", "width=64", "width=100")
     (checkout.folder / "staged.txt").write_text("staged")
     checkout.git("add", "staged.txt")
     (checkout.folder / "untracked.txt").write_text("untracked")
@@ -63,16 +61,12 @@ def test_an_inherited_git_dir_leads_nowhere(checkout, tmp_path, monkeypatch):
     """As a hook or `git rebase -x` sets it: the night's refs and commits land in its own repository."""
     night, other = open_here(checkout), tmp_path / "other"
     subprocess.run(["git", "init", "-q", str(other)], check=True)
-    for name, value in (
-        ("GIT_DIR", other / ".git"),
-        ("GIT_WORK_TREE", other),
-        ("GIT_INDEX_FILE", other / ".git/index"),
-    ):
-        monkeypatch.setenv(name, str(value))
-    night.repository = Repository(checkout.folder)
-    run_here(night, 1)
-    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
-        monkeypatch.delenv(name)
+    places = {"GIT_DIR": other / ".git", "GIT_WORK_TREE": other, "GIT_INDEX_FILE": other / ".git/index"}
+    with monkeypatch.context() as patch:
+        for name, value in places.items():
+            patch.setenv(name, str(value))
+        night.repository = Repository(checkout.folder)
+        run_here(night, 1)
     assert checkout.git("for-each-ref", "refs/autoresearch/t") and len(check_agreement(checkout)) == 2
     refs = subprocess.run(["git", "-C", str(other), "for-each-ref"], capture_output=True, text=True, check=True)
     assert refs.stdout == ""

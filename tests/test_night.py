@@ -54,19 +54,15 @@ def test_the_journal_cut_at_any_byte_of_its_last_line_loses_that_line_alone(tmp_
 
 def test_a_damaged_line_and_an_older_format_are_named(tmp_path):
     path = tmp_path / "journal.jsonl"
-    path.write_text('{"event": "night", "format": 3}\n{"event"\n{"event": "end"}\n')
-    with pytest.raises(Problem, match="line 2 is damaged"):
-        read_journal(path)
-    for line in ("null", "[]", "{}", "3"):
-        path.write_text(f'{{"event": "night", "format": {FORMAT}}}\n{line}\n')
-        with pytest.raises(Problem, match="line 2 is damaged"):
+    first = f'{{"event": "night", "format": {FORMAT}}}\n'
+    for text, said in (
+        (first + '{"event"\n{"event": "end"}\n', "line 2 is damaged"), (first + "null\n", "line 2 is damaged"), (first + "{}\n", "line 2 is damaged"),
+        ('{"event": "result"}\n', "lacks its first line"),
+        ('{"event": "night"}\n', "format of an earlier version; start another night with --tag NEW"),
+    ):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(Problem, match=said):
             read_journal(path)
-    path.write_text('{"event": "result"}\n')
-    with pytest.raises(Problem, match="lacks its first line"):
-        read_journal(path)
-    path.write_text('{"event": "night"}\n')
-    with pytest.raises(Problem, match="format of an earlier version; start another night with --tag NEW"):
-        read_journal(path)
 
 
 @pytest.fixture
@@ -76,8 +72,7 @@ def small_disk(tmp_path):
     mount_small(folder, "4m")
     try:
         checkout = make_checkout(folder / "checkout", tmp_path / "cache", stub=True)
-        module = checkout.folder / "lab" / "measure" / "files.py"
-        module.write_text(module.read_text().replace("DISK_FLOOR_BYTES = 2**30", "DISK_FLOOR_BYTES = 2**12"))
+        checkout.edit("lab/measure/files.py", "DISK_FLOOR_BYTES = 2**30", "DISK_FLOOR_BYTES = 2**12")
         yield checkout
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
@@ -98,11 +93,8 @@ def test_an_append_that_finds_the_disk_full_leaves_nothing_behind(small_disk):
         journal.append("note", text="x" * 100_000)
     filler.unlink()
     journal.append("note", text="last")
-    assert (
-        [row["text"] for row in Journal(journal.path).rows]
-        == ["first", "last"]
-        == [row["text"] for row in journal.rows]
-    )
+    for rows in (journal.rows, Journal(journal.path).rows):
+        assert [row["text"] for row in rows] == ["first", "last"]
 
 
 @pytest.mark.parametrize("free_kb", [8, 48])
@@ -112,14 +104,11 @@ def test_a_disk_that_fills_up_stops_the_night_and_loses_nothing(small_disk, free
     filler = fill(small_disk, free_kb)
     output = small_disk.agent("--tag", "t", "--experiments", "40", expect=1)
     assert "Traceback" not in output and "goes on where it stopped" in output
-    assert any(word in output for word in ("is full", "No space left", "unable to write", "t write", "are free in")), (
-        output
-    )
+    assert any(word in output for word in ("is full", "No space left", "t write", "are free in")), output
     filler.unlink()
     small_disk.agent("--tag", "t", "--experiments", "4")
-    assert [row[:-1] for row in story(small_disk)] == [
-        row[:-1] for row in undisturbed[:5]
-    ]  # the trees differ: lab/measure/files.py does
+    trees = -1  # which differ, since lab/measure/files.py does
+    assert [row[:trees] for row in story(small_disk)] == [row[:trees] for row in undisturbed[:5]]
 
 
 @pytest.mark.parametrize(
@@ -129,8 +118,7 @@ def test_a_run_that_fills_the_disk_is_a_crash_and_the_night_goes_on(small_disk, 
     """Its own files, or files without a name, took the space: it is not run again and again. What it wrote is gone before its row is written."""
     small_disk.drop_screen()
     small_disk.agent(*NIGHT, "--experiments", "1")
-    source = STUB.replace("    steps = 0\n", f"    steps = 0\n    prepare.Path('big').{how}\n")
-    (small_disk.folder / "train.py").write_text(source.replace("lr=0.4", "lr=0.1"))
+    small_disk.edit("train.py", "    steps = 0\n", f"    steps = 0\n    prepare.Path('big').{how}\n")
     small_disk.agent("--tag", "t", "--try", "fills the disk")
     row = rows_of(small_disk, "result")[-1]
     assert row["verdict"] == "crash" and "No space left" in row["reason"]
@@ -191,10 +179,8 @@ def cut_copy(finished, tmp_path, count: int, torn: bytes = b"", moved: bool = Fa
     for row in rows:
         if row["event"] == "result" and row not in done:
             checkout.git("update-ref", "-d", f"refs/autoresearch/t/{row['number']:04d}")
-    keeps = [row["commit"] for row in done if row["verdict"] == "keep"]
-    checkout.git(
-        "update-ref", *(["refs/heads/autoresearch/t", keeps[-1]] if keeps else ["-d", "refs/heads/autoresearch/t"])
-    )
+    keeps, branch = [row["commit"] for row in done if row["verdict"] == "keep"], "refs/heads/autoresearch/t"
+    checkout.git("update-ref", *([branch, keeps[-1]] if keeps else ["-d", branch]))
     return checkout
 
 
@@ -245,7 +231,7 @@ def test_until_the_baseline_is_done_another_train_py_begins_the_night_anew(check
     wait_for(lambda: (checkout.folder / "runs" / "t" / "0000" / "run.log").exists(), process)
     process.kill()
     process.wait()
-    (checkout.folder / "train.py").write_text(STUB.replace("width=64", "width=90"))
+    checkout.edit("train.py", "width=64", "width=90")
     checkout.slow(0.001)
     output = checkout.agent("--tag", "t", "--experiments", "1")
     assert f"dataset {text}" in output and "4 s a run" in output
@@ -255,7 +241,7 @@ def test_until_the_baseline_is_done_another_train_py_begins_the_night_anew(check
 def test_a_night_that_begins_anew_gives_up_nothing_that_was_paid_for(checkout):
     """Calls of a model, made beside the baseline; nor anything at all, if the machine cannot be asked."""
     night = open_here(checkout)
-    (checkout.folder / "train.py").write_text(STUB + "#\n")
+    checkout.edit("train.py", "width=64", "width=90")
     args = SimpleNamespace(attempt=None, profile="cpu", dataset=None, budget=None, confirm=None)
 
     def again(**how):

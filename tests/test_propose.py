@@ -4,15 +4,8 @@ import pytest
 from conftest import STUB, Script, better, check_agreement, open_here, run_here
 
 from constants import Problem
-from lab.propose.ahead import Try
+from lab.propose.ahead import History, Try
 from lab.propose.replay import Replay, proposals_to_replay, rows_to_replay
-
-
-class Asked:
-    """What a proposer looks at in a history."""
-
-    def __init__(self, number):
-        self.number, self.rejects = number, 0
 
 
 def replay(checkout, tag, kept_only=False):
@@ -38,7 +31,7 @@ def test_replay_repeats_the_keeps_of_another_night(checkout):
 def test_what_does_not_merge_is_left_out_of_a_replay(checkout):
     """Another baseline: the change of its learning rate finds other lines, the width is taken over."""
     run_here(open_here(checkout), None, Script(better(0.3), ("width=64", "width=60")))
-    (checkout.folder / "train.py").write_text(STUB.replace("lr=0.4", "lr=0.39"))
+    checkout.edit("train.py", "lr=0.4", "lr=0.39")
     night, proposer = replay(checkout, "t")
     run_here(night, None, proposer)
     assert [result.description for result in night.results] == ["baseline", "change 2"]
@@ -54,6 +47,6 @@ def test_a_night_without_keeps_has_nothing_to_replay(checkout):
 
 def test_try_proposes_the_checkout_as_it_is():
     assert len(Try("a " * 50_000, "b " * 50_000, STUB).description) == 200  # it becomes the title of a commit
-    assert Try("a  b", "", STUB + "x = 1\n").propose(STUB, Asked(1), []).source == STUB + "x = 1\n"
+    assert Try("a  b", "", STUB + "x = 1\n").propose(STUB, History(None, ()), []).source == STUB + "x = 1\n"
     with pytest.raises(Problem, match="unchanged"):
-        Try("a", "", STUB).propose(STUB, Asked(1), [])
+        Try("a", "", STUB).propose(STUB, History(None, ()), [])

@@ -1,6 +1,5 @@
 """One child process: limits, interrupts, what is left of it; the card; result.json; what may be copied."""
 
-import itertools
 import json
 import math
 import os
@@ -17,7 +16,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import NIGHT, ROOT, STUB, check_agreement, open_here, rows_of, run_here, wait_for
+from conftest import NIGHT, ROOT, check_agreement, open_here, rows_of, run_here, wait_for
 from test_records import RUN
 
 import constants
@@ -54,10 +53,7 @@ INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 def test_interrupted_in_each_state(checkout, state, signals):
     """Nothing left running, the row written that was being written, exit 0 within 5 s, resumable. What follows the first signal changes nothing."""
     name, line, slow, sign = STATES[state]
-    place = checkout.folder / name
-    before = place.read_text()
-    assert before.count(line) == 1
-    place.write_text(before.replace(line, slow))
+    checkout.edit(name, line, slow)
     process = checkout.start(*NIGHT, "--experiments", "1")
     wait_for((checkout.folder / sign).exists, process)
     start = time.monotonic()
@@ -69,7 +65,7 @@ def test_interrupted_in_each_state(checkout, state, signals):
     assert ("go on      python agent.py --tag t\n" in output) == (state == "recording")  # it has a baseline
     assert "the same command goes on" in output and not list(checkout.folder.rglob("*.lock"))
     assert not started_for(str(checkout.folder / "runs" / "t"))
-    place.write_text(before)
+    checkout.git("checkout", "--", name)
     checkout.agent(*NIGHT, "--experiments", "1")
     assert len(check_agreement(checkout)) == 2
 
@@ -127,8 +123,7 @@ def test_the_reason_of_a_crash_is_its_signal_or_the_last_exception_that_it_names
 
 
 def test_a_run_without_a_finish_is_a_crash(checkout):
-    source = STUB.replace("    steps = 0\n", "    steps = 0\n    raise SystemExit(0)\n").replace("lr=0.4", "lr=0.1")
-    (checkout.folder / "train.py").write_text(source)
+    checkout.edit("train.py", "    steps = 0\n", "    raise SystemExit(0)\n")
     output = checkout.agent("--tag", "t", "--profile", "cpu", "--no-confirm", "--try", "crashes")
     row = check_agreement(checkout)[-1]
     assert row["verdict"] == "crash" and row["val_bpb"] is None and "crash" in output
@@ -201,9 +196,8 @@ def test_a_log_keeps_exactly_its_head_and_tail(tmp_path):
 @pytest.mark.parametrize(
     ("reason", "outside"),
     [
-        ("killed by SIGKILL", True), ("scoring: killed by SIGTERM", True), ("killed by SIGSEGV", False), ("killed by SIGABRT", False),
+        ("killed by SIGKILL", True), ("scoring: killed by SIGTERM", True), ("killed by SIGSEGV", False),
         ("torch.AcceleratorError: CUDA error: unknown error", True), ("RuntimeError: CUDA error: uncorrectable ECC error encountered", True),
-        ("RuntimeError: CUDA error: CUDA-capable device(s) is/are busy or unavailable", True),
         ("RuntimeError: No CUDA GPUs are available", True), ("RuntimeError: HIP error: no ROCm-capable device is detected", True),
         ("RuntimeError: CUDA error: an illegal memory access was encountered", False), ("time-out after 300 s", False), ("", False),
     ],
@@ -248,9 +242,7 @@ def fake_card(folder: Path, monkeypatch, *answers: str) -> None:
         monkeypatch.setattr(f"lab.machine.{name}", seconds)
 
 
-@pytest.mark.parametrize(
-    "answer", ["[N/A]", "[Unknown Error]", "", "No devices were found", "\x80\xff", "$(sleep 9)", "$(exit 9)"]
-)
+@pytest.mark.parametrize("answer", ["[N/A]", "", "No devices were found", "\x80\xff", "$(sleep 9)", "$(exit 9)"])
 def test_a_card_that_does_not_say_how_much_is_free_is_not_waited_for(answer, tmp_path, monkeypatch):
     fake_card(tmp_path / "bin", monkeypatch, "0")
     if answer.startswith("$"):  # it hangs, or fails
@@ -279,12 +271,9 @@ def test_a_full_card_is_waited_for_aloud(tmp_path, monkeypatch):
 def test_a_night_waits_for_its_card_and_does_not_end_for_it(checkout, tmp_path, monkeypatch):
     """The incumbent's peak has to fit, with what CUDA takes besides. --hours ends the wait."""
     fake_card(tmp_path / "bin", monkeypatch, *["9023"] * 30, "9024")
-    rules = (checkout.folder / "lab" / "machine.py").read_text()
-    rules = rules.replace("CARD_PATIENCE_S = 10.0", "CARD_PATIENCE_S = 0.1").replace(
-        "INTERVAL_S = 2.0", "INTERVAL_S = 0.01"
-    )
-    (checkout.folder / "lab" / "machine.py").write_text(rules)
-    (checkout.folder / "train.py").write_text(STUB.replace("lr=0.4,", "lr=0.4, peak_mb=8000,"))
+    checkout.edit("lab/machine.py", "CARD_PATIENCE_S = 10.0", "CARD_PATIENCE_S = 0.1")
+    checkout.edit("lab/machine.py", "INTERVAL_S = 2.0", "INTERVAL_S = 0.01")
+    checkout.edit("train.py", "lr=0.4,", "lr=0.4, peak_mb=8000,")
     output = checkout.agent(*NIGHT, "--experiments", "2", STUB_MEMORY_GB="24")
     assert output.count("waiting: 9,023 MB of the card are free, a run needs 9,024") == 1
     assert len(rows_of(checkout, "result")) == 3
@@ -300,14 +289,9 @@ def test_an_idle_card_is_never_waited_for(checkout, tmp_path, monkeypatch):
     fake_card(tmp_path / "bin", monkeypatch, "81079")
     night = open_here(checkout)
     run_here(night, 0)
-    filled = replace(
-        night.results[0].run,
-        metrics=night.results[0].run.metrics | {"peak_vram_mb": 76_100.0, "reserved_vram_mb": 80_300.0},
-        free_mb=81_079.0,
-    )
-    night.results[0] = replace(night.results[0], run=filled)
-    (night.folder / "harness" / "night.json").write_text(night.settings.json())
-    night.until = -math.inf
+    filled = {"peak_vram_mb": 76_100.0, "reserved_vram_mb": 80_300.0}
+    own = replace(night.results[0].run, metrics=night.results[0].run.metrics | filled, free_mb=81_079.0)
+    night.results[0], night.until = replace(night.results[0], run=own), -math.inf
     run.wait_until_ready(night, night.incumbent.run)
     fake_card(tmp_path / "bin2", monkeypatch, "78000")  # enough for its tensors, not for what their allocator takes
     with pytest.raises(OutOfTime):
@@ -324,30 +308,19 @@ RESULT = {
 }  # fmt: skip
 
 
-def test_an_honest_result_is_read(tmp_path):
-    (tmp_path / "result.json").write_text(json.dumps(RESULT))
-    assert run.read_result(tmp_path / "result.json", 80.0, 300.0) == RESULT
-
-
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("changes", "read"),
     [
-        ("val_bpb", 0.1), ("training_seconds", "300"), ("num_steps", True), ("epoch", float("nan")), ("total_seconds", float("inf")),
-        ("num_params_M", 10**400), ("backend", "a\x1b[31mb"), ("micro_rows", 0), ("micro_rows", 1.5), ("peak_vram_mb", [1]),
-        ("total_tokens_M", -1.0), ("total_tokens_M", 1e6), ("peak_vram_mb", 1e12), ("mfu_percent", 101.0), ("training_seconds", -0.1),
+        ({}, {}), ({"val_bpb": 0.1}, {}), ({"training_seconds": "300"}, {"training_seconds": None}), ({"num_steps": True}, {"num_steps": None}),
+        ({"epoch": float("nan")}, {"epoch": None}), ({"num_params_M": 10**400}, {"num_params_M": None}), ({"epoch": -0.1}, {"epoch": None}),
+        ({"backend": "a\x1b[31mb"}, {"backend": None}), ({"micro_rows": 0}, {"micro_rows": None}), ({"micro_rows": 1.5}, {"micro_rows": None}),
+        ({"total_tokens_M": 1e6}, {"total_tokens_M": None}), ({"peak_vram_mb": 1e6}, {"peak_vram_mb": None}), ({"mfu_percent": 101.0}, {}),
+        ({"losses": [[1.0, 5, 2.0], [1.0, float("nan"), 2.0], [1.0], "x", [1, 2, 3, 4]]}, {"losses": [[1.0, 5, 2.0]]}),
     ],
 )  # fmt: skip
-def test_of_a_result_only_known_names_with_finite_numbers_are_kept(tmp_path, name, value):
-    (tmp_path / "result.json").write_text(json.dumps(RESULT | {name: value}))
-    found = run.read_result(tmp_path / "result.json", 80.0, 300.0)
-    assert set(found) == set(RESULT) and found.get(name) is None
-    assert {key: found[key] for key in RESULT if key != name} == {key: RESULT[key] for key in RESULT if key != name}
-
-
-def test_of_a_loss_curve_only_triples_of_numbers_are_kept(tmp_path):
-    losses = [[1.0, 5, 2.0], [1.0, float("nan"), 2.0], [1.0], "x", [1, 2, 3, 4]]
-    (tmp_path / "result.json").write_text(json.dumps(RESULT | {"losses": losses}))
-    assert run.read_result(tmp_path / "result.json", 80.0, 300.0)["losses"] == [[1.0, 5, 2.0]]
+def test_of_a_result_only_known_names_with_possible_numbers_are_kept(tmp_path, changes, read):
+    (tmp_path / "result.json").write_text(json.dumps(RESULT | changes))
+    assert run.read_result(tmp_path / "result.json", 80.0, 300.0) == RESULT | read
 
 
 def test_a_result_that_is_none_is_refused(tmp_path):
@@ -398,18 +371,17 @@ while True:
         make("name")
         shutil.rmtree("name") if make is folder else os.unlink("name")
 """
-    swapping, ends = subprocess.Popen([sys.executable, "-c", swap]), time.monotonic() + 1.0
+    swapping, ends, copies = subprocess.Popen([sys.executable, "-c", swap]), time.monotonic() + 1.0, 0
     try:
-        for i in itertools.count():
-            files.copy_regular_files(source, tmp_path / f"target-{i}", 10**6)
-            if time.monotonic() > ends:
-                break
+        while time.monotonic() < ends:
+            files.copy_regular_files(source, tmp_path / f"target-{copies}", 10**6)
+            copies += 1
         assert swapping.poll() is None
     finally:
         swapping.kill()
         swapping.wait()
     copied = [path for path in tmp_path.glob("target-*/**/*") if not path.is_dir()]
-    assert sum(path.name == "kept" for path in copied) == i + 1
+    assert sum(path.name == "kept" for path in copied) == copies
     assert not any(path.is_symlink() or "canary" in path.read_text() for path in copied)
 
 

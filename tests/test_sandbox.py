@@ -345,12 +345,9 @@ def test_attack_there_is_no_text_before_the_clock_nor_for_the_scorer(scattered, 
     night, line = scattered.folder / "runs" / "t", "    clock = run.start_clock(model)\n"
     places = [scattered.cache / "cpu-sotu", night / "text", night / "0000" / "text", Path("../text")]
     watch = WATCH.format(paths=[f"{place}/train.bin" for place in places])
-    (scattered.folder / "train.py").write_text(STUB.replace(line, indent(watch, "    ") + line))
-    scorer, first = scattered.folder / "lab" / "measure" / "score.py", "    true_bpb = truth"
-    text = scorer.read_text()
-    assert text.count(first) == 1
-    look = '    assert (folder / "out").exists() and not list(folder.glob("text"))\n'
-    scorer.write_text(text.replace(first, look + first))
+    scattered.edit("train.py", line, indent(watch, "    ") + line)
+    look, first = '    assert (folder / "out").exists() and not list(folder.glob("text"))\n', "    true_bpb = truth"
+    scattered.edit("lab/measure/score.py", first, look + first)
     scattered.agent(*NIGHT, "--experiments", "1")
     log = (night / "0000" / "run.log").read_text().splitlines()
     said = dict(part.split(" ", 1) for part in log if part.startswith(("SEEN ", "ASKED ")))
@@ -482,7 +479,7 @@ def test_attack_the_compile_cache_carries_neither_what_was_learnt_nor_a_link_int
     plant = "    import os\n    open('/cache/kernel', 'w').close()\n    os.path.exists('/cache/pipe') or os.mkfifo('/cache/pipe')\n"
     for i, place in enumerate(places):
         plant += f"    os.path.lexists('/cache/stolen{i}') or os.symlink({str(place)!r}, '/cache/stolen{i}')\n"
-    (scattered.folder / "train.py").write_text(STUB.replace("    return dict(", f"{plant}    return dict("))
+    scattered.edit("train.py", "    return dict(", f"{plant}    return dict(")
     scattered.agent(*NIGHT, "--experiments", "1", "--budget", "60", **compiled)
     kept = scattered.folder / "runs" / "t" / "cache"
     assert [path.name for path in kept.iterdir() if not path.is_dir()] == ["kernel"]
@@ -676,9 +673,8 @@ def test_what_daemonises_or_hangs_is_dead_before_the_next_run(scattered, tier, f
 def test_kill_during_a_run(scattered, tier):
     """In the sandbox the whole tree is dead at once; without it the child is, its orphans at the next start."""
     flags = enter(scattered, tier)
-    source = STUB.replace("    steps = 0\n", "    steps = 0\n    import os, subprocess, sys, time\n"
-        "    if os.fork() == 0:\n        os.setsid()\n        time.sleep(600)\n    time.sleep(600)\n")  # fmt: skip
-    (scattered.folder / "train.py").write_text(source)
+    forks = "    import os, time\n    if os.fork() == 0:\n        os.setsid()\n    time.sleep(600)\n"
+    scattered.edit("train.py", "    steps = 0\n", forks)
     process = scattered.start(*NIGHT, "--experiments", "1", *flags)
     mark = f"AUTORESEARCH_RUN={scattered.folder}"
     log = scattered.folder / "runs" / "t" / "0000" / "run.log"
@@ -688,7 +684,7 @@ def test_kill_during_a_run(scattered, tier):
     process.kill()
     process.wait()
     wait_for(lambda: len(left_over(mark)) <= (tier == "none"))
-    (scattered.folder / "train.py").write_text(STUB)
+    scattered.git("checkout", "--", "train.py")
     output = scattered.agent(*NIGHT, "--experiments", "1", *flags)
     assert ("ended what an earlier start had left" in output) == (tier == "none")
     assert left_over(mark) == []

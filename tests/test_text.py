@@ -140,16 +140,11 @@ def test_killed_at_each_instant_the_next_start_is_right_and_warm(checkout, undis
     place, line = INSTANTS[instant]
     checkout.drop_screen()
     (checkout.folder / "train.py").write_text(COMPILING)
-    source = (checkout.folder / place).read_text()
-    assert source.count(line) == 1
     indent = line[: len(line) - len(line.lstrip())]
-    call = (
-        "if on_clock: kill_once()" if instant == "before the mark" else "kill_once()"
-    )  # of the children, the one that trains
-    text = source.replace(line, f"{indent}{call}\n{line}")
-    main = text.find('\n\nif __name__ == "__main__":')
-    main = len(text) if main < 0 else main
-    (checkout.folder / place).write_text(text[:main] + KILL + text[main:])
+    child = "if on_clock: " if instant == "before the mark" else ""  # of the children, the one that trains
+    checkout.edit(place, line, f"{indent}{child}kill_once()\n{line}")
+    before, main, after = (checkout.folder / place).read_text().partition('\n\nif __name__ == "__main__":')
+    (checkout.folder / place).write_text(before + KILL + main + after)
     checkout.agent(*TWO, expect=-9, STUB_COMPILER="1")
     acknowledged = rows_of(checkout, "result")
     assert len(acknowledged) == (2 if "no refs" in instant else 1)

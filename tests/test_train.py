@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, bubblewrap_works, data_of, rows_of, small
+from conftest import ROOT, bubblewrap_works, data_of, replaced, rows_of, small
 from test_prepare import make_run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -26,15 +26,8 @@ from lab.machine import CARD_CLASSES
 CPU = constants.PROFILES["cpu"]
 GPU = replace(constants.PROFILES["gpu"], dtype="bfloat16")
 SMALL = replace(
-    train.CONFIGS["cpu"],
-    n_layer=2,
-    n_embd=64,
-    head_dim=32,
-    step_tokens=1024,
-    micro_rows=2,
-    value_embeds=True,
-    ngram_rows=2**12,
-)
+    train.CONFIGS["cpu"], n_layer=2, n_embd=64, head_dim=32, step_tokens=1024, micro_rows=2, value_embeds=True, ngram_rows=2**12
+)  # fmt: skip
 
 
 def small_model(config=SMALL, dtype=torch.float32):
@@ -79,8 +72,7 @@ def test_sizes_fit_profile_and_card(sizes):
 
 @pytest.mark.parametrize(
     ("sizes", "memory_gb", "dtype", "rows"),
-    [("RTX 4090", 8.6, "bfloat16", 16), ("small", 6.0, "bfloat16", 16), ("small", 8.4, "float32", 8), ("small", 16.9, "float32", 16),
-     ("H100", 141.0, "bfloat16", 128), ("H100", 42.4, "bfloat16", 64), ("H100", 2.0, "bfloat16", 1)],
+    [("RTX 4090", 8.6, "bfloat16", 16), ("small", 8.4, "float32", 8), ("H100", 141.0, "bfloat16", 128), ("H100", 2.0, "bfloat16", 1)],
 )  # fmt: skip
 def test_the_rows_that_are_tried_first_fit_the_card(sizes, memory_gb, dtype, rows):
     """A row takes 0.037 + 8.05e-5 x layers x width GB, compiled; 2.4 times that in float32."""
@@ -128,7 +120,7 @@ def test_logits_depend_on_the_past_of_their_row_alone(window):
     assert not torch.allclose(a[0, 70:], b[0, 70:], atol=1e-3)
 
 
-@pytest.mark.parametrize("T", [32, 33, 40, 47])
+@pytest.mark.parametrize("T", [32, 47])
 @pytest.mark.parametrize("window", [1, 4, 16])
 def test_windowed_attention_equals_a_dense_mask(window, T):
     q, k, v = (torch.randn(2, 3, T, 8, dtype=torch.float64) for _ in range(3))
@@ -210,9 +202,7 @@ def test_the_first_backend_that_works_is_taken_and_a_night_stays_with_it(monkeyp
     monkeypatch.setattr(prepare, "activate_attention", activated.append)
     assert choose(cuda, torch.bfloat16, None) == "FA4"
     assert capsys.readouterr().out == "attention: FA3 does not work here: not installed\nattention: FA4\n"
-    assert choose(cuda, torch.bfloat16, "FA2") == "FA2" and activated == [
-        "FA2"
-    ]  # the baseline's, without another proof
+    assert choose(cuda, torch.bfloat16, "FA2") == "FA2" and activated == ["FA2"]  # the baseline's, not proved again
     works.clear()
     with pytest.raises(SystemExit, match="no attention backend works"):
         choose(cuda, torch.bfloat16, None)
@@ -346,31 +336,25 @@ def test_orthogonalising_brings_all_singular_values_near_one(shape):
     assert off.abs().max() < 1e-6  # the singular vectors are x's own
 
 
+def muon_step(weights, scale=1.0, weight_decay=0.0):
+    """The weights after one step of Muon at rate 0.1, by a gradient of this size that is always the same."""
+    parameter = torch.nn.Parameter(weights)
+    optimizer = train.Muon([parameter], lr=0.1, weight_decay=weight_decay, dtype=torch.float32)
+    parameter.grad = torch.randn(weights.shape, generator=torch.Generator().manual_seed(3)) * scale
+    optimizer.step()
+    return parameter.detach()
+
+
 def test_muon_steps_by_its_rate_whatever_the_gradients_size():
-    steps = []
-    for scale in (1.0, 1000.0):
-        p = torch.nn.Parameter(torch.zeros(16, 32))
-        optimizer = train.Muon([p], lr=0.1, weight_decay=0.0, dtype=torch.float32)
-        p.grad = torch.randn(16, 32, generator=torch.Generator().manual_seed(3)) * scale
-        optimizer.step()
-        steps.append(p.detach().clone())
-    assert torch.allclose(steps[0], steps[1], atol=1e-5)
-    assert steps[0].norm().item() == pytest.approx(0.1 * math.sqrt(16), rel=0.1)  # 16 singular values near 1
+    small, large = (muon_step(torch.zeros(16, 32), scale) for scale in (1.0, 1000.0))
+    assert torch.allclose(small, large, atol=1e-5)
+    assert small.norm().item() == pytest.approx(0.1 * math.sqrt(16), rel=0.1)  # 16 singular values near 1
 
 
 def test_muons_decay_acts_only_where_it_agrees_with_the_step():
-    p = torch.nn.Parameter(torch.ones(8, 8))
-    plain = torch.nn.Parameter(torch.ones(8, 8))
-    grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(5))
-    for parameter, decay in ((p, 0.5), (plain, 0.0)):
-        optimizer = train.Muon([parameter], lr=0.1, weight_decay=decay, dtype=torch.float32)
-        parameter.grad = grad.clone()
-        optimizer.step()
-    shrunk = (plain - p).detach()
-    moved_down = plain.detach() < 1.0
-    assert torch.allclose(shrunk[moved_down], torch.tensor(0.05)) and torch.allclose(
-        shrunk[~moved_down], torch.tensor(0.0)
-    )
+    decayed, plain = (muon_step(torch.ones(8, 8), weight_decay=decay) for decay in (0.5, 0.0))
+    expected = torch.where(plain < 1.0, 0.05, 0.0)
+    assert torch.allclose(plain - decayed, expected) and 0 < (plain < 1.0).sum() < 64
 
 
 def test_every_parameter_is_in_one_group():
@@ -460,13 +444,10 @@ def test_nothing_is_compiled_after_the_warm_up(small_run, monkeypatch):
 def test_what_says_that_memory_is_short():
     """torch, its compiler, cuBLAS, cuDNN, Triton and Apple each have their own words; other errors are no lack of memory."""
     words = (
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
-        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
-        "Triton Error [CUDA]: out of memory",
-        "MPS backend out of memory (MPS allocated: 17 GiB)",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `x`",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", "Triton Error [CUDA]: out of memory",
         "OutOfMemoryError: Tried to allocate 2.00 GiB.",
-    )
+    )  # fmt: skip
     own = torch.OutOfMemoryError("no room"), torch.AcceleratorError("CUDA error: out of memory")
     assert all(map(train.out_of_memory, (*own, *map(RuntimeError, words))))
     others = "out of resource: shared memory, Required: 9", "CUDA error: an illegal memory access was encountered", "no"
@@ -492,17 +473,14 @@ def test_the_micro_batch_is_halved_while_memory_is_short(small_run, capsys):
 # --- the gpu sizes, without a GPU
 
 
-@pytest.mark.parametrize(("sizes", "compiled"), [("H100", False), ("H100", True)])
-def test_a_full_training_step_at_the_gpu_sizes_runs_on_meta(sizes, compiled, monkeypatch):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_full_training_step_at_the_gpu_sizes_runs_on_meta(compiled, monkeypatch):
     """Shapes, dtypes and the 16-bit attention inputs that FlashAttention asks for (asserted in attend)."""
-    windows = []
-    attend = train.attend
+    attend = Mock(side_effect=train.attend)
     if not compiled:
-        monkeypatch.setattr(
-            train, "attend", lambda q, k, v, window, *how: (windows.append(window), attend(q, k, v, window, *how))[1]
-        )
+        monkeypatch.setattr(train, "attend", attend)
     torch._dynamo.reset()
-    profile = profile_of(sizes)
+    profile = profile_of("H100")
     config = train.config_of(profile)
     with torch.device("meta"):
         model = train.build_model(profile)
@@ -511,7 +489,7 @@ def test_a_full_training_step_at_the_gpu_sizes_runs_on_meta(sizes, compiled, mon
     loss_fn = torch.compile(model.loss, backend="eager", fullgraph=True, dynamic=False) if compiled else model.loss
     train.train_step(loss_fn, optimizers, iter([(rows[:, :-1], rows[:, 1:])]), 1)
     if not compiled:
-        assert windows == [*[256] * 4, 0, *[256] * 3, 0]
+        assert [call.args[3] for call in attend.call_args_list] == [*[256] * 4, 0, *[256] * 3, 0]
 
 
 def test_flops_of_a_token_by_hand():
@@ -526,8 +504,7 @@ def test_flops_of_a_token_by_hand():
 
 def test_a_run_by_hand_learns_and_its_score_agrees(real_checkout, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(real_checkout.cache))
-    train_file = real_checkout.folder / "train.py"
-    train_file.write_text(small(train_file.read_text()))
+    (real_checkout.folder / "train.py").write_text(small((ROOT / "train.py").read_text()))
     real_checkout.git("-c", "user.name=User", "-c", "user.email=u@example.com", "commit", "-qam", "small")
     process = real_checkout.start(script="train.py", AUTORESEARCH_TIME_BUDGET="3")
     output, _ = process.communicate(timeout=180)
@@ -551,9 +528,8 @@ def test_a_run_by_hand_learns_and_its_score_agrees(real_checkout, monkeypatch):
 
 
 def test_a_loss_that_is_no_number_ends_the_run_at_once(cache, tmp_path, monkeypatch):
-    source = small((ROOT / "train.py").read_text())
-    assert source.count("losses.append(loss.detach())") == 1
-    edited = source.replace("losses.append(loss.detach())", "losses.append(loss.detach() * math.nan)")
+    source, line = small((ROOT / "train.py").read_text()), "losses.append(loss.detach()"
+    edited = replaced(source, line, f"{line} * math.nan")
     monkeypatch.setattr(prepare, "start", lambda: make_run(data_of(cache), tmp_path, budget_s=20.0))
     with pytest.raises(SystemExit, match="loss nan at step 1"):
         exec(compile(edited, "train.py", "exec"), {"__name__": "__main__"})
@@ -580,8 +556,7 @@ def test_a_step_on_the_gpu_equals_one_on_the_cpu():
 
 def test_a_real_night_comes_to_its_baseline(real_checkout):
     """Trained, scored, probed and measured on test by the real programs; the hours are used up with it."""
-    train_file = real_checkout.folder / "train.py"
-    train_file.write_text(small(train_file.read_text()))
+    (real_checkout.folder / "train.py").write_text(small((ROOT / "train.py").read_text()))
     output = real_checkout.agent("--demo", "--budget", "1", "--hours", "0.0001")
     assert "show the loop, not a result" in output
     assert "scored on a quarter of the text" in output and ("sandbox: bubblewrap," in output or not bubblewrap_works())
