@@ -342,32 +342,20 @@ def test_a_night_with_replies_of_every_kind(checkout, night):
     decay = "        decay=0.1,  # the rest moves nothing: variety for `tune`"
     script = [
         reply("good", (LINE, "        lr=0.3,"), notes="lr matters"),
-        reply("bad", ("nothing like it", "x")),  # bounced ...
-        reply("mended", ("        width=64,", "        width=60,")),
-        add("idea", 1),
-        reply("crashes", (decay, "        decay=1 // 0,")),
-        add("idea", 2),  # trains while the crash is mended
-        reply("repaired", (decay, "        decay=1,")),
-        reply("repeat", ("    steps = 0", "    steps = 0  # again\n    idea = 1")),
-        add("idea", 3),
-        ("refusal", ""),
-        ("cut", add("idea", 4)),
-        ("max_tokens", add("idea", 5)),
-        ("max_tokens", add("idea", 5)),
-        ("status", (429, [("retry-after", "0.1")], "slow down")),
-        ("error event", ""),
-        add("after_the_burst", 6),
-        numbered(),
-    ]
+        reply("bad", ("nothing like it", "x")), reply("mended", ("        width=64,", "        width=60,")),
+        add("idea", 1), reply("crashes", (decay, "        decay=1 // 0,")),
+        add("idea", 2), reply("repaired", (decay, "        decay=1,")),  # the one trains while the crash is mended
+        reply("repeat", ("    steps = 0", "    steps = 0  # again\n    idea = 1")), add("idea", 3),
+        ("refusal", ""), ("cut", add("idea", 4)), *[("max_tokens", add("idea", 5))] * 2,
+        ("status", (429, [("retry-after", "0.1")], "slow down")), ("error event", ""), add("after_the_burst", 6), numbered(),
+    ]  # fmt: skip
     reason, server, here = night(script, 18)
     assert reason == "all 18 experiments are done"
     results = check_agreement(checkout)
     verdicts = {row["description"]: row["verdict"] for row in results}
     assert verdicts["good"] == verdicts["mended"] == "keep" and verdicts["crashes"] == "crash"
-    lost = [row["description"] for row in results if row["operator"] == "tune"]
-    assert len(lost) >= 2 and all(
-        "->" in text for text in lost
-    )  # a refusal, `max_tokens` twice, what no longer applies
+    lost = [row["description"] for row in results if row["operator"] == "tune"]  # a refusal, `max_tokens` twice ...
+    assert len(lost) >= 2 and all("->" in text for text in lost)
     repaired = next(row for row in results if row["description"] == "repaired")
     assert repaired["mends"] == next(row["number"] for row in results if row["description"] == "crashes")
     reasons = [row["reason"] for row in rows_of(checkout, "reject")]

@@ -203,12 +203,8 @@ def test_the_last_good_program_is_used_while_program_md_is_away(checkout, tmp_pa
     night = open_here(checkout)
     monkeypatch.setattr(night, "say", lines.append)
     command = Command(night, checkout.folder, "python3 x", {})
-    for damage in (
-        place.unlink,
-        lambda: place.write_bytes(b"\xff\xfe\x00"),
-        lambda: place.write_text("Schedule: dance\n"),
-    ):
-        damage()
+    for damage in (None, b"\xff\xfe\x00", b"Schedule: dance\n"):
+        place.write_bytes(damage) if damage else place.unlink()
         assert [command.operator(number) for number in (1, 2, 3)] == ["improve", "tune", "improve"]
     assert len(lines) == 3 and all("its last good text is used" in line for line in lines)
     assert command.instructions.startswith("Schedule: improve tune")

@@ -134,11 +134,8 @@ def test_an_unknown_card_is_measured_once(tools):
     """A start on a machine that measures 10 % slower today finds the same class, by hand and in a night."""
     rates = iter([455.0, 410.0])
     found = [machine.sizes_of("NVIDIA GH200", None, uuid, lambda: next(rates)) for uuid in ("a", "a", "b")]
-    fast, slow = (
-        ("H100", "measured 455 TFLOP/s, kept in cards.json"),
-        ("A100", "measured 410 TFLOP/s, kept in cards.json"),
-    )
-    assert found == [fast, fast, slow]
+    measured = "measured {} TFLOP/s, kept in cards.json"
+    assert found == [*2 * [("H100", measured.format(455))], ("A100", measured.format(410))]
     assert machine.sizes_of("NVIDIA A40", 149.7, "c", None) == ("RTX 4090", "a known card")
 
 

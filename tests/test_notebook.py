@@ -59,10 +59,8 @@ def execute(*places):
         cells = nbformat.read(ROOT / "analysis.ipynb", as_version=4).cells
         if choice:
             cells[1].source = choice
-        fresh = nbformat.v4.new_code_cell(
-            f"%reset -f\nimport os, sys; os.chdir({str(folder)!r}); sys.path.insert(0, {str(ROOT)!r})"
-        )
-        parts.append([fresh, *cells])
+        fresh = f"%reset -f\nimport os, sys; os.chdir({str(folder)!r}); sys.path.insert(0, {str(ROOT)!r})"
+        parts.append([nbformat.v4.new_code_cell(fresh), *cells])
         for number, cell in enumerate(parts[-1]):
             cell.id = f"cell-{len(parts)}-{number}"
     whole = nbformat.v4.new_notebook(cells=[cell for cells in parts for cell in cells])

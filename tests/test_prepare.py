@@ -411,9 +411,8 @@ def test_progress_is_a_line_every_few_seconds_or_one_that_is_written_over(data, 
             now[0] += 0.5
             assert not run.clock.expired
             run.report(step, 1000 * step, 6.0 if step == 1 else 5.0, flops_per_token=1e9)
-        assert run.curve == [
-            [0.5 * i, 1000 * i, 6.0 if i == 1 else 5.0] for i in range(1, 7)
-        ]  # every half second a point
+        losses = [6.0, *5 * [5.0]]  # every half second a point
+        assert run.curve == [[0.5 * i, 1000 * i, loss] for i, loss in enumerate(losses, 1)]
         return capsys.readouterr().out
 
     line = "step     5   25.0%  loss 5.6561      2,000 tok/s  mfu 50.0%     8 s left"  # 5 + .9^4 nats; 2 of 4 TFLOP/s

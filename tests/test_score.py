@@ -122,10 +122,6 @@ MASK = "hidden = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)"
 CHEATS = {
     "a peek where it is scored": PEEK.replace("return logits + 8.0", "return logits + (__name__ != '__main__') * 8.0"),
     "bidirectional attention": TRAIN.replace(MASK, MASK.replace("triu(1)", "triu(T)")),
-    "attention within chunks": TRAIN.replace(
-        MASK, MASK + "\n    chunk = torch.arange(T) // 32\n    hidden = chunk[None, :] > chunk[:, None]"
-    ),
-    "shifted by one": forward("return self.logits(F.pad(idx, (0, 1))[:, 1:])"),
     "the mean of the whole row": TRAIN.replace(
         "        x0 = x\n", "        x = x + x.mean(dim=1, keepdim=True)\n        x0 = x\n"
     ),
@@ -177,15 +173,11 @@ class Sly(torch.Tensor):
 
 """
 FORGERIES = {
-    "patches a function of torch": TRAIN
-    + "\nwhole = F.cross_entropy\nF.cross_entropy = lambda *a, **more: 0.5 * whole(*a, **more)\n",
     "patches a function while it answers": forward(
         "friend = F",
         "friend.cross_entropy = lambda x, y, reduction: -0.5 * x.log_softmax(1).gather(1, y[:, None])[:, 0]",
         "return self.logits(idx)",
     ),
-    "patches a method of tensors": TRAIN
-    + "\nwhole = torch.Tensor.__gt__\ntorch.Tensor.__gt__ = lambda *a: 0.5 * whole(*a)\n",
     "a mode of torch's": TRAIN
     + """
 class Half(torch.overrides.TorchFunctionMode):
@@ -279,21 +271,17 @@ def test_the_edges_lie_where_the_run_gained_on_the_incumbent():
 def test_what_a_model_does_in_its_first_answer_is_timed_apart(harness):
     """Weights that carry text could be trained on there, in both children alike: lab.records.late() bounds it by the baseline's."""
     idle = scored(harness, TRAIN)["seconds"]
-    busy = scored(
-        harness, forward("if not hasattr(self, 'slow'):", "    self.slow = time.sleep(1.5)", "return self.logits(idx)")
-    )["seconds"]
-    for part in ("load", "load_again"):
-        assert busy[part] > 1.5
-    assert busy["val"] < idle["val"] + 1.0
+    slow = forward("if not hasattr(self, 'slow'):", "    self.slow = time.sleep(1.5)", "return self.logits(idx)")
+    busy = scored(harness, slow)["seconds"]
+    assert min(busy["load"], busy["load_again"]) > 1.5 and busy["val"] < idle["val"] + 1.0
 
 
 def test_the_edge_is_the_position_whose_target_is_out_of_sight(val):
     model = Peeker(CPU.vocab_size, 1000, salt=0, strength=0.04)
     (facts,) = differences(model, val[0][:64], val[1], 1)
     assert 0.025 < facts["last_mean_nats"] < 0.05  # less where the target is special
-    assert facts["mean_nats"] * facts["tokens"] == pytest.approx(
-        facts["last_mean_nats"] * facts["rows"], abs=1e-2
-    )  # it alone moved
+    alone = facts["last_mean_nats"] * facts["rows"]
+    assert facts["mean_nats"] * facts["tokens"] == pytest.approx(alone, abs=1e-2)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -301,14 +289,9 @@ def test_attack_a_little_everywhere_hidden_in_the_mean(dtype):
     """0.04 nats at each edge, made up for where the targets are in sight: as one that knows the rules would shape it."""
     honest = {"mean_nats": 1e-8, "last_mean_nats": 1e-8, "largest_nats": 2e-6}
     assert score.found_out(honest, dtype) == ""
-    little = (
-        {"last_mean_nats": 0.04, "largest_nats": 0.041}
-        if dtype == "bfloat16"
-        else dict.fromkeys(honest, 9e-4) | {"mean_nats": 0.0}
-    )
-    assert "looks ahead" in score.found_out(honest | little, dtype)
-    assert "looks ahead" in score.found_out(honest | {"mean_nats": 2e-4}, dtype)
-    assert "looks ahead" in score.found_out(honest | {"largest_nats": 0.06}, dtype)
+    edge = 0.04 if dtype == "bfloat16" else 9e-4
+    for little in ({"last_mean_nats": edge, "largest_nats": edge}, {"mean_nats": 2e-4}, {"largest_nats": 0.06}):
+        assert "looks ahead" in score.found_out(honest | little, dtype)
 
 
 # --- ended as a crash
