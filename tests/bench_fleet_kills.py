@@ -35,10 +35,9 @@ def main() -> None:
         acknowledged, start = [], time.perf_counter()
         for kill in range(kills + 1):
             process = checkout.start(*flags, RAY_ADDRESS=cluster.address)
-            journal = checkout.folder / "runs" / "t" / "journal.jsonl"
             lost, target = 0, len(acknowledged) + draw.randint(8, EXPERIMENTS // (kills + 1) + 6)
             while process.poll() is None:
-                done = len(rows_of(checkout, "result")) if journal.exists() else 0
+                done = len(rows_of(checkout, "result"))
                 if kill < kills and done >= target:
                     break
                 if done > len(acknowledged) + 2 and lost < 3 and draw.random() < 0.02 and (own := workers()):
@@ -55,19 +54,14 @@ def main() -> None:
             print(f"start {kill + 1}: {len(results)} results, {dead} workers killed so far", flush=True)
         assert len(acknowledged) == EXPERIMENTS + 1, output
         check_agreement(checkout)
-        assert (
-            len({row["fingerprint"] for row in acknowledged})
-            == len({row["proposal"] for row in acknowledged})
-            == len(acknowledged)
-        )
+        for name in ("fingerprint", "proposal"):
+            assert len({row[name] for row in acknowledged}) == len(acknowledged)
         by_number = {row["number"]: row for row in acknowledged}
         for row in acknowledged[1:]:
             assert row["verdict"] != "keep" or row["val_bpb"] < by_number[row["parent"]]["val_bpb"]
         words = [row["verdict"] for row in acknowledged]
-        print(
-            f"{len(words)} results in {time.perf_counter() - start:.0f} s: "
-            + ", ".join(f"{words.count(w)} {w}" for w in sorted(set(words)))
-        )
+        counts = ", ".join(f"{words.count(word)} {word}" for word in sorted(set(words)))
+        print(f"{len(words)} results in {time.perf_counter() - start:.0f} s: {counts}")
         print("\n".join(output.strip().split("\n")[-14:]))
         cluster.shutdown()
 

@@ -18,12 +18,8 @@ EXPERIMENTS = "40"
 
 
 def disturbed(folder: Path, kills: int, number: int, undisturbed) -> None:
-    checkout, draw, done, acknowledged = (
-        make_checkout(folder / "checkout", folder / "cache", stub=True),
-        random.Random(1),
-        0,
-        [],
-    )
+    checkout = make_checkout(folder / "checkout", folder / "cache", stub=True)
+    draw, done, acknowledged = random.Random(1), 0, []
     journal = checkout.folder / "runs" / "t" / "journal.jsonl"
     checkout.agent(*NIGHT, "--experiments", "1")
     while done < kills:
@@ -41,10 +37,8 @@ def disturbed(folder: Path, kills: int, number: int, undisturbed) -> None:
         acknowledged = results
     checkout.agent("--tag", "t", "--experiments", EXPERIMENTS)
     assert story(checkout) == undisturbed and not list(checkout.folder.rglob("*.lock"))
-    print(
-        f"{done} times {signal.Signals(number).name}: nothing lost, {len(acknowledged)} results when the last one came",
-        flush=True,
-    )
+    name, count = signal.Signals(number).name, len(acknowledged)
+    print(f"{done} times {name}: nothing lost, {count} results when the last one came", flush=True)
 
 
 def main() -> None:

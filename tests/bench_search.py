@@ -52,9 +52,8 @@ def surface(kind: str, seed: int):
 
     def rough(x):
         e = x - best
-        return (
-            0.5 * e @ bowl @ e + steep @ np.maximum(0, e) ** 3 + 0.02 * np.square(np.maximum(0, np.abs(x) - 1.5)).sum()
-        )
+        cliffs = 0.02 * np.square(np.maximum(0, np.abs(x) - 1.5)).sum()
+        return 0.5 * e @ bowl @ e + steep @ np.maximum(0, e) ** 3 + cliffs
 
     return rough
 
@@ -127,12 +126,9 @@ class Evolution:
         space = {f"x{i}": optuna.distributions.FloatDistribution(-3, 3) for i in range(NUMBERS)}
         if self.study is None:
             sampler = optuna.samplers.CmaEsSampler(x0=dict.fromkeys(space, 0.0), sigma0=0.3, seed=seed)
-            self.study = optuna.create_study(sampler=sampler)
-            self.study.add_trial(
-                optuna.trial.create_trial(
-                    params=dict.fromkeys(space, 0.0), distributions=space, value=float(measured[0])
-                )
-            )
+            self.study, first = optuna.create_study(sampler=sampler), float(measured[0])
+            start = optuna.trial.create_trial(params=dict.fromkeys(space, 0.0), distributions=space, value=first)
+            self.study.add_trial(start)
         else:
             self.study.tell(self.trial, float(measured[-1]))
         self.trial = self.study.ask(space)

@@ -32,19 +32,16 @@ def main() -> None:
     torch.set_num_threads(settings.threads)
     prepare.keep_freed_memory()
     text, config = Path(settings.data, settings.train_file), train.config_of(settings.profile)
-    run, text_rows = (
-        prepare.Training(settings, 1, Path(tempfile.mkdtemp()), True, text),
-        prepare.open_rows(text, settings.profile),
-    )
+    run = prepare.Training(settings, 1, Path(tempfile.mkdtemp()), True, text)
+    text_rows = prepare.open_rows(text, settings.profile)
     T = settings.profile.max_seq_len
 
     batches = run.batches(text_rows, config.micro_rows)
     next(batches)
     loader = seconds_of(lambda: [next(batches) for _ in range(50)], 20)
     rate = 50 * config.micro_rows * T / min(loader)
-    print(
-        f"loader: {rate / 1e6:.1f}M tokens a second, the best of 20; the median {50 * config.micro_rows * T / statistics.median(loader) / 1e6:.1f}M"
-    )
+    median = 50 * config.micro_rows * T / statistics.median(loader)
+    print(f"loader: {rate / 1e6:.1f}M tokens a second, the best of 20; the median {median / 1e6:.1f}M")
     batches.close()
 
     made = {}
@@ -65,9 +62,8 @@ def main() -> None:
         loss_fn(x, y).backward()
         taken["optimizers"] += seconds_of(lambda: [optimizer.step() for optimizer in optimizers], 1)  # noqa: B023
     for name, seconds in taken.items():
-        print(
-            f"{name}: median {1000 * statistics.median(seconds):.1f} ms, best {1000 * min(seconds):.1f} ms of {steps}"
-        )
+        median, best = 1000 * statistics.median(seconds), 1000 * min(seconds)
+        print(f"{name}: median {median:.1f} ms, best {best:.1f} ms of {steps}")
     step = statistics.median(taken["compiled"])
     print(f"compiled against eager: {statistics.median(taken['eager']) / step:.2f} times as fast")
     print(f"optimizers, compiled: {statistics.median(taken['optimizers']) / step:.0%} of a step")

@@ -47,7 +47,8 @@ from lab.records import Proposal, Run, sha256  # noqa: E402
 lab.measure.child.strays = list  # those of this process are the servers of its tests
 
 STUB = (ROOT / "tests" / "stub_train.py").read_text()
-NIGHT = ("--tag", "t", "--proposer", "tune", "--profile", "cpu", "--no-confirm")
+PLAIN = ("--tag", "t", "--profile", "cpu", "--no-confirm")
+NIGHT = (*PLAIN, "--proposer", "tune")
 
 
 def data_of(cache: Path) -> Path:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 import pytest
 from conftest import FIRST as LINE
-from conftest import ROOT, check_agreement, open_here, rows_of, run_here, wait_for
+from conftest import PLAIN, ROOT, check_agreement, open_here, rows_of, run_here, wait_for
 from messages_server import ODD, MessagesServer
 
 import lab.propose.model
@@ -20,7 +20,6 @@ from lab.propose.prompt import DIVIDER, REPLACE, SEARCH
 from lab.record.journal import spent_usd
 from lab.records import Rejected
 
-NIGHT = ("--tag", "t", "--profile", "cpu", "--no-confirm")
 MODEL = "claude-opus-5-5"
 
 
@@ -381,7 +380,7 @@ def test_a_proposal_that_was_paid_for_is_used_after_a_kill(checkout):
     busy = ("status", (529, [("retry-after", "0.05")], "litellm.RateLimitError: busy\n\nLiteLLM: it failed\n"))
     with MessagesServer([numbered()], models=("qwen",)) as server:
         keys = {"ANTHROPIC_API_KEY": "canary-key", "ANTHROPIC_BASE_URL": server.url}
-        process = checkout.start(*NIGHT, "--experiments", "2", "--model", "qwen", **keys)
+        process = checkout.start(*PLAIN, "--experiments", "2", "--model", "qwen", **keys)
         wait_for(lambda: len(rows_of(checkout, "proposal")) == 2, process)
         process.kill()
         process.communicate()
@@ -469,7 +468,7 @@ def test_an_outage_is_waited_out_aloud_until_the_hours_are_used_up(night):
 def test_interrupted_while_thinking_the_call_stands_at_its_worst_case(checkout):
     """Exit 0 at once; the call in flight is thrown away."""
     with MessagesServer([numbered()], think_s=20.0) as server:
-        process = checkout.start(*NIGHT, "--experiments", "3", ANTHROPIC_API_KEY="k", ANTHROPIC_BASE_URL=server.url)
+        process = checkout.start(*PLAIN, "--experiments", "3", ANTHROPIC_API_KEY="k", ANTHROPIC_BASE_URL=server.url)
         wait_for(lambda: server.requests and rows_of(checkout, "result"), process)
         start = time.monotonic()
         process.send_signal(signal.SIGINT)

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import check_agreement, open_here, rows_of, run_here, wait_for
-from test_claude import NIGHT, add, reply
+from conftest import PLAIN, check_agreement, open_here, rows_of, run_here, wait_for
+from test_claude import add, reply
 
 import lab.propose.command
 import lab.propose.model
@@ -145,7 +145,7 @@ def test_it_works_in_an_empty_folder_with_the_key_and_what_it_leaves_behind_is_e
 
 
 def test_a_program_that_is_not_there_is_one_line_before_the_baseline(checkout):
-    output = checkout.agent(*NIGHT, "--command", "no-such-program -p", expect=1)
+    output = checkout.agent(*PLAIN, "--command", "no-such-program -p", expect=1)
     assert "--command" in output and "Traceback" not in output and not (checkout.folder / "runs" / "t").exists()
     with pytest.raises(Problem, match="--command"):
         words_of("'unclosed")
@@ -154,7 +154,7 @@ def test_a_program_that_is_not_there_is_one_line_before_the_baseline(checkout):
 def test_by_the_command_line_only_its_first_word_is_stored(checkout, tmp_path):
     """And so a night that goes on has to be given it again."""
     command = written(tmp_path, f"print({add('idea', 7)!r}.replace('7', str(n)))") + " --token canary-token"
-    output = checkout.agent(*NIGHT, "--command", command, "--experiments", "1", ANTHROPIC_API_KEY="canary-two")
+    output = checkout.agent(*PLAIN, "--command", command, "--experiments", "1", ANTHROPIC_API_KEY="canary-two")
     assert "idea 0" in output and "the API has cost" not in output
     journal = (checkout.folder / "runs" / "t" / "journal.jsonl").read_text()
     assert "canary" not in journal and rows_of(checkout, "night")[0]["arguments"]["command"] == sys.executable
@@ -168,7 +168,7 @@ def test_by_the_command_line_only_its_first_word_is_stored(checkout, tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_it_ends_with_the_agent(checkout, tmp_path, how):
     command = written(tmp_path, f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)")
-    process = checkout.start(*NIGHT, "--command", command)
+    process = checkout.start(*PLAIN, "--command", command)
     wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), process)
     process.send_signal(how)
     output, _ = process.communicate(timeout=20)

@@ -112,9 +112,7 @@ def test_a_server_that_is_not_there_is_named(hub, tmp_path):
     ("name", "value", "said"),
     [("HTTP_PROXY", "foo://127.0.0.1:1", "unsupported scheme foo"), ("HF_TOKEN", "a\nb", "header")],
 )
-def test_an_address_a_proxy_or_a_token_that_cannot_be_one_is_said_at_once(
-    hub, tmp_path, monkeypatch, name, value, said
-):
+def test_an_address_a_proxy_or_a_token_that_is_none_is_named(hub, tmp_path, monkeypatch, name, value, said):
     monkeypatch.setenv(name, value)
     with pytest.raises(prepare.Problem, match=rf"(?s){said}.*; mend ALL_PROXY, HTTPS_PROXY, HF_ENDPOINT or HF_TOKEN"):
         fetch(hub, tmp_path)

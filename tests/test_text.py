@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from conftest import NIGHT, STUB, check_agreement, make_checkout, open_here, rows_of, story
@@ -28,21 +29,16 @@ def run_folder(night, number: int) -> Path:
     return folder
 
 
-def count_hashes(monkeypatch) -> list[str]:
-    """The names of the data files that the night reads in full, as it reads them."""
-    read = []
-    monkeypatch.setattr(place, "sha256_of", lambda path: (read.append(path.name), sha256_of(path))[1])
-    return read
-
-
 def test_the_rows_are_linked_into_a_runs_folder_and_read_in_full_once(night, monkeypatch):
-    read, data = count_hashes(monkeypatch), Path(night.settings.data) / "train.bin"
+    read, data = Mock(side_effect=sha256_of), Path(night.settings.data) / "train.bin"
+    monkeypatch.setattr(place, "sha256_of", read)
     with rows_of_the_night(night):
         assert night.rows.samefile(data)
         folder = run_folder(night, 0)
         hand_over_text(night, folder)
         assert (folder / "text" / "train.bin").samefile(data)
-    assert read.count("train.bin") == 1 and not night.rows.parent.exists()
+    names = [call.args[0].name for call in read.call_args_list]
+    assert names.count("train.bin") == 1 and not night.rows.parent.exists()
 
 
 def test_rows_that_a_run_changed_without_a_sandbox_are_found_out_at_the_next_start(night):
