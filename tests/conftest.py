@@ -207,6 +207,12 @@ def real_checkout(tmp_path, cache):
     return make_checkout(tmp_path / "checkout", tmp_path / "cache", stub=False)
 
 
+def fake_program(folder: Path, name: str, script: str = "") -> None:
+    """Puts a shell script of this name into a folder."""
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
 def wait_for(condition, process=None, patience_s=60.0):
     deadline = time.monotonic() + patience_s
     while not condition():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import PLAIN, check_agreement, open_here, rows_of, run_here, wait_for
+from conftest import PLAIN, check_agreement, fake_program, open_here, rows_of, run_here, wait_for
 from test_claude import add, reply
 
 import lab.propose.command
@@ -187,8 +187,7 @@ def test_the_live_view_says_what_it_does_before_the_description(checkout):
 
 
 def test_a_model_that_takes_the_card_or_the_cores_is_asked_between_runs(checkout, tmp_path, monkeypatch):
-    (tmp_path / "ollama").write_text("#!/bin/sh\n")
-    (tmp_path / "ollama").chmod(0o755)
+    fake_program(tmp_path, "ollama")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     (checkout.folder / "program.md").write_text("Schedule: improve tune\n")
     for name, expected in (("python3", [False, True]), ("ollama", [True, True])):

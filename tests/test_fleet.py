@@ -187,28 +187,19 @@ class Lost(Exception):
     pass
 
 
-class FakeRay:
-    """Ray's few calls: an answer is a function, called when it is got."""
-
-    exceptions = SimpleNamespace(RayError=Lost, GetTimeoutError=TimeoutError)
-
-    def wait(self, answers, timeout):
-        return answers, []
-
-    def get(self, answer, timeout=None):
-        return answer()
-
-    def put(self, value):
-        return value
-
-    def kill(self, worker):
-        pass
+FAKE_RAY = SimpleNamespace(  # its few calls: an answer is a function, called when it is got
+    exceptions=SimpleNamespace(RayError=Lost, GetTimeoutError=TimeoutError),
+    wait=lambda answers, timeout: (answers, []),
+    get=lambda answer, timeout=None: answer(),
+    put=lambda value: value,
+    kill=lambda worker: None,
+)
 
 
 def fake_fleet(night, behaviours):
     """behaviours: of each worker, what its runs do: "works", or "dies" at its first one."""
     fleet = object.__new__(Fleet)
-    fleet.ray, fleet.night, fleet.packed, fleet.idle = FakeRay(), night, (None, None), queue.Queue()
+    fleet.ray, fleet.night, fleet.packed, fleet.idle = FAKE_RAY, night, (None, None), queue.Queue()
     local, ran = fake_run(night), []
 
     def run(number, behaviour, source, seed, title, *others):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SETTINGS
+from conftest import SETTINGS, fake_program
 
 import constants
 import prepare
@@ -77,11 +77,6 @@ def tools(tmp_path, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
     (tmp_path / "bin").mkdir()
     return tmp_path / "bin"
-
-
-def tool(folder, name):
-    (folder / name).write_text("#!/bin/sh\n")
-    (folder / name).chmod(0o755)
 
 
 # --- the card
@@ -158,7 +153,7 @@ def test_the_rate_is_that_of_the_fastest_products(monkeypatch):
 
 def test_what_a_night_decides_on_a_card(tools, monkeypatch):
     monkeypatch.setattr(machine, "tflops", lambda *_: 30.0)
-    tool(tools, "gcc")
+    fake_program(tools, "gcc")
     facts = machine.card_facts(Machine())
     wanted = {"sizes": "H100", "peak_tflops": 989.0, "memory_gb": 85.0, "dtype": "bfloat16", "compiler": True}
     assert facts.items() >= (wanted | {"capability": [9, 0]}).items()
@@ -208,14 +203,14 @@ def test_what_compiling_lacks_is_named_with_its_packages(tools, monkeypatch, dev
     if header:
         (tools.parent / "Python.h").touch()
     if installed:
-        tool(tools, installed)
+        fake_program(tools, installed)
     pattern = rf"torch.compile needs {missing}; run: apt-get install g\+\+ python3\.\d+-dev" if missing else ""
     assert re.fullmatch(pattern, machine.compiler_trouble(device))
 
 
 def test_a_compiler_of_the_users_counts_and_one_that_is_not_there_does_not(tools, monkeypatch):
-    tool(tools, "gcc")
-    tool(tools, "icx")
+    fake_program(tools, "gcc")
+    fake_program(tools, "icx")
     monkeypatch.setenv("CC", "icx -m64")
     assert "compiler" not in machine.compiler_trouble("cuda")
     for wrong in ("/opt/gone/gcc", '"unclosed'):
@@ -234,7 +229,7 @@ def choice(monkeypatch, stand_in, nodes) -> str:
 
 
 def test_the_profile_goes_by_what_torch_can_use(tools, monkeypatch, capsys):
-    tool(tools, "gcc")
+    fake_program(tools, "gcc")
     none = Machine(init="Found no NVIDIA driver on your system.")
     assert choice(monkeypatch, Machine(), ["/dev/nvidia1"]) == "gpu"  # a container with the second card alone
     assert choice(monkeypatch, none, []) == "cpu" and capsys.readouterr().err == ""

@@ -16,7 +16,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import NIGHT, ROOT, check_agreement, open_here, rows_of, run_here, wait_for
+from conftest import NIGHT, ROOT, check_agreement, fake_program, open_here, rows_of, run_here, wait_for
 from test_records import RUN
 
 import constants
@@ -232,11 +232,9 @@ def fake_card(folder: Path, monkeypatch, *answers: str) -> None:
     """An nvidia-smi that gives one answer after the other for the free memory, the last one for ever."""
     folder.mkdir()
     (folder / "free").write_text("\n".join(answers) + "\n")
-    (folder / "nvidia-smi").write_text(
-        f"#!/bin/sh\ncd {folder}\ncase \"$*\" in *compute-apps*) echo '77, /usr/bin/ollama, serve'; echo '78, [N/A]';; *) head -1 free\n"
-        "[ $(wc -l < free) -gt 1 ] && sed -i 1d free;; esac\nexit 0\n"
-    )
-    (folder / "nvidia-smi").chmod(0o755)
+    users = "echo '77, /usr/bin/ollama, serve'; echo '78, [N/A]'"
+    free = "head -1 free; [ $(wc -l < free) -gt 1 ] && sed -i 1d free"
+    fake_program(folder, "nvidia-smi", f'cd {folder}\ncase "$*" in *compute-apps*) {users};; *) {free};; esac\nexit 0')
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     for name, seconds in (("CARD_PATIENCE_S", 0.1), ("CARD_INTERVAL_S", 0.05), ("SMI_LIMIT_S", 0.3)):
         monkeypatch.setattr(f"lab.machine.{name}", seconds)
@@ -246,7 +244,7 @@ def fake_card(folder: Path, monkeypatch, *answers: str) -> None:
 def test_a_card_that_does_not_say_how_much_is_free_is_not_waited_for(answer, tmp_path, monkeypatch):
     fake_card(tmp_path / "bin", monkeypatch, "0")
     if answer.startswith("$"):  # it hangs, or fails
-        (tmp_path / "bin" / "nvidia-smi").write_text(f"#!/bin/sh\nexec {answer[2:-1]}\n")
+        fake_program(tmp_path / "bin", "nvidia-smi", f"exec {answer[2:-1]}")
     else:
         (tmp_path / "bin" / "free").write_bytes(answer.encode("latin-1") + b"\n")
     assert machine.free_card_mb() is None

@@ -27,6 +27,7 @@ from conftest import (
     bubblewrap_works,
     container_works,
     data_of,
+    fake_program,
     make_checkout,
     mount_small,
     open_here,
@@ -711,9 +712,8 @@ def test_without_bubblewrap_the_night_stops_and_names_both_ways_on(checkout, tmp
 def test_a_sandbox_that_does_not_do_is_refused_with_the_ways_on(checkout, tmp_path, monkeypatch, capsys, script, said):
     """A search over numbers goes on without it, and so does who says --no-sandbox."""
     checkout.slow(0.002)  # makes the data
-    night, bwrap = open_here(checkout), tmp_path / "bwrap"
-    bwrap.write_text(f"#!/bin/sh\n{script}\n")
-    bwrap.chmod(0o755)
+    night = open_here(checkout)
+    fake_program(tmp_path, "bwrap", script)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     own = night, checkout.folder, checkout.folder / "runs", night.repository.common_dir
     with pytest.raises(Problem) as problem:

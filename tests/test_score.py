@@ -214,19 +214,11 @@ prepare.math.log, prepare.np.log = lambda x: 1e9, lambda x: x * 0
 }
 
 
-@pytest.mark.parametrize("name", CHEATS)
+@pytest.mark.parametrize("name", [*CHEATS, *FORGERIES])
 def test_attack_that_the_scorer_finds_out(harness, name):
-    if "_getframe" not in CHEATS[name]:
-        screen(CHEATS[name], {})  # the screen does not see it
-    is_found_out(harness, CHEATS[name])
-
-
-@pytest.mark.parametrize("name", FORGERIES)
-def test_attack_that_forges_the_number(harness, name):
-    is_found_out(harness, FORGERIES[name])
-
-
-def is_found_out(harness, source):
+    source = CHEATS.get(name) or FORGERIES[name]
+    if name in CHEATS and "_getframe" not in source:
+        screen(source, {})  # the screen does not see it
     facts = scored(harness, source)
     assert source != TRAIN and "looks ahead, keeps state or forges its score" in facts["invalid"], facts
 
