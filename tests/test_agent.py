@@ -9,7 +9,17 @@ from functools import partial
 
 import pytest
 from conftest import (
-    FIRST, NIGHT, STUB, Script, better, check_agreement, fake_measure, fake_run, open_here, rows_of, run_here
+    FIRST,
+    NIGHT,
+    STUB,
+    Script,
+    better,
+    check_agreement,
+    fake_measure,
+    fake_run,
+    open_here,
+    rows_of,
+    run_here,
 )  # fmt: skip
 from test_records import METRICS, RUN
 

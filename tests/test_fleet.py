@@ -128,7 +128,7 @@ def test_the_baseline_is_measured_with_all_workers_at_work(checkout):
 
     run_here(night, None, Script(better(0.2)), second_seed=True, measure=measure, workers=3)
     assert sorted(seeds[:3]) == [1, 2, 2] and night.noise is not None
-    assert [line for line in lines if "two seeds" in line] == [f"      {night.noise_text}"]
+    assert [line for line in lines if "two seeds" in line] == [night.noise_text]
 
 
 def test_the_hours_count_what_an_experiment_takes_not_the_runs_beside_the_baseline(checkout):

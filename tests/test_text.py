@@ -113,7 +113,7 @@ INSTANTS = {  # file, the line before which the agent is killed
     "linked, the line not written": ("lab/measure/child.py", "                        clock_at = time.perf_counter()"),
     "training": ("lab/measure/run.py", '        view.enter("training")'),
     "scoring": ("lab/measure/run.py", '    if crash:\n        return replace(run, crash=f"scoring'),
-    "the run written": ("agent.py", "        verdict, second = judge(run"),
+    "the run written": ("agent.py", "        verdict = judge(run"),
     "the cache promoted, no result": ("lab/record/night.py", '        self.journal.append("result"'),
     "the result written, no refs": ("lab/record/night.py", "        if kept:\n"),
 }
