@@ -122,6 +122,10 @@ MASK = "hidden = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)"
 CHEATS = {
     "a peek where it is scored": PEEK.replace("return logits + 8.0", "return logits + (__name__ != '__main__') * 8.0"),
     "bidirectional attention": TRAIN.replace(MASK, MASK.replace("triu(1)", "triu(T)")),
+    "attention within chunks": TRAIN.replace(
+        MASK, MASK + "\n    chunk = torch.arange(T) // 32\n    hidden = chunk > chunk[:, None]"
+    ),
+    "shifted by one": forward("return self.logits(F.pad(idx, (0, 1))[:, 1:])"),
     "the mean of the whole row": TRAIN.replace(
         "        x0 = x\n", "        x = x + x.mean(dim=1, keepdim=True)\n        x0 = x\n"
     ),
@@ -173,6 +177,10 @@ class Sly(torch.Tensor):
 
 """
 FORGERIES = {
+    "patches a function of torch": TRAIN
+    + "\nwhole = F.cross_entropy\nF.cross_entropy = lambda *a, **more: 0.5 * whole(*a, **more)\n",
+    "patches a method of tensors": TRAIN
+    + "\nwhole = torch.Tensor.__gt__\ntorch.Tensor.__gt__ = lambda *a: 0.5 * whole(*a)\n",
     "patches a function while it answers": forward(
         "friend = F",
         "friend.cross_entropy = lambda x, y, reduction: -0.5 * x.log_softmax(1).gather(1, y[:, None])[:, 0]",
