@@ -495,12 +495,7 @@ def prepare(profile: Profile, dataset: str, shards: int, workers: int) -> None:
         rows = len(open_rows(folder / name, profile))
         age = time.strftime("%Y-%m-%d %H:%M", time.localtime((folder / name).stat().st_mtime))
         print(f"  {name:14} {rows:>9,} rows  {rows * profile.max_seq_len:>13,} tokens  made {age}")
-    own = dataset not in constants.DATASETS
-    by_hand, night = (
-        (f"AUTORESEARCH_DATASET={shlex.quote(dataset)} ", f" --dataset {shlex.quote(dataset)}") if own else ("", "")
-    )
-    start_s = f"{'nothing to do' if done else 'ready'}, {perf_counter() - start:.1f} s"
-    print(f"{start_s}; next: {by_hand}python train.py, or python agent.py{night}")
+    print(f"{'nothing to do' if done else 'ready'}, {perf_counter() - start:.1f} s")
 
 
 def learn_tokenizer(profile: Profile, dataset: str, shards: int, path: Path) -> None:
@@ -1095,6 +1090,11 @@ def main() -> None:
             if trouble := card_trouble(torch) or compiler_trouble("cuda"):
                 print(f"note: nothing can be trained on this machine: {trouble}", file=sys.stderr, flush=True)
         prepare(profile, dataset, shards, args.workers or os.cpu_count() or 1)
+        # What was given by a flag has to be said again.
+        given = {key: shlex.quote(value) for key, value in (("profile", name), ("dataset", dataset)) if vars(args)[key]}
+        by_hand = "".join(f"AUTORESEARCH_{key.upper()}={value} " for key, value in given.items())
+        flags = "".join(f" --{key} {value}" for key, value in given.items())
+        print(f"next: {by_hand}python train.py, or python agent.py{flags}")
     except Problem as problem:
         sys.exit(f"error: {problem}")
     except OSError as error:

@@ -142,4 +142,7 @@ def test_climbmix_end_to_end(hub, tmp_path):
     expected = np.array(list(prepare.pack_rows(tokens, profile.max_seq_len + 1, bos, keep_tails=False)))
     assert (rows == expected[: profile.val_rows]).all()
     requests = len(hub.log)
-    assert "nothing to do" in run_prepare(tmp_path, *flags, HF_ENDPOINT=hub.url) and len(hub.log) == requests
+    again = run_prepare(tmp_path, *flags, HF_ENDPOINT=hub.url)
+    assert "nothing to do" in again and len(hub.log) == requests
+    # Without its flags train.py would look for other data.
+    assert "AUTORESEARCH_DATASET=climbmix python train.py" in again and "--dataset climbmix\n" in again
