@@ -31,7 +31,7 @@ from pathlib import Path
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # also where PYTHONSAFEPATH is set
 
 import constants
-from constants import CONFIRM_SEED, SEED, Problem, locked
+from constants import CONFIRM_SEED, SEED, Problem, counted, locked
 from lab.arguments import complete, parse_arguments, restore
 from lab.check import CHECK_SEEDS, ablate, check, rehearsal
 from lab.measure.child import end_processes
@@ -185,23 +185,21 @@ class Limits:
 
     def left(self, night: Night, running: list[Proposal]) -> int | None:
         """How many more experiments may begin, about, while these run: 0 for none, None without a limit. Sets `reason`, night.until."""
-        begun = night.begun(running)
-        by_number = math.inf if self.experiments is None else self.experiments + 1 - begun
+        begun, count = night.begun(running), len(night.results)
         runs = [run for result in night.results for run in (result.run, *(result.second or ()))]
-        mean_s = sum(run.seconds for run in runs) / len(night.results) if night.results else night.settings.budget_s
-        by_time, night.until = math.inf, self.end - mean_s
+        mean_s = sum(run.seconds for run in runs) / count if count else night.settings.budget_s  # of an experiment
+        night.until = self.end - mean_s
+        by_number = by_time = math.inf
+        if self.experiments is not None:
+            by_number = self.experiments + 1 - begun
         if self.hours is not None:
             by_time = self.workers * int((self.end - time.perf_counter()) / mean_s) - len(running)
         if by_number <= 0:
-            self.reason = (
-                "the one experiment is done"
-                if self.experiments == 1
-                else f"all {self.experiments} experiments are done"
-            )
+            self.reason = f"{counted(self.experiments, 'experiment')} done"
         elif by_time <= 0:
             self.reason = f"{self.hours:g} hours are used up"
-        least = min(by_number, by_time)
-        return None if least == math.inf else max(0 if begun else 1, least)  # the baseline is always run
+        least = max(min(by_number, by_time), 0 if begun else 1)  # the baseline is always run
+        return None if least == math.inf else least
 
 
 @contextlib.contextmanager

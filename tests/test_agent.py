@@ -153,10 +153,10 @@ def test_second_runs_by_the_program(checkout):
 
 def test_a_night_ends_at_its_limits(checkout):
     night = open_here(checkout)
-    assert run_here(night, 2) == "all 2 experiments are done"
-    assert run_here(night, 2) == "all 2 experiments are done" and len(night.results) == 3
+    assert run_here(night, 2) == "2 experiments done"
+    assert run_here(night, 2) == "2 experiments done" and len(night.results) == 3
     assert run_here(night, None, hours=1e-9) == "1e-09 hours are used up"
-    assert run_here(open_here(checkout, "one"), 1) == "the one experiment is done"
+    assert run_here(open_here(checkout, "one"), 1) == "1 experiment done"
     assert run_here(open_here(checkout, "script"), None, Script(better(0.3))) == "the script is complete"
 
 
@@ -342,7 +342,7 @@ def test_a_night_of_the_program_says_what_it_runs_on_and_ends(checkout, monkeypa
     assert lines[at + 1].strip() == "stub (sizes cpu, a test), attention sdpa, 500,000 tokens a second"
     assert "warning: runs are not compiled, so they train on fewer tokens: torch.compile needs g++" in output
     assert "go on      python agent.py --tag t  (with a larger --experiments or --hours)\n" in output
-    assert rows_of(checkout, "end")[0]["reason"] == "all 6 experiments are done"
+    assert rows_of(checkout, "end")[0]["reason"] == "6 experiments done"
     assert choose_tag(arguments(monkeypatch), folder.parent) != "t"
     assert has_ended([*rows_of(checkout), {"event": "night", "arguments": {"check": "t"}}])
     assert "MB in runs/t" in output and folder_bytes(folder) < 7 * 100_000

@@ -349,7 +349,7 @@ def test_a_night_with_replies_of_every_kind(checkout, night):
         ("status", (429, [("retry-after", "0.1")], "slow down")), ("error event", ""), add("after_the_burst", 6), numbered(),
     ]  # fmt: skip
     reason, server, here = night(script, 18)
-    assert reason == "all 18 experiments are done"
+    assert reason == "18 experiments done"
     results = check_agreement(checkout)
     verdicts = {row["description"]: row["verdict"] for row in results}
     assert verdicts["good"] == verdicts["mended"] == "keep" and verdicts["crashes"] == "crash"
@@ -408,7 +408,7 @@ def test_what_no_waiting_mends_stops_the_night_and_it_goes_on_later(checkout, ni
 def test_a_model_that_refuses_for_ever_does_not_end_a_night(checkout, night, capsys):
     """Each time the numeric search takes the turn, and the next idea is asked for as if nothing had been."""
     reason, server, here = night([("refusal", "")], 6)
-    assert reason == "all 6 experiments are done" and len(server.requests) == 6
+    assert reason == "6 experiments done" and len(server.requests) == 6
     assert {result.operator for result in here.results[1:]} == {"tune"}
     assert all(len(body["messages"]) == 1 for body in server.requests)
     lines = [line for line in capsys.readouterr().out.split("\n") if "lost" in line]

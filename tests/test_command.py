@@ -57,7 +57,7 @@ def test_its_reply_is_run_and_it_is_asked_for_the_next_meanwhile(checkout, progr
     text = f"Let me think.\n\x1b[1m{draft}\x1b[0m\nOn reflection:\n```\n{final}\n```\nGood luck!\n"
     lines = text.replace("\n", "\r\n")
     reason, _ = program(f"sys.stdout.write({lines!r}.replace('7', str(n)))", 3)
-    assert reason == "all 3 experiments are done"
+    assert reason == "3 experiments done"
     assert [row["description"] for row in check_agreement(checkout)][1:] == ["idea 0", "idea 1", "idea 2"]
     prompt = (tmp_path / "prompt2").read_text()
     for part in ("SEARCH", "# train.py of the incumbent", "You propose experiment 3", "beta=0.8", "# Running now"):
@@ -79,7 +79,7 @@ def test_a_failure_is_waited_out_aloud(checkout, program, monkeypatch, capsys):
     monkeypatch.setattr(lab.propose.model, "PATIENCE_S", 0.05)
     trouble, said = "sys.exit('out of quota')", "exit status 1: out of quota"
     reason, here = program(f"if 0 < n < 4:\n    {trouble}\nprint({add('idea', 7)!r}.replace('7', str(n)))", 2)
-    assert reason == "all 2 experiments are done" and here.results[2].description == "idea 4"
+    assert reason == "2 experiments done" and here.results[2].description == "idea 4"
     errors = [row["error"] for row in rows_of(checkout, "call") if "error" in row]
     assert errors == [said] * 3 and capsys.readouterr().out.count(f"waiting for command: {said}") == 1
 
@@ -115,7 +115,7 @@ def test_one_that_never_replied_is_no_outage_nor_at_the_next_start(checkout, pro
 def test_one_that_fails_for_ever_loses_its_turns_to_the_numeric_search(program, monkeypatch, capsys):
     monkeypatch.setattr(lab.propose.model, "PATIENCE_S", 0.01)
     reason, here = program(f"if n:\n    sys.exit(3)\nprint({add('idea', 1)!r})", 2)
-    assert reason == "all 2 experiments are done"
+    assert reason == "2 experiments done"
     assert [result.operator for result in here.results[1:]] == ["improve", "tune"]
     assert capsys.readouterr().out.count("an idea of command is lost: exit status 3") == 1
 
@@ -124,7 +124,7 @@ def test_output_without_end_is_cut_and_ended(checkout, program, capsys):
     """The numeric search takes the turn of a researcher that has nothing to say, and the terminal says so."""
     start = time.monotonic()
     reason, here = program("while True:\n    print('blah ' * 1000)")
-    assert reason == "the one experiment is done" and here.results[1].operator == "tune"
+    assert reason == "1 experiment done" and here.results[1].operator == "tune"
     assert time.monotonic() - start < 30 and len(rows_of(checkout, "reject")) == 4
     line = "an idea of command is lost: the reply has no SEARCH/REPLACE block; the numeric search takes this turn"
     assert capsys.readouterr().out.count(line) == 1

@@ -160,7 +160,7 @@ def test_an_experiment_that_was_just_recorded_is_not_counted_as_running_too(chec
         return result
 
     night.record = slow_record
-    assert run_here(night, 2, script, workers=2) == "all 2 experiments are done"
+    assert run_here(night, 2, script, workers=2) == "2 experiments done"
     assert [(history.number, history.more) for history, _ in script.asked] == [(1, 1), (2, 0)]
 
 
@@ -306,10 +306,12 @@ def test_without_ray_one_line_says_what_to_install(checkout, tmp_path):
 # --- on Ray
 
 
-def of_ray() -> list[str]:
-    """Ray's processes but its monitors, which take a minute to notice that a killed agent is gone."""
-    names = (process.info["name"] or "" for process in psutil.process_iter(["name"]))
-    return [name for name in names if name.startswith(("ray::Worker", "ray::IDLE", "raylet", "gcs_server"))]
+def of_ray(checkout: Checkout) -> list[str]:
+    """Ray's processes of this checkout but its monitors, which take a minute to notice that a killed agent is gone."""
+    processes = [process.info for process in psutil.process_iter(["name", "environ"])]
+    own = [of for of in processes if (of["environ"] or {}).get("AUTORESEARCH_CACHE") == str(checkout.cache)]
+    kinds = ("ray::Worker", "ray::IDLE", "raylet", "gcs_server")
+    return [of["name"] for of in own if of["name"].startswith(kinds)]
 
 
 @needs_ray
@@ -321,6 +323,7 @@ def test_a_night_of_two_workers_on_ray(checkout: Checkout):
     while len(rows_of(checkout, "result")) < 4:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
+    assert of_ray(checkout)
     process.send_signal(signal.SIGKILL if sys.platform == "linux" else signal.SIGINT)
     process.communicate()
     before = rows_of(checkout, "result")
@@ -328,4 +331,4 @@ def test_a_night_of_two_workers_on_ray(checkout: Checkout):
     results = check_agreement(checkout)
     assert len(results) == 10 and results[: len(before)] == before
     assert {row["worker"] for row in results} == {1, 2} and "worker 2: " in output
-    assert not list((checkout.cache / "fleet").glob("t-*[0-9]")) and of_ray() == []
+    assert not list((checkout.cache / "fleet").glob("t-*[0-9]")) and of_ray(checkout) == []

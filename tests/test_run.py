@@ -77,7 +77,7 @@ def test_a_night_under_nohup_outlives_its_terminal(checkout):
     wait_for(lambda: (checkout.folder / "runs" / "t" / "0000" / "run.log").exists(), process)
     process.send_signal(signal.SIGHUP)
     output, _ = process.communicate(timeout=60)
-    assert "the one experiment is done" in output and len(check_agreement(checkout)) == 2
+    assert "1 experiment done" in output and len(check_agreement(checkout)) == 2
 
 
 # --- what is tried once more
