@@ -151,21 +151,30 @@ def experiment(night: Night, proposal: Proposal, measure) -> Result:
             except Rejected as refused:
                 late = f"lower than experiment {parent.number}, on which it was made, but {night.incumbent.number} was kept meanwhile: {refused}"
                 return night.record(proposal, run, Verdict("discard", late), second)
-            night.forget(run)
+            night.remove_files(run)  # and round again
 
 
-def measure_noise(night: Night, measure, compare: bool) -> None:
-    """The baseline on the second seed: a scale for what comes. compare: with the baseline's own run, as soon as that is there."""
+def begin_noise(pool, night: Night, measure, count: int) -> list:
+    """Futures of the baseline on the second seed, `count` times; the first of them says how large the noise is.
+
+    Beside the baseline every worker runs it: a baseline that has the machine to itself is faster than what it is compared with.
+    """
+    again = partial(measure, night.baseline.source, CONFIRM_SEED, "the baseline on the second seed")
+    return [pool.submit(measure_noise, night, measure), *(pool.submit(again) for _ in range(count - 1))]
+
+
+def measure_noise(night: Night, measure) -> None:
+    """The baseline on the second seed, compared with its own run as soon as that is there: a scale for what comes."""
     second = measure(night.baseline.source, CONFIRM_SEED, "the baseline on the second seed, to know the noise")
-    while compare and not night.results:
+    while not night.results:
         if night.stop.wait(0.1):
             raise Stopped
-    if compare and uneven(second, night.results[0].run):
+    if uneven(second, night.results[0].run):
         tokens = [run.metrics["total_tokens_M"] for run in (night.results[0].run, second)]
         pair = f"{tokens[0]:.2f} and {tokens[1]:.2f} million tokens"
         night.say(f"the baseline's two runs read {pair}: was the machine busy? It is run once more")
         measure(night.baseline.source, CONFIRM_SEED, "the baseline on the second seed, once more", True)
-    if compare and night.noise_text:
+    if night.noise_text:
         night.say(night.noise_text)
 
 
@@ -226,19 +235,19 @@ def run_night(night: Night, proposer, limits: Limits, measure, room, view, secon
     how large the noise is.
     """
     proposals = Proposals(night, proposer, partial(limits.left, night))
-    running = {}  # future: its proposal; None: the baseline on the second seed
+    running = {}  # future: its proposal; None for the baseline on the second seed
     refuse_to_go_on(night)
     second_seed = second_seed and night.baseline_second is None
     with threads(night, room()) as pool:
         while not night.stop.is_set():
             for future in [future for future in running if future.done()]:
-                running.pop(future)
+                proposal = running.pop(future)
                 try:
                     result = future.result()
                 except OutOfTime as spent:
                     night.say(f"--hours ended while {spent}")
                     continue
-                if result:
+                if proposal:
                     view.finished(result)
                 refuse_to_go_on(night)
             under_way = [proposal for proposal in running.values() if proposal]
@@ -246,9 +255,8 @@ def run_night(night: Night, proposer, limits: Limits, measure, room, view, secon
             proposal = None
             if more and free > 0:
                 if second_seed and (night.results or under_way):
-                    second_seed = False  # all at once: a baseline alone on the machine would be faster than what it is compared with
-                    for i in range(1 if night.results else free):
-                        running[pool.submit(measure_noise, night, measure, compare=i == 0)] = None
+                    second_seed = False
+                    running |= dict.fromkeys(begin_noise(pool, night, measure, 1 if night.results else free))
                     continue
                 proposal = proposals.take(under_way)
             if proposal:
@@ -292,11 +300,13 @@ def make_proposer(night: Night, args, secrets: dict, replayed):
         return Command(night, HERE, args.command, secrets)
     if args.proposer == "claude":
         return Claude(night, HERE, credentials_of(secrets), args.model or MODEL, args.max_usd)
+    assert args.proposer == "tune"
     return Tune(night.tag, night.settings.profile.sizes)
 
 
 def at_work(night: Night, args, proposer, fleet) -> str:
     """What the command asks for, with the device locked; returns why it ended."""
+    # Of earlier starts: for --try the incumbent alone, for --check and --ablate nothing.
     shown = night.keeps[-1:] if args.attempt else night.results if proposer else []
     with View(night, proposer, shown, args.workers if fleet else 0) as view:
         night.say = view.note

@@ -128,11 +128,11 @@ class View:
         self.say(
             f"{result.number:4d}  {number:>9}  {change:>9}  {pace or '-':>6}  {word:8}{memory}  {text}", STYLES[word]
         )
-        if result.verdict.reason and result.number:
-            apart = ""
-            if word == "keep" and self.night.noise:
-                apart = f"; the baseline's two seeds are {self.night.noise:.6f} apart"
-            self.say(f"{'':6}{one_line(result.verdict.reason)}{apart}", STYLES[word], wrap=True)
+        notes = [one_line(result.verdict.reason)] if result.verdict.reason and result.number else []
+        if word == "keep" and result.number and self.night.noise:
+            notes.append(f"the baseline's two seeds are {self.night.noise:.6f} apart")
+        if notes:
+            self.say(f"{'':6}{'; '.join(notes)}", STYLES[word], wrap=True)
         if word == "keep" and other and (doubt := pace_doubt(result.run, other)):
             self.note(doubt)
         if other and self.proposer and self.proposer.name == "try":

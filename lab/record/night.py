@@ -24,10 +24,10 @@ from lab.records import (
     fingerprint,
     log_tail,
     one_line,
-    pace_of,
     run_trouble,
     runs_of,
     sha256,
+    uneven,
 )
 
 OWN_BYTES, OWN_LINES = 64_000, 6  # of a run's log, to find the lines that are train.py's own
@@ -120,9 +120,10 @@ class Night(Place):
             return None
         first = self.keeps[0].run
         found = self.runs_on(first.source, constants.CONFIRM_SEED)
-        # A busy machine has it measured again: the run whose tokens are nearest is the one to compare.
-        nearest = min(found, key=lambda run: abs(pace_of(run, first) or 0.0), default=None)
-        return nearest and nearest.val_bpb
+        even = min(
+            found, key=lambda run: uneven(run, first), default=None
+        )  # the first that is: a busy machine had it run again
+        return even and even.val_bpb
 
     @property
     def noise(self) -> float | None:
@@ -218,7 +219,7 @@ class Night(Place):
         """The experiment that a proposal was made on; None for the baseline."""
         return None if proposal.parent is None else self.results[proposal.parent]
 
-    def forget(self, run: Run) -> None:
+    def remove_files(self, run: Run) -> None:
         """Removes the files of a run that will not be an experiment."""
         settle_cache(self.folder, run.source, kept=False)
         remove(self.arrived(run.source))
