@@ -301,7 +301,7 @@ def make_proposer(night: Night, args, secrets: dict, replayed):
     if args.proposer == "claude":
         return Claude(night, HERE, credentials_of(secrets), args.model or MODEL, args.max_usd)
     assert args.proposer == "tune"
-    return Tune(night.tag, night.settings.profile.sizes)
+    return Tune()
 
 
 def at_work(night: Night, args, proposer, fleet) -> str:

@@ -302,7 +302,7 @@ def run_here(
     night: Night, experiments: int | None = 6, proposer=None, hours=None, second_seed=False, measure=None, workers=1
 ) -> str:
     """Runs a night of this process to its end; returns the reason."""
-    proposer = proposer or Tune(night.tag, "cpu")
+    proposer = proposer or Tune()
     end = math.inf if hours is None else time.perf_counter() + 3600 * hours
     limits = Limits(experiments, hours, end, workers)
     return run_night(night, proposer, limits, measure or fake_measure(night), lambda: workers, Quiet(), second_seed)

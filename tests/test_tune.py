@@ -10,7 +10,7 @@ from conftest import ROOT, STUB, Script, better, check_agreement, open_here, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from constants import Problem
+from constants import PROFILES, Problem
 from lab.propose.ahead import History
 from lab.propose.screen import screen
 from lab.propose.tune import Number, Tune, best_moves, coordinate, numbers_of, skeleton, text_at, trials, with_values
@@ -18,9 +18,10 @@ from lab.propose.tune import Number, Tune, best_moves, coordinate, numbers_of, s
 REAL = (ROOT / "train.py").read_text()
 
 
-def asked_for(number: int, rejects: int = 0):
+def asked_for(number: int, rejects: int = 0, tag: str = "t"):
     """The history of a night without results, asked for this experiment."""
-    return SimpleNamespace(results=(), number=number, rejects=rejects)
+    night = SimpleNamespace(tag=tag, settings=SimpleNamespace(profile=PROFILES["cpu"]))
+    return SimpleNamespace(night=night, results=(), number=number, rejects=rejects)
 
 
 def values_of(source, sizes="cpu"):
@@ -77,10 +78,10 @@ def test_a_proposal_moves_one_to_five_numbers_and_repeats():
     counts = set()
     for number in range(1, 25):
         past = asked_for(number)
-        proposal = Tune("t", "cpu").propose(REAL, past, [])
+        proposal = Tune().propose(REAL, past, [])
         if number == 1:
-            assert proposal == Tune("t", "cpu").propose(REAL, past, []) and proposal.operator == "tune"
-            assert proposal.source != Tune("u", "cpu").propose(REAL, past, []).source
+            assert proposal == Tune().propose(REAL, past, []) and proposal.operator == "tune"
+            assert proposal.source != Tune().propose(REAL, asked_for(1, tag="u"), []).source
         before, after = values_of(REAL), values_of(proposal.source)
         changed = [name for name in before if before[name] != after[name]]
         assert sorted(part.split(" ")[0] for part in proposal.description.split(", ")) == sorted(changed)
@@ -91,7 +92,7 @@ def test_a_proposal_moves_one_to_five_numbers_and_repeats():
 
 
 def test_a_refused_proposal_is_followed_by_another():
-    first, second = (Tune("t", "cpu").propose(STUB, asked_for(1, rejects), []) for rejects in (0, 1))
+    first, second = (Tune().propose(STUB, asked_for(1, rejects), []) for rejects in (0, 1))
     assert first.source != second.source
 
 
@@ -113,7 +114,7 @@ def test_it_learns_from_a_model_the_numbers_alone(checkout):
     assert words == ["keep", "keep", "keep", "keep", "crash"]
     past = History(night, tuple(night.results))
     numbers = numbers_of(night.source(night.incumbent), "cpu")
-    places, changes = trials(past, "cpu", numbers)
+    places, changes = trials(past, numbers)
     bpb = [result.run.val_bpb for result in night.results]
     expected = [0.0, bpb[1] - bpb[0], (bpb[1] - bpb[0]) + (bpb[3] - bpb[2])]
     far = 0.01 * bpb[0]
@@ -125,7 +126,7 @@ def test_what_has_no_number_counts_as_the_worst(checkout):
     night = open_here(checkout)
     run_here(night, None, Script(better(0.5), ("warmdown=0.6", "warmdown=0.5")))
     night.results[2] = replace(night.results[2], run=replace(night.results[2].run, val_bpb=None))
-    _, changes = trials(History(night, tuple(night.results)), "cpu", numbers_of(STUB, "cpu"))
+    _, changes = trials(History(night, tuple(night.results)), numbers_of(STUB, "cpu"))
     assert changes[-1] == changes.max() > 0
 
 
@@ -140,4 +141,4 @@ def test_the_model_finds_the_way_down_a_known_bowl(seed):
 
 def test_a_file_without_numbers_is_one_clear_line():
     with pytest.raises(Problem, match="has no numbers at its top"):
-        Tune("t", "cpu").propose("x = 'a'\n", asked_for(1), [])
+        Tune().propose("x = 'a'\n", asked_for(1), [])

@@ -130,7 +130,6 @@ class Researcher(Proposer):
 
     def __init__(self, night: Night, here: Path):
         self.night, self.here, self.lines = night, here, HISTORY_LINES
-        self.tune = Tune(night.tag, night.settings.profile.sizes)
         self.instructions, self.instructions_trouble = read_checkout(here, "program.md"), ""
         self.schedule = schedule_of(self.instructions)
         self.turns: list[dict] = []  # of the idea in hand: request, reply, objection, reply ...
@@ -161,7 +160,7 @@ class Researcher(Proposer):
         if (operator == "tune" or self.lost == history.number) and len(feedback) <= MAX_BOUNCES + MAX_DRAWS:
             self.turns = []
             try:
-                return self.tune.propose(source, history, feedback)
+                return Tune().propose(source, history, feedback)
             except Problem:  # it has no numbers any more
                 operator = "improve"
         if feedback and self.turns and (self.source, self.number) == (source, history.number):

@@ -212,9 +212,8 @@ def to_mend(history: History) -> Result | None:
 
 def numbers_text(source: str, history: History) -> str:
     """A line for each number that was moved: the values tried, in order, and what they brought."""
-    sizes = history.night.settings.profile.sizes
-    now, lines = numbers_of(source, sizes), []
-    for name, moves in moves_of(history, sizes).items():
+    now, lines = numbers_of(source, history.night.settings.profile.sizes), []
+    for name, moves in moves_of(history).items():
         tried, worth = {}, []  # what changed nothing else is worth more, then what brought most
         for move in moves:
             change = change_of(history.results, move.result)

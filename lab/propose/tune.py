@@ -119,9 +119,9 @@ def skeleton(source: str, sizes: str) -> str:
     return fingerprint(with_values(source, sizes, dict.fromkeys(numbers_of(source, sizes), "1")))
 
 
-def moves_of(history: History, sizes: str) -> dict[str, list[Move]]:
+def moves_of(history: History) -> dict[str, list[Move]]:
     """By name: the experiments that changed a number against their incumbent, whatever else they changed."""
-    moves = {}
+    sizes, moves = history.night.settings.profile.sizes, {}
     for result in history.results:
         if result.parent is not None:
             before, after = (numbers_of(history.source(number), sizes) for number in (result.parent, result.number))
@@ -192,18 +192,16 @@ class Tune(Proposer):
 
     name = "tune"
 
-    def __init__(self, tag: str, sizes: str):
-        self.tag, self.sizes = tag, sizes
-
     def propose(self, source: str, history: History, feedback: list[str]) -> Proposal | None:
         """Raises Problem if train.py has no numbers."""
         import numpy as np
 
-        numbers = numbers_of(source, self.sizes)
+        night, sizes = history.night, history.night.settings.profile.sizes
+        numbers = numbers_of(source, sizes)
         if not numbers:
             raise Problem("train.py has no numbers at its top that `tune` could move; use another proposer")
-        places, changes = trials(history, self.sizes, numbers)
-        random = np.random.default_rng([*f"{self.tag}/{history.number}/{history.rejects}".encode()])
+        places, changes = trials(history, numbers)
+        random = np.random.default_rng([*f"{night.tag}/{history.number}/{history.rejects}".encode()])
         at = np.array([coordinate(number.value, number.value) for number in numbers.values()])
         values, names = {}, list(numbers)
         moved = random.integers(1, MAX_MOVED + 1)
@@ -216,10 +214,10 @@ class Tune(Proposer):
             values[name] = text_at(at[names.index(name)] + random.choice((-1.0, 1.0)), numbers[name])
         description = ", ".join(f"{name} {numbers[name].text} -> {text}" for name, text in values.items())
         why = f"numeric search over {len(changes)} results of this night"
-        return Proposal(description, why, with_values(source, self.sizes, values), "tune")
+        return Proposal(description, why, with_values(source, sizes, values), "tune")
 
 
-def trials(history: History, sizes: str, numbers: dict[str, Number]) -> tuple:
+def trials(history: History, numbers: dict[str, Number]) -> tuple:
     """(coordinates (n, numbers), changes of val_bpb (n,)) of the baseline and of all that differs from its incumbent in numbers alone.
 
     A change is counted from the baseline, over the keeps that led to the incumbent of its time; what others than numbers have
@@ -227,7 +225,8 @@ def trials(history: History, sizes: str, numbers: dict[str, Number]) -> tuple:
     """
     import numpy as np
 
-    results, levels, places, changes = history.results, {}, [], []
+    results, sizes = history.results, history.night.settings.profile.sizes
+    levels, places, changes = {}, [], []
     skeletons = [skeleton(history.source(result.number), sizes) for result in results]
     for result in results:
         before = 0.0 if result.parent is None else levels[result.parent]
