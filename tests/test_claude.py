@@ -14,7 +14,7 @@ from messages_server import ODD, MessagesServer
 
 import lab.propose.model
 from constants import Problem
-from lab.propose.claude import PRICES, Claude, Message, credentials_of, take_secrets, usd_of
+from lab.propose.claude import Claude, Message, credentials_of, take_secrets, usd_of
 from lab.propose.model import LostIdea, parse_reply
 from lab.propose.prompt import DIVIDER, REPLACE, SEARCH
 from lab.record.journal import spent_usd
@@ -187,7 +187,7 @@ def test_an_outage_is_waited_out_with_a_line_at_its_third_failure(asking, capsys
         calls = {row["id"]: row for row in rows}.values()
         assert len(calls) == len(server.requests) == 6 and len(rows) == 12
         assert sum("bound_usd" in row for row in calls) == (0 if answer[0] == "status" else 5)
-        assert spent_usd(rows) == pytest.approx(usd_of(PRICES[MODEL], server.usage))
+        assert spent_usd(rows) == pytest.approx(usd_of(MODEL, server.usage))
         assert {body["max_tokens"] for body in server.requests} == {32_000}
 
 
@@ -299,7 +299,7 @@ def test_a_server_that_does_not_answer_and_a_proxy_of_an_unknown_kind_are_named(
     ],
 )  # fmt: skip
 def test_a_call_costs_what_the_table_says(model, tokens, usd):
-    assert usd_of(PRICES.get(model), tokens, model) == (usd if usd is None else pytest.approx(usd))
+    assert usd_of(model, tokens) == (usd if usd is None else pytest.approx(usd))
 
 
 def test_a_token_is_taken_like_a_key_and_neither_stays_in_the_environment(monkeypatch):
@@ -364,7 +364,7 @@ def test_a_night_with_replies_of_every_kind(checkout, night):
     assert len(rows_of(checkout, "call")) == 2 * len(calls) == 2 * len(server.requests)
     told = {name: sum(row["tokens"].get(name, 0) for row in calls.values()) for name in server.usage}
     assert told == server.usage and sum(row["at_least"] for row in calls.values()) >= 2
-    assert spent_usd(here.journal.rows) == pytest.approx(usd_of(PRICES[MODEL], server.usage))
+    assert spent_usd(here.journal.rows) == pytest.approx(usd_of(MODEL, server.usage))
     assert "canary-key" not in (here.folder / "journal.jsonl").read_text()
     assert len({body["system"][0]["text"] for body in server.requests}) == 1
     assert all(block["cache_control"]["ttl"] == "1h" for block in server.requests[0]["system"])
@@ -454,7 +454,7 @@ def test_the_money_is_never_exceeded(night):
     """A call starts only if its worst case still fits; an interrupted one counts as its worst case."""
     reason, server, here = night([numbered()], 1000, max_usd=0.70)
     assert "might exceed --max-usd 0.7" in reason and 0 < spent_usd(here.journal.rows) <= 0.70
-    assert usd_of(PRICES[MODEL], server.usage) == pytest.approx(spent_usd(here.journal.rows))
+    assert usd_of(MODEL, server.usage) == pytest.approx(spent_usd(here.journal.rows))
 
 
 def test_an_outage_is_waited_out_aloud_until_the_hours_are_used_up(night):

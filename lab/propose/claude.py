@@ -77,8 +77,8 @@ class Claude(Researcher):
     name = "claude"
 
     def __init__(self, night: Night, here: Path, credentials: dict, model: str, max_usd: float | None):
-        self.model, self.price, self.max_usd = model, PRICES.get(model), max_usd
-        if max_usd is not None and not self.price:
+        self.model, self.max_usd = model, max_usd
+        if max_usd is not None and model not in PRICES:
             raise Problem(
                 f"--max-usd needs the price of {model}; add it to PRICES, at the top of lab/propose/claude.py"
             )
@@ -106,7 +106,7 @@ class Claude(Researcher):
     @property
     def bill(self) -> str:
         """What the API has cost, in dollars or, where it has no price that we know, in tokens."""
-        if self.price:
+        if self.model in PRICES:
             return f"the API has cost ${self.spent_usd:.2f}; tokens and prices stand in the journal"
         last = {row["id"]: row["tokens"] for row in self.night.journal.of("call")}.values()
         written = sum(tokens.get("output", 0) for tokens in last)
@@ -165,18 +165,17 @@ class Claude(Researcher):
         failures, effort = 0, "high"
         while True:
             size = sum(len(part.encode()) for part in (*system, *(turn["content"] for turn in self.turns)))
-            worst = usd_of(self.price, {"cache_write": size // 2, "output": self.reply_tokens}, self.model)
+            worst = usd_of(self.model, {"cache_write": size // 2, "output": self.reply_tokens})
             if self.max_usd is not None and spent_usd(self.night.journal.rows, bound=True) + worst > self.max_usd:
                 return None
             call, start, message = self.open_call(number, self.model, worst), time.perf_counter(), Message()
             failed = self.read(message, system, effort)
-            begun = failed is None or failed.begun
-            bound = {} if (failed is None and message.counted) or not begun else {"bound_usd": worst}
+            exact = not failed.begun if failed else message.counted  # else it may have cost its worst case
+            bound = {} if exact else {"bound_usd": worst}
             said = {"error": failed.message} if failed else {"stop": message.stop, "reply": message.text}
             seconds = time.perf_counter() - start
-            usd = usd_of(self.price, message.usage, self.model)
             self.night.journal.append(
-                "call", **call, tokens=message.usage, usd=usd, seconds=seconds, at_least=bool(bound), **said, **bound
+                "call", **call, tokens=message.usage, usd=usd_of(self.model, message.usage), seconds=seconds, at_least=not exact, **said, **bound
             )  # fmt: skip
             if failed:
                 if self.adapt(failed):
@@ -410,9 +409,9 @@ def retry_after(error) -> float | None:
         return None
 
 
-def usd_of(price: tuple | None, tokens: dict, model: str = "") -> float | None:
-    """Dollars of {input, cache_write, cache_read, output} tokens at a price of PRICES; None if there is none."""
-    if not price:
+def usd_of(model: str, tokens: dict) -> float | None:
+    """Dollars of {input, cache_write, cache_read, output} tokens of a model; None if PRICES lacks it."""
+    if not (price := PRICES.get(model)):
         return None
     rates = {"input": price[0], "cache_write": 2 * price[0], "cache_read": price[2], "output": price[1]}
     long_tokens, factor = LONG_PROMPTS.get(model, (0, 1.0))
