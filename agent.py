@@ -41,7 +41,6 @@ from lab.measure.sandbox import choose_sandbox, inherited_names
 from lab.propose.ahead import Proposals, Try, rebased
 from lab.propose.claude import MODEL, Claude, credentials_of, take_secrets
 from lab.propose.command import Command
-from lab.propose.model import Researcher
 from lab.propose.replay import Replay
 from lab.propose.screen import screen
 from lab.propose.tune import Tune, numbers_alone
@@ -385,8 +384,7 @@ def start_and_work(args, secrets: dict) -> None:
         except (KeyboardInterrupt, Stopped):
             why = "interrupted; the same command goes on"
         finally:
-            if isinstance(proposer, Researcher):
-                proposer.stopped = True
+            night.stop.set()  # a model that is still thinking is not asked again
     if proposer:
         print_summary(night, why, proposer, goes_on=not (args.demo or args.attempt))
     else:

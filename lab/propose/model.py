@@ -134,7 +134,7 @@ class Researcher(Proposer):
         self.schedule = schedule_of(self.instructions)
         self.turns: list[dict] = []  # of the idea in hand: request, reply, objection, reply ...
         self.source, self.number = "", 0  # that they are about
-        self.status, self.lost, self.reminded, self.stopped = "", None, -math.inf, False
+        self.status, self.lost, self.reminded = "", None, -math.inf
 
     def operator(self, number: int) -> str:
         """Whose turn experiment `number` is. What became wrong with program.md during the night changes nothing, and is said once."""
@@ -212,7 +212,7 @@ class Researcher(Proposer):
 
     def rest_if_stopped(self) -> None:
         """The background thread makes no further attempt once the agent is about to end."""
-        while self.stopped:
+        while self.night.stop.is_set():
             time.sleep(1.0)
 
     def wait_out(self, failures: int, reason: str, delay: float | None = None) -> None:
