@@ -139,7 +139,7 @@ def experiment(night: Night, proposal: Proposal, measure) -> Result:
             why = f"{run.number} is lower than {parent.run.number}, so"
             second = (
                 measure(proposal.source, CONFIRM_SEED, f"{why} on the second seed: {proposal.description}", fresh),
-                measure(night.source(parent), CONFIRM_SEED, f"{why} the incumbent on the second seed", fresh),
+                measure(night.source(parent.number), CONFIRM_SEED, f"{why} the incumbent on the second seed", fresh),
             )
             verdict = second_look(*second, night.run_trouble)
         with night.deciding:  # one verdict after the other

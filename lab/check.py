@@ -31,7 +31,7 @@ def check(night: Night, seeds: int, measure, say) -> str:
 
     first, best = night.results[0], night.incumbent
     sources, numbers = (
-        {"baseline": night.source(first), "incumbent": night.source(best)},
+        {"baseline": night.source(first.number), "incumbent": night.source(best.number)},
         {"baseline": [], "incumbent": []},
     )
     for i in range(seeds):
@@ -55,7 +55,7 @@ def check(night: Night, seeds: int, measure, say) -> str:
 def ablate(night: Night, measure, say) -> str:
     """Each kept change reverted alone, against three runs of the incumbent; says for each whether it matters. Returns why it ended."""
     keeps = night.keeps
-    sources = [night.source(result) for result in keeps]
+    sources = [night.source(result.number) for result in keeps]
     whole, reference = sources[-1], []
     for i in range(ABLATE_RUNS):
         title = f"incumbent on seed {ABLATE_SEED + i}"

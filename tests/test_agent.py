@@ -209,7 +209,7 @@ def test_a_proposal_made_for_the_old_incumbent_is_merged_into_the_new_one(checko
     changes = [better(0.2), ("        width=64,", "        width=32,")]
     run_here(night, 2, Slow(*changes), measure=fake_measure(night, lambda source, seed: time.sleep(0.1)))
     assert [(result.verdict.word, result.parent) for result in night.results[1:]] == [("keep", 0), ("keep", 1)]
-    source = night.source(night.results[2])
+    source = night.source(2)
     assert "lr=0.2," in source and "width=32," in source
     rows = [row for row in rows_of(checkout, "proposal") if row["id"] == night.results[2].proposal]
     assert rows[-1]["source"] == source and rows[-1]["parent"] == 1  # the journal has what ran

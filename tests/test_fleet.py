@@ -74,7 +74,7 @@ def test_what_was_made_on_an_earlier_incumbent(checkout, change, outcome, runs, 
     night = open_here(checkout)
     run_here(night, None, Script(change, better(0.2)), measure=Turns(night, [2, 1]), workers=2)
     assert outcomes(night) == [("change 2", "keep", 0), ("change 1", *outcome)]
-    late, source = night.results[2], night.source(night.results[2])
+    late, source = night.results[2], night.source(2)
     assert ("lr=0.2," in source) == (outcome[0] == "keep") and ("same lines" in late.verdict.reason) == bool(said)
     assert late.verdict.reason.startswith(said) and late.run.id == runs - 1 and len(rows_of(checkout, "run")) == runs
     assert len(re.findall(r"(?m)^[-+] ", checkout.git("show", "--format=", late.commit, "--", "train.py"))) == 2

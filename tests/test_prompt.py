@@ -33,7 +33,7 @@ def programme(profile: str, source: str) -> list[str]:
 
 def history_of(results, settings, notes: str = "") -> History:
     own = {"settings": settings, "notes": notes, "noise_text": ""}
-    return History(SimpleNamespace(**own, source=lambda result: STUB, log_of=lambda result: ""), tuple(results))
+    return History(SimpleNamespace(**own, source=lambda number: STUB, log_of=lambda result: ""), tuple(results))
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_the_numbers_that_were_tried_are_a_table(checkout):
     both = ("lr=0.3,  # best at 0.1\n        width=64,", "lr=0.2,  # best at 0.1\n        width=60,")
     changes = better(0.3), ("lr=0.3,", "lr=0.6,"), both, ("width=60", "width=1 // 0"), ("=0.2,", "=0.25,")
     run_here(night, None, Script(*changes))
-    table = prompt.numbers_text(night.source(night.incumbent), History(night, tuple(night.results))).split("\n")
+    table = prompt.numbers_text(night.source(night.incumbent.number), History(night, tuple(night.results))).split("\n")
     bpb = [result.run.val_bpb for result in night.results]
     lr = [f"0.25 {bpb[5] - bpb[3]:+.4f}", f"0.3 {bpb[1] - bpb[0]:+.4f}", f"0.6 {bpb[2] - bpb[1]:+.4f}"]
     assert table == [f"lr: 0.2 {bpb[3] - bpb[1]:+.4f}+ *, {', '.join(lr)}", f"width: 60 {bpb[3] - bpb[1]:+.4f}+ *"]

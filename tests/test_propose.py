@@ -35,7 +35,7 @@ def test_what_does_not_merge_is_left_out_of_a_replay(checkout):
     night, proposer = replay(checkout, "t")
     run_here(night, None, proposer)
     assert [result.description for result in night.results] == ["baseline", "change 2"]
-    assert "lr=0.39" in night.source(night.results[1]) and "width=60" in night.source(night.results[1])
+    assert "lr=0.39" in night.source(1) and "width=60" in night.source(1)
 
 
 def test_a_night_without_keeps_has_nothing_to_replay(checkout):

@@ -101,7 +101,7 @@ def test_it_finds_the_better_value_of_a_whole_night(checkout):
     night = open_here(checkout)
     run_here(night, 25)
     check_agreement(checkout)
-    best = values_of(night.source(night.incumbent))
+    best = values_of(night.source(night.incumbent.number))
     assert night.incumbent.run.val_bpb < 1.05 and abs(math.log(best["lr"] / 0.1)) < 0.25
 
 
@@ -113,7 +113,7 @@ def test_it_learns_from_a_model_the_numbers_alone(checkout):
     words = [result.verdict.word for result in night.results]
     assert words == ["keep", "keep", "keep", "keep", "crash"]
     past = History(night, tuple(night.results))
-    numbers = numbers_of(night.source(night.incumbent), "cpu")
+    numbers = numbers_of(night.source(night.incumbent.number), "cpu")
     places, changes = trials(past, numbers)
     bpb = [result.run.val_bpb for result in night.results]
     expected = [0.0, bpb[1] - bpb[0], (bpb[1] - bpb[0]) + (bpb[3] - bpb[2])]

@@ -35,10 +35,6 @@ class History:
         """What the proposal is made on; None while the baseline trains."""
         return next((result for result in reversed(self.results) if result.verdict.word == "keep"), None)
 
-    def source(self, number: int) -> str:
-        """train.py of an experiment."""
-        return self.night.source(self.results[number])
-
 
 class Proposer:
     """Who proposes. A subclass has a `name` and propose(source, history, feedback) -> Proposal | None, which raises Rejected for what is none."""
@@ -57,7 +53,7 @@ def propose(night: Night, proposer: Proposer, history: History, feedback: list[s
     An objection goes back to the proposer as feedback. The background thread may be here.
     """
     parent, refused, feedback = history.incumbent, 0, list(feedback)
-    source = night.source(parent) if parent else night.baseline.source
+    source = night.source(parent.number) if parent else night.baseline.source
     while refused < proposer.max_rejects:
         start, proposal = time.perf_counter(), None
         try:
@@ -157,9 +153,8 @@ def rebased(night: Night, proposal: Proposal, number: int) -> Proposal:
     best = night.incumbent
     stale = proposal.parent != best.number
     if stale:
-        source = night.repository.merge(
-            night.source(night.results[proposal.parent]), night.source(best), proposal.source
-        )
+        base, ours = night.source(proposal.parent), night.source(best.number)
+        source = night.repository.merge(base, ours, proposal.source)
         proposal = replace(proposal, source=source, parent=best.number)
     screen(proposal.source, night.tried)
     if stale:  # what will run stands in the journal: the last row of a proposal counts

@@ -127,7 +127,7 @@ def request_text(source: str, history: History, operator: str, missed: str = "",
     recent = [result for result in history.results[-LAST:] if result.parent is not None]
     near = near_misses(history, recent)
     running = (
-        f"{proposal.description}\n\n{shortened(diff(history.source(proposal.parent or 0), proposal.source), DIFF_LINES)}"
+        f"{proposal.description}\n\n{shortened(diff(history.night.source(proposal.parent or 0), proposal.source), DIFF_LINES)}"
         for proposal in history.running
         if history.results
     )
@@ -243,9 +243,8 @@ def near_misses(history: History, shown: list[Result]) -> list[Result]:
 def experiment_text(history: History, result: Result, brief: bool = False) -> str:
     """A finished experiment: its line and its change; in full also its hypothesis, its run beside the incumbent's, the log of a crash."""
     parent = history.results[result.parent].run
-    change = shortened(
-        diff(history.source(result.parent), history.source(result.number)), BRIEF_LINES if brief else DIFF_LINES
-    )
+    old, new = history.night.source(result.parent), history.night.source(result.number)
+    change = shortened(diff(old, new), BRIEF_LINES if brief else DIFF_LINES)
     parts = [f"## {history_line(history, result)}", change]
     if brief:
         return "\n\n".join(parts)

@@ -124,9 +124,10 @@ def moves_of(history: History) -> dict[str, list[Move]]:
     sizes, moves = history.night.settings.profile.sizes, {}
     for result in history.results:
         if result.parent is not None:
-            before, after = (numbers_of(history.source(number), sizes) for number in (result.parent, result.number))
+            old, new = history.night.source(result.parent), history.night.source(result.number)
+            before, after = numbers_of(old, sizes), numbers_of(new, sizes)
             changed = [name for name in after if name in before and after[name].value != before[name].value]
-            same = skeleton(history.source(result.parent), sizes) == skeleton(history.source(result.number), sizes)
+            same = skeleton(old, sizes) == skeleton(new, sizes)
             for name in changed:
                 move = Move(result, after[name].value, same and len(changed) == 1)
                 moves.setdefault(name, []).append(move)
@@ -227,14 +228,14 @@ def trials(history: History, numbers: dict[str, Number]) -> tuple:
 
     results, sizes = history.results, history.night.settings.profile.sizes
     levels, places, changes = {}, [], []
-    skeletons = [skeleton(history.source(result.number), sizes) for result in results]
+    skeletons = [skeleton(history.night.source(result.number), sizes) for result in results]
     for result in results:
         before = 0.0 if result.parent is None else levels[result.parent]
         alike = result.parent is None or skeletons[result.parent] == skeletons[result.number]
         change = change_of(results, result) if alike else None
         levels[result.number] = before + (change or 0.0)
         if alike:
-            there = numbers_of(history.source(result.number), sizes)
+            there = numbers_of(history.night.source(result.number), sizes)
             places.append([coordinate(there.get(name, own).value, own.value) for name, own in numbers.items()])
             changes.append(before if result.parent is None else np.nan if change is None else before + change)
     places, changes = np.array(places).reshape(-1, len(numbers))[-TRIALS:], np.array(changes)[-TRIALS:]

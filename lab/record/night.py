@@ -100,8 +100,9 @@ class Night(Place):
         """The runs that bound a new one and that it has to beat, as of now."""
         return References(self.baseline_run, self.incumbent and self.incumbent.run)
 
-    def source(self, result: Result) -> str:
-        return self.repository.source(result.commit)
+    def source(self, number: int) -> str:
+        """train.py of an experiment."""
+        return self.repository.source(self.results[number].commit)
 
     # --- runs and proposals
 
