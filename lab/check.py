@@ -13,7 +13,7 @@ from pathlib import Path
 from constants import SEED, Problem, counted, device_lock, locked, write_atomically
 from lab.measure.child import run_child
 from lab.measure.files import remove
-from lab.measure.run import STARTUP_LIMIT_S, crash_reason, make_folder
+from lab.measure.run import STARTUP_LIMIT_S, make_folder
 from lab.measure.sandbox import child_command, choose_sandbox
 from lab.propose.screen import screen
 from lab.record.git import Repository
@@ -156,5 +156,4 @@ def rehearse(night: Night, source: str) -> str:
         )
     except AtTheClock:
         return ""
-    crash = ended.why or crash_reason(ended.status, folder / "run.log") or "it ended before its clock started"
-    return "\n".join([*log_tail(folder / "run.log")[-15:], crash])
+    return "\n".join([*log_tail(folder / "run.log")[-15:], ended.crash or "it ended before its clock started"])

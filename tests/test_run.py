@@ -119,7 +119,7 @@ def test_what_may_have_come_from_outside_is_tried_once_more(tmp_path, monkeypatc
 )  # fmt: skip
 def test_the_reason_of_a_crash_is_its_signal_or_the_last_exception_that_it_names(tmp_path, status, log, reason):
     (tmp_path / "run.log").write_text(log)
-    assert run.crash_reason(status, tmp_path / "run.log") == reason
+    assert child.crash_reason(status, tmp_path / "run.log") == reason
 
 
 def test_a_run_without_a_finish_is_a_crash(checkout):
@@ -135,7 +135,7 @@ def test_what_the_compiler_wraps_is_named(tmp_path):
         torch.compile(lambda x: x.view(3, 7), fullgraph=True)(torch.ones(4))
     log = tmp_path / "run.log"
     log.write_text("".join(traceback.format_exception(error.value)))
-    assert "invalid for input of size 4" in run.crash_reason(1, log)
+    assert "invalid for input of size 4" in child.crash_reason(1, log)
 
 
 def watched(folder: Path, code: str, *limits):
@@ -161,7 +161,7 @@ def watched(folder: Path, code: str, *limits):
 )  # fmt: skip
 def test_a_run_that_outlasts_a_limit_is_ended(tmp_path, code, limits, why):
     ended, texts = watched(tmp_path, code, *limits)
-    assert ended.why.endswith(why) and bool(ended.why) == bool(why) == (ended.status is None)
+    assert ended.crash.endswith(why) and bool(ended.crash) == bool(why)
     assert texts == ("clock" in code)
 
 
@@ -178,7 +178,7 @@ def test_a_flood_of_output_ends_the_run_and_its_head_and_tail_are_kept(tmp_path)
     flood = "os.write(1, bytes(range(256)) * 4000 + b'\\x1b[2J\\x1b[31mred\\rover\\n'); time.sleep(0.01)"
     ended, _ = watched(tmp_path, f"print('the first line', flush=True)\nwhile True: {flood}")
     text = (tmp_path / "run.log").read_text()
-    assert ended.why == "printed over 16 MB" and len(text) < child.LOG_HEAD_BYTES + child.LOG_TAIL_BYTES + 1000
+    assert ended.crash == "printed over 16 MB" and len(text) < child.LOG_HEAD_BYTES + child.LOG_TAIL_BYTES + 1000
     assert "the first line" in text and "bytes are left out here" in text
     assert all(c.isprintable() or c in "\n\t" for c in text)
 

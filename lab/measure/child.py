@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from constants import CLOCK_MARK, FINISH_MARK, TEXT_LINE, Problem
 from lab.measure.files import DISK_FLOOR_BYTES, OUT_BYTES, folder_bytes, free_bytes
-from lab.records import Stopped, clean
+from lab.records import Stopped, clean, log_tail
 
 MEMORY_FLOOR = 0.04  # share of the machine's memory that is left when a child during which most of it went is ended
 KILL_PATIENCE_S = 20.0  # how long a process may take to go after kill -9: a driver that writes out, a full disk
@@ -38,8 +39,7 @@ class Child:
 
 @dataclass(frozen=True)
 class Exit:
-    status: int | None  # None: ended by us
-    why: str  # why we ended it; else empty
+    crash: str  # why it failed, or why we ended it; else empty
     seconds: float  # start to exit
     # from the line that starts its clock to FINISH_MARK, else to its exit; None without that line
     clock_seconds: float | None
@@ -113,7 +113,23 @@ def run_child(
         trim(output)
     trained = None if clock_at is None else (finish_at or end) - clock_at
     saving = None if finish_at is None else end - finish_at
-    return Exit(None if why else process.returncode, why, end - start, trained, saving)
+    return Exit(why or crash_reason(process.returncode, log), end - start, trained, saving)
+
+
+def crash_reason(status: int, log: Path) -> str:
+    """Why a child failed, as one line: the signal, else the last line that names an exception, else its last; empty if it did not."""
+    if status == 0:
+        return ""
+    number = -status if status < 0 else status - 128  # bubblewrap passes a signal on as 128 + its number
+    if number in set(signal.Signals):
+        return f"killed by {signal.Signals(number).name}"
+    lines = log_tail(log)
+    raised = [
+        line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception|Problem|Interrupt|Exit)\b|error: ", line)
+    ]
+    if raised and raised[-1].startswith("torch._dynamo"):  # it quotes what the program raised
+        raised += re.findall(r"\bgot (\w+Error\(.*\))", "\n".join(lines))
+    return ((raised or lines)[-1].strip() if lines else f"exit status {status}, nothing printed")[:200]
 
 
 def exhausted(folder: Path, available: int) -> str:

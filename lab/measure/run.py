@@ -6,7 +6,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import stat
 import time
 from dataclasses import replace
@@ -34,7 +33,6 @@ from lab.records import (
     clean,
     late,
     like_rounding,
-    log_tail,
     look_limit_s,
     sha256,
     slack_s,
@@ -101,22 +99,6 @@ OUTSIDE = re.compile(  # crashes that need not be the program's fault: the syste
     r"killed by SIG(KILL|TERM|HUP|INT|QUIT|PWR)\b|(CUDA|HIP) error: .*(unknown error|busy or unavailable|is lost|ECC error|"
     r"no \S+ device is detected|not yet initialized|shutting down|launch failure|launch timed out)|No (CUDA|HIP) GPUs are available|while it ran$"
 )
-
-
-def crash_reason(status: int, log: Path) -> str:
-    """Why a child failed, as one line: the signal, else the last line that names an exception, else its last; empty if it did not."""
-    if status == 0:
-        return ""
-    number = -status if status < 0 else status - 128  # bubblewrap passes a signal on as 128 + its number
-    if number in set(signal.Signals):
-        return f"killed by {signal.Signals(number).name}"
-    lines = log_tail(log)
-    raised = [
-        line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception|Problem|Interrupt|Exit)\b|error: ", line)
-    ]
-    if raised and raised[-1].startswith("torch._dynamo"):  # it quotes what the program raised
-        raised += re.findall(r"\bgot (\w+Error\(.*\))", "\n".join(lines))
-    return ((raised or lines)[-1].strip() if lines else f"exit status {status}, nothing printed")[:200]
 
 
 # ---------------------------------------------------------------------------
@@ -276,7 +258,7 @@ def train(
     finally:
         remove(folder / "text")
         place.last_exit = time.perf_counter()
-    crash, metrics = ended.why or crash_reason(ended.status, folder / "run.log"), {}
+    crash, metrics = ended.crash, {}
     if not crash:
         try:
             metrics = read_result(folder / "out" / "result.json", settings.profile.memory_gb, settings.budget_s)
@@ -338,7 +320,7 @@ def score(place: Place, run: Run, folder: Path, references: References) -> Run:
     more += ("--no-test",) if run.seed == constants.CONFIRM_SEED else ()
     ended = run_child(child_command("score", folder, None, more), log, limit_s, stop=place.stop)
     place.last_exit = time.perf_counter()
-    crash = ended.why or crash_reason(ended.status, log)
+    crash = ended.crash
     if crash.startswith("time-out") and baseline:
         crash += f": the baseline's took {baseline.scoring_seconds:.0f} s, and twice that is allowed"
     if crash:

@@ -265,18 +265,17 @@ def trial(place: Place, sandbox: Sandbox, forbidden: list[Path]) -> str:
         own["writable"] = [str(folder / "out"), str(CACHE)]
         own |= {"device": settings.device, "compiler": needed, "tokenizer": f"{settings.data}/tokenizer.txt"}
         (folder / "trial.json").write_text(json.dumps(own))
-        status = run_child(child_command("trial", folder, sandbox), folder / "run.log", TRIAL_LIMIT_S).status
+        failed = run_child(child_command("trial", folder, sandbox), folder / "run.log", TRIAL_LIMIT_S).crash
     finally:
         stranger.kill()
         stranger.wait()
     lines = log_tail(folder / "run.log")
     remove(folder)
-    if status != 0:
+    if failed:
         check_disk(place.folder)  # a full disk is no fault of the sandbox
-        message = lines[-1] if lines else f"exit status {status}"
-        if "bwrap" not in message:
-            return f"a child does not work inside it: {message}\nif it lacks a folder, show it: AUTORESEARCH_SHOW=FOLDER[:FOLDER]"
-        return f"{message}\n{NO_NAMESPACES}"
+        if "bwrap" not in failed:
+            return f"a child does not work inside it: {failed}\nif it lacks a folder, show it: AUTORESEARCH_SHOW=FOLDER[:FOLDER]"
+        return f"{failed}\n{NO_NAMESPACES}"
     leaks = json.loads(lines[-1])
     return f"it does not hide {', '.join(leaks)}" if leaks else ""
 
