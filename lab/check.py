@@ -152,7 +152,7 @@ def rehearse(night: Night, source: str) -> str:
     make_folder(night, folder, source, SEED, night.baseline_run)
     try:
         ended = run_child(
-            child_command("train", folder, night.sandbox), folder / "run.log", STARTUP_LIMIT_S, on_clock=on_clock
+            child_command("train", folder, night.sandbox), folder / "run.log", (STARTUP_LIMIT_S,), on_clock
         )
     except AtTheClock:
         return ""

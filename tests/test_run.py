@@ -146,7 +146,7 @@ def watched(folder: Path, code: str, *limits):
         "def clock(): print(CLOCK_MARK, flush=True); sys.stdin.readline()\ndef end(): print(FINISH_MARK, flush=True)\n"
     )
     command, texts = child.Child([sys.executable, "-c", head + code], dict(os.environ), folder), []
-    return child.run_child(command, folder / "run.log", *(limits or (9, 9, 9)), lambda: texts.append(1)), len(texts)
+    return child.run_child(command, folder / "run.log", limits or (9, 9, 9), lambda: texts.append(1)), len(texts)
 
 
 @pytest.mark.parametrize(

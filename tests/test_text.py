@@ -110,7 +110,7 @@ def kill_once():
 INSTANTS = {  # file, the line before which the agent is killed
     "before the mark": ("lab/measure/child.py", "            while not why:"),
     "while the cache is set aside": ("lab/measure/run.py", "    remove(place)\n    os.replace(fresh, place)"),
-    "linked, the line not written": ("lab/measure/child.py", "                        clock_at = time.perf_counter()"),
+    "linked, the line not written": ("lab/measure/child.py", "                        began.append(time."),
     "training": ("lab/measure/run.py", '        view.enter("training")'),
     "scoring": ("lab/measure/run.py", '    if crash:\n        return replace(run, crash=f"scoring'),
     "the run written": ("agent.py", "        verdict = judge(run"),

@@ -1,6 +1,7 @@
 """One child process: started in a session of its own, watched, and ended with all that it started."""
 
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -18,6 +19,12 @@ MEMORY_FLOOR = 0.04  # share of the machine's memory that is left when a child d
 KILL_PATIENCE_S = 20.0  # how long a process may take to go after kill -9: a driver that writes out, a full disk
 LOG_LIMIT_BYTES = 16 * 2**20  # a run that prints more is ended
 LOG_HEAD_BYTES, LOG_TAIL_BYTES = 64_000, 192_000  # what is kept of it
+PHASES = (  # of a run: what it prints at the end of each, and why it is ended if it outlasts the limit
+    (CLOCK_MARK.encode(), "time-out after {:.0f} s, before its clock started"),
+    (FINISH_MARK.encode(), "time-out, {:.0f} s after its clock started"),
+    (None, "time-out, {:.0f} s after it said that it was trained"),
+)
+ONE_PHASE = ((None, "time-out after {:.0f} s"),)  # of a child without a clock
 
 
 # The pids of our own git processes and researchers: nobody takes them for a run's.
@@ -47,26 +54,21 @@ class Exit:
 
 
 def run_child(
-    command: Child,
-    log: Path,
-    limit_s: float,
-    clock_limit_s: float = 0.0,
-    saving_limit_s: float = 0.0,
-    on_clock=None,
-    stop: threading.Event | None = None,
+    command: Child, log: Path, limits_s: tuple[float, ...], on_clock=None, stop: threading.Event | None = None
 ) -> Exit:
-    """Runs a child to its end or its limit. None of its processes is left; `log` has its output, cut to head and tail.
+    """Runs a child to its end or the limit of a phase. None of its processes is left; `log` has its output, cut to head and tail.
 
-    A child that prints CLOCK_MARK waits: on_clock() is called, then it gets TEXT_LINE, and from there on clock_limit_s holds;
-    from FINISH_MARK on saving_limit_s. A child that prints over LOG_LIMIT_BYTES, fills its folder with over OUT_BYTES or the disk, or
-    takes the machine's memory, is ended too. Raises Stopped, the child ended, once `stop` is set.
+    With on_clock it has three PHASES: a child that prints CLOCK_MARK waits, on_clock() is called, then it gets TEXT_LINE. A child that
+    prints over LOG_LIMIT_BYTES, fills its folder with over OUT_BYTES or the disk, or takes the machine's memory, is ended too.
+    Raises Stopped, the child ended, once `stop` is set.
     """
     import psutil
 
-    mark, process, clock_at, finish_at, looked, read, why = CLOCK_MARK.encode(), None, None, None, 0.0, 0, ""
+    phases, process, looked, read, why = PHASES if on_clock else ONE_PHASE, None, 0.0, 0, ""
     memory = psutil.virtual_memory().available
     with open(log, "w+b") as output:
         start = end = time.perf_counter()
+        began = [start]  # each phase so far
         try:
             process = subprocess.Popen(
                 command.argv, cwd=command.folder / "out", env=command.environment, stdout=output, stderr=subprocess.STDOUT,
@@ -78,26 +80,23 @@ def run_child(
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(0.05)
                 end, size = time.perf_counter(), os.fstat(output.fileno()).st_size
-                if on_clock and finish_at is None and size > read:
+                (mark, too_long), limit_s = phases[len(began) - 1], limits_s[len(began) - 1]
+                if mark and size > read:
                     begin = max(0, read - len(mark))
                     fresh = os.pread(output.fileno(), min(size - begin, LOG_LIMIT_BYTES), begin)
                     read = size
-                    if mark in fresh and clock_at is not None:
-                        finish_at = end
+                    if mark in fresh and len(began) == 2:
+                        began.append(end)
                     elif mark in fresh:
                         on_clock()
-                        mark, read = FINISH_MARK.encode(), os.fstat(output.fileno()).st_size + len(FINISH_MARK)
-                        clock_at = time.perf_counter()
+                        read = os.fstat(output.fileno()).st_size + len(FINISH_MARK)
+                        began.append(time.perf_counter())
                         with contextlib.suppress(OSError):  # it has ended
                             os.write(process.stdin.fileno(), TEXT_LINE.encode())
                 if process.returncode is not None:
                     break
-                if clock_at is None and end - start > limit_s:
-                    why = f"time-out after {limit_s:.0f} s{', before its clock started' if on_clock else ''}"
-                elif finish_at is not None and end - finish_at > saving_limit_s:
-                    why = f"time-out, {saving_limit_s:.0f} s after it said that it was trained"
-                elif clock_at is not None and finish_at is None and end - clock_at > clock_limit_s:
-                    why = f"time-out, {clock_limit_s:.0f} s after its clock started"
+                if end - began[-1] > limit_s:
+                    why = too_long.format(limit_s)
                 elif size > LOG_LIMIT_BYTES:
                     why = f"printed over {LOG_LIMIT_BYTES / 2**20:.0f} MB"
                 elif end - looked > 2.0:
@@ -111,9 +110,9 @@ def run_child(
                     process.stdin.close()
                 end_processes(str(command.folder))
         trim(output)
-    trained = None if clock_at is None else (finish_at or end) - clock_at
-    saving = None if finish_at is None else end - finish_at
-    return Exit(why or crash_reason(process.returncode, log), end - start, trained, saving)
+    seconds = [after - before for before, after in itertools.pairwise([*began, end])]  # of each phase
+    clock_s, saving_s, *_ = [*seconds[1:], None, None]
+    return Exit(why or crash_reason(process.returncode, log), end - start, clock_s, saving_s)
 
 
 def crash_reason(status: int, log: Path) -> str:

@@ -254,7 +254,7 @@ def train(
     view.begin(title, folder)
     command = child_command("train", folder, place.sandbox)
     try:
-        ended = run_child(command, folder / "run.log", *limits, on_clock, place.stop)
+        ended = run_child(command, folder / "run.log", limits, on_clock, place.stop)
     finally:
         remove(folder / "text")
         place.last_exit = time.perf_counter()
@@ -318,7 +318,7 @@ def score(place: Place, run: Run, folder: Path, references: References) -> Run:
     children = {action: child_command(action, folder, place.sandbox).argv for action in ("evaluate", "answer")}
     more = ("--below", repr(below), "--children", json.dumps(children))
     more += ("--no-test",) if run.seed == constants.CONFIRM_SEED else ()
-    ended = run_child(child_command("score", folder, None, more), log, limit_s, stop=place.stop)
+    ended = run_child(child_command("score", folder, None, more), log, (limit_s,), stop=place.stop)
     place.last_exit = time.perf_counter()
     crash = ended.crash
     if crash.startswith("time-out") and baseline:

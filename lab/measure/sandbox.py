@@ -265,7 +265,7 @@ def trial(place: Place, sandbox: Sandbox, forbidden: list[Path]) -> str:
         own["writable"] = [str(folder / "out"), str(CACHE)]
         own |= {"device": settings.device, "compiler": needed, "tokenizer": f"{settings.data}/tokenizer.txt"}
         (folder / "trial.json").write_text(json.dumps(own))
-        failed = run_child(child_command("trial", folder, sandbox), folder / "run.log", TRIAL_LIMIT_S).crash
+        failed = run_child(child_command("trial", folder, sandbox), folder / "run.log", (TRIAL_LIMIT_S,)).crash
     finally:
         stranger.kill()
         stranger.wait()
