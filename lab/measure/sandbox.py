@@ -144,8 +144,9 @@ def make_sandbox(here: Path, runs: Path, settings: Settings, common_dir: Path) -
     return Sandbox(False, tuple(needed), tuple(hidden), devices, Path(settings.data).resolve(), sized, None)
 
 
-# The calls that a child may not make, as (name, x86-64, aarch64): see syscall_filter().
-SYSCALLS = """
+# The calls that a child may not make, by what answers them, as (name, x86-64, aarch64): see syscall_filter().
+CALLS = {
+    "refuse": """
 keyctl 250 219, add_key 248 217, request_key 249 218, mincore 27 232, cachestat 451 451, fadvise64 221 223, readahead 187 213,
 preadv2 327 286, pwritev2 328 287, userfaultfd 323 282, perf_event_open 298 241, bpf 321 280, io_uring_setup 425 425,
 io_uring_enter 426 426, io_uring_register 427 427, process_vm_readv 310 270, process_vm_writev 311 271, process_madvise 440 440,
@@ -156,43 +157,40 @@ quotactl_fd 443 443, swapon 167 224, swapoff 168 225, kexec_load 246 104, kexec_
 finit_module 313 273, delete_module 176 106, acct 163 89, syslog 103 116, lookup_dcookie 212 18, setpriority 141 140,
 ioprio_set 251 30, migrate_pages 256 238, move_pages 279 239, utime 132 -, utimes 235 -, futimesat 261 -, utimensat 280 88, setxattr 188 5,
 lsetxattr 189 6, fsetxattr 190 7, setxattrat 463 463, removexattr 197 14, lremovexattr 198 15, fremovexattr 199 16, removexattrat 466 466,
-file_setattr 469 469
-"""
-MADE_UP = "chmod 90 -, fchmod 91 52, fchmodat 268 53, fchmodat2 452 452, chown 92 -, fchown 93 55, lchown 94 -, fchownat 260 54"
-OF_OTHERS = "prlimit64 302 261"
-OF_THREADS = "sched_setaffinity 203 122, sched_setscheduler 144 119, sched_setparam 142 118, sched_setattr 314 274"
-ARCHITECTURES = {
-    "x86_64": (1, 0xC000003E, 56, 72),
-    "aarch64": (2, 0xC00000B7, 220, 25),
-}  # column, AUDIT_ARCH, clone, fcntl
+file_setattr 469 469""",
+    "done": "chmod 90 -, fchmod 91 52, fchmodat 268 53, fchmodat2 452 452, chown 92 -, fchown 93 55, lchown 94 -, fchownat 260 54",
+    "of others": "prlimit64 302 261",
+    "of threads": "sched_setaffinity 203 122, sched_setscheduler 144 119, sched_setparam 142 118, sched_setattr 314 274",
+}
+# Column, AUDIT_ARCH, clone, fcntl.
+ARCHITECTURES = {"x86_64": (1, 0xC000003E, 56, 72), "aarch64": (2, 0xC00000B7, 220, 25)}
 CLONE3, NEW_NAMESPACES = 435, 0x7E020000  # the flags of clone() that make a namespace
 SET_HINTS = (1036, 1038)  # of fcntl(): they stay with a file, also one that is opened for reading
 
 
-def refused_calls(machine: str, table: str = SYSCALLS) -> dict[str, int]:
-    """The numbers of the calls that syscall_filter() refuses, by name."""
+def refused_calls(machine: str, answer: str = "refuse") -> dict[str, int]:
+    """The numbers of the calls that syscall_filter() answers so, by name."""
     column = ARCHITECTURES[machine][0]
-    return {words[0]: int(words[column]) for words in map(str.split, table.split(",")) if words[column] != "-"}
+    return {words[0]: int(words[column]) for words in map(str.split, CALLS[answer].split(",")) if words[column] != "-"}
 
 
 def syscall_filter(machine: str) -> bytes | None:
     """The classic BPF program for `bwrap --seccomp`; None for an architecture that it does not know.
 
     It refuses (EPERM) what carries text from one child to the next although no file does: keyrings, the page cache, times; what reaches
-    other processes, of OF_OTHERS with any number but 0; new namespaces, in which memory would not be limited; the calls of
+    other processes ("of others": with any number but 0); new namespaces, in which memory would not be limited; the calls of
     other architectures. clone3, whose flags a filter cannot see, answers ENOSYS, so that libraries take clone. What would change
-    the owner or mode of a file, such as /dev/null, which is the machine's, answers that it is done (MADE_UP): compilers ask for it. So does the
-    pinning of a thread (OF_THREADS), which libraries name by its number and do without.
+    the owner or mode of a file, such as /dev/null, which is the machine's, answers that it is done: compilers ask for it. So does the
+    pinning of a thread ("of threads"), which libraries name by its number and do without.
     """
     if machine not in ARCHITECTURES:
         return None
     _, arch, clone, fcntl = ARCHITECTURES[machine]
     load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06  # BPF_LD|W|ABS, JMP|JEQ, JGE, JSET, RET
-    tables = {SYSCALLS: "refuse", MADE_UP: "done", OF_OTHERS: "of others", OF_THREADS: "of threads"}
     steps = [("", load, 4, "", ""), ("", equal, arch, "", "refuse")]
     steps += [("", load, 0, "", ""), ("", at_least, 0x40000000, "refuse", "")]
-    for table, label in tables.items():
-        steps += [("", equal, number, label, "") for number in refused_calls(machine, table).values()]
+    for label in CALLS:
+        steps += [("", equal, number, label, "") for number in refused_calls(machine, label).values()]
     steps += [("", equal, CLONE3, "unknown", ""), ("", equal, fcntl, "fcntl", ""), ("", equal, clone, "", "allow")]
     steps += [("", load, 16, "", ""), ("", any_bit, NEW_NAMESPACES, "refuse", "allow")]  # of its first argument
     steps += [("of others", load, 16, "", ""), ("", equal, 0, "allow", "refuse")]
