@@ -212,12 +212,11 @@ def machine(profile: str) -> dict:
         with suppress(PackageNotFoundError):
             host["flash_attention"][name] = version(name)
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi numbers them
-    trouble = card_trouble(torch) if profile == "gpu" else ""
-    if profile == "gpu" and not trouble:
-        return host | card_facts(torch)
-    if profile == "gpu" and not torch.backends.mps.is_available():
-        raise Problem(f"profile gpu: {trouble}; to train on the CPU, {ON_CPU}")
     if profile == "gpu":
+        if not (trouble := card_trouble(torch)):
+            return host | card_facts(torch)
+        if not torch.backends.mps.is_available():
+            raise Problem(f"profile gpu: {trouble}; to train on the CPU, {ON_CPU}")
         device = {"device": "mps", "device_name": "mps", "dtype": "float32"}
         return host | device | {"sizes": "small", "sizes_reason": "of Apple's GPUs"}
     host |= {"device": "cpu", "device_name": "cpu", "compiler_trouble": compiler_trouble("cpu")}
