@@ -5,7 +5,7 @@ import hashlib
 import math
 import re
 import threading
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 DESCRIPTION_CHARS = 200  # of a proposal's description: it is the title of a commit
@@ -137,23 +137,25 @@ class Result:
 
     def row(self) -> dict:
         """One flat dict, as the journal has it: `verdict` is the word, `reason` its reason, runs are ids."""
-        own = {field.name: getattr(self, field.name) for field in fields(self)}
         second = self.second and [run.id for run in self.second]
-        return own | {"verdict": self.verdict.word, "reason": self.verdict.reason, "run": self.run.id, "second": second}
+        verdict = {"verdict": self.verdict.word, "reason": self.verdict.reason}
+        return vars(self) | verdict | {"run": self.run.id, "second": second}
 
     @staticmethod
     def of(row: dict, runs: dict[int, Run]) -> "Result":
-        own = {field.name: row[field.name] for field in fields(Result)}
         second = row["second"] and tuple(runs[id] for id in row["second"])
-        return Result(
-            **own | {"verdict": Verdict(row["verdict"], row["reason"]), "run": runs[row["run"]], "second": second}
-        )
+        verdict = Verdict(row["verdict"], row["reason"])
+        return replace(of_row(Result, row), verdict=verdict, run=runs[row["run"]], second=second)
+
+
+def of_row(kind, row: dict):
+    """A Proposal, Run or Result from the journal's row, which may hold more."""
+    return kind(**{name: row[name] for name in kind.__dataclass_fields__})
 
 
 def runs_of(rows: list[dict]) -> dict[int, Run]:
     """All runs of a night, by their ids."""
-    names = [field.name for field in fields(Run)]
-    return {row["id"]: Run(**{name: row[name] for name in names}) for row in rows if row["event"] == "run"}
+    return {row["id"]: of_row(Run, row) for row in rows if row["event"] == "run"}
 
 
 def change_of(results: list[Result], result: Result) -> float | None:

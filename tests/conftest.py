@@ -41,8 +41,8 @@ from lab.propose.ahead import Proposer  # noqa: E402
 from lab.propose.tune import Tune  # noqa: E402
 from lab.record.git import Repository  # noqa: E402
 from lab.record.journal import FORMAT, Journal  # noqa: E402
-from lab.record.night import Night, measure, proposal_of  # noqa: E402
-from lab.records import Proposal, Run, sha256  # noqa: E402
+from lab.record.night import Night, measure  # noqa: E402
+from lab.records import Proposal, Run, of_row, sha256  # noqa: E402
 
 lab.measure.child.strays = list  # those of this process are the servers of its tests
 
@@ -258,7 +258,7 @@ def open_here(checkout, tag: str = "t", baseline: str | None = None, **changes) 
     journal, repository = Journal(folder / "journal.jsonl"), Repository(checkout.folder)
     source = (checkout.folder / "train.py").read_text() if baseline is None else baseline
     begun = journal.of("proposal")
-    first = proposal_of(begun[0]) if begun else Proposal("baseline", "", source)
+    first = of_row(Proposal, begun[0]) if begun else Proposal("baseline", "", source)
     night = Night(folder, settings_for(checkout, tag, **changes), "cpu", journal, repository, first)
     (folder / "harness" / "night.json").write_text(night.settings.json())
     night.recover()

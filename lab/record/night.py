@@ -23,6 +23,7 @@ from lab.records import (
     clean,
     fingerprint,
     log_tail,
+    of_row,
     one_line,
     run_trouble,
     runs_of,
@@ -166,7 +167,7 @@ class Night(Place):
         used = self.used | {proposal.id for proposal in running}
         rows = {row["id"]: row for row in self.journal.of("proposal")}
         own = (row for id, row in sorted(rows.items()) if id not in used)
-        return next((proposal_of(row) for row in own if row["proposer"] == proposer), None)
+        return next((of_row(Proposal, row) for row in own if row["proposer"] == proposer), None)
 
     def add_run(self, run: Run) -> Run:
         """Journals a run, whether it counts or not; returns it with its id. Any thread may."""
@@ -289,10 +290,6 @@ class Night(Place):
             if left.name.partition("-")[2] not in open_ones:
                 remove(left)
         self.write_results_tsv()
-
-
-def proposal_of(row: dict) -> Proposal:
-    return Proposal(**{name: row[name] for name in Proposal.__dataclass_fields__})
 
 
 def read_checkout(here: Path, name: str) -> str:

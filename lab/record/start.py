@@ -15,8 +15,8 @@ from lab.measure.files import remove
 from lab.measure.place import HARNESS
 from lab.record.git import Repository
 from lab.record.journal import FORMAT, Journal, has_ended, read_journal, spent_usd
-from lab.record.night import Night, proposal_of, read_checkout
-from lab.records import Proposal
+from lab.record.night import Night, read_checkout
+from lab.records import Proposal, of_row
 
 DATA_FILES = ("val.bin", "test.bin", "tokenizer.txt")  # and the training rows
 START_SHARDS = 10  # training shards that are enough to begin a night; the rest may follow
@@ -135,7 +135,7 @@ def open_night(here: Path, folder: Path, args, repository: Repository, ask=None,
     """
     journal, checkout = Journal(folder / "journal.jsonl"), read_checkout(here, "train.py")
     if journal.of("result"):
-        baseline, opened = proposal_of(journal.of("proposal")[0]), resume_night(here, folder, args, journal, ask)
+        baseline, opened = of_row(Proposal, journal.of("proposal")[0]), resume_night(here, folder, args, journal, ask)
     else:
         source = repository.source(repository.resolve("HEAD")) if args.attempt else checkout
         if args.attempt and source == checkout:
@@ -144,7 +144,7 @@ def open_night(here: Path, folder: Path, args, repository: Repository, ask=None,
             )
         check(source)
         baseline, opened, changed = Proposal("baseline", "", source), None, "train.py has changed"
-        if journal.of("proposal") and proposal_of(journal.of("proposal")[0]).source == source:
+        if journal.of("proposal") and journal.of("proposal")[0]["source"] == source:
             try:
                 opened = resume_night(here, folder, args, journal, ask)
             except Problem as problem:
