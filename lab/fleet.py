@@ -272,9 +272,8 @@ class Worker:
         self.take_cores()
         self.host = with_hashes(survey(HERE, *flags))
         if not self.share:
-            name = self.host["device_name"]
-            note = f"worker {self.number}"
-            self.held.enter_context(locked(device_lock(self.host["device_id"]), f"the device {name}", note))
+            device = f"the device {self.host['device_name']}"
+            self.held.enter_context(locked(device_lock(self.host["device_id"]), device, f"worker {self.number}"))
         return self.host
 
     def open(self, settings: Settings, harness: dict[str, bytes], *sandbox) -> tuple[Sandbox | None, str]:
