@@ -34,7 +34,7 @@ from lab.measure.run import (
 )
 from lab.measure.sandbox import Sandbox, choose_sandbox
 from lab.record.night import Night
-from lab.record.start import difference, survey, with_hashes
+from lab.record.start import difference, survey
 from lab.records import OutOfTime, References, Run, Stopped, one_line, sha256
 
 HERE = Path(__file__).resolve().parent.parent  # on a worker Ray's copy of the checkout
@@ -270,7 +270,7 @@ class Worker:
 
     def survey(self, *flags: str) -> dict:
         self.take_cores()
-        self.host = with_hashes(survey(HERE, *flags))
+        self.host = survey(HERE, *flags)
         if not self.share:
             device = f"the device {self.host['device_name']}"
             self.held.enter_context(locked(device_lock(self.host["device_id"]), device, f"worker {self.number}"))

@@ -37,7 +37,7 @@ def ask_prepare(here: Path, *args: str) -> dict:
 
 
 def survey(here: Path, *flags: str) -> dict:
-    """The same, with the data prepared if they are missing. Raises Problem."""
+    """What a new night notes of machine and data, hashes included; the data are prepared if they are missing. Raises Problem."""
     host = ask_prepare(here, *flags)  # first: it says if there is no GPU
     if host["train_file"] is None:
         command = ["prepare.py", "--profile", host["profile"], "--dataset", host["dataset"]]
@@ -46,11 +46,6 @@ def survey(here: Path, *flags: str) -> dict:
         if subprocess.run([sys.executable, *command], cwd=here).returncode:
             raise Problem(f"the data could not be prepared; run: python {' '.join(command)}")
         host = ask_prepare(here, *flags)
-    return host
-
-
-def with_hashes(host: dict) -> dict:
-    """The same, with what a new night notes of the data: the number of training rows and the hashes."""
     data, rows = Path(host["data"]), host["train_file"]
     hashes = {name: sha256_of(data / name) for name in (rows, *DATA_FILES)}
     return host | {"data_sha256": hashes, "train_rows": constants.row_count(data / rows, host["profile"])}
@@ -70,7 +65,7 @@ def create_night(here: Path, folder: Path, args, repository: Repository, ask=Non
         )
     repository.refuse_blocked(f"refs/heads/autoresearch/{tag}", f"refs/autoresearch/{tag}/0000")
     flags = [word for name in ("profile", "dataset") if (value := getattr(args, name)) for word in (f"--{name}", value)]
-    host = ask(here, *flags) if ask else with_hashes(survey(here, *flags))
+    host = (ask or survey)(here, *flags)
     budget_s, harness = args.budget or constants.TIME_BUDGET_S, folder / "harness"
     remove(harness)  # of a start that ended before its baseline
     harness.mkdir(parents=True)
