@@ -233,15 +233,14 @@ def own_files(place: Path) -> list[Path]:
 def own_documents(place: Path, split: str) -> list[str]:
     """The documents of an own text that belong to a split, cut at paragraphs. Raises Problem for what cannot be read as text."""
     files, documents = own_files(place), []
+    by_file = len(files) >= MANY_FILES  # then `place` is a folder
     for file in files:
-        name = str(file.relative_to(place)) if file != place else file.name
-        if len(files) >= MANY_FILES and split_of(name) != split:
+        if by_file and split_of(str(file.relative_to(place))) != split:
             continue
         for text in own_texts(file):
-            parts = [
-                piece for part in cut_at_paragraphs(text, CUT_CHARS) for piece in cut_at_spaces(part, 4 * CUT_CHARS)
-            ]
-            documents += parts if len(files) >= MANY_FILES else [part for part in parts if split_of(part) == split]
+            for part in cut_at_paragraphs(text, CUT_CHARS):
+                pieces = cut_at_spaces(part, 4 * CUT_CHARS)
+                documents += pieces if by_file else [piece for piece in pieces if split_of(piece) == split]
     return documents
 
 
@@ -472,18 +471,18 @@ def prepare(profile: Profile, dataset: str, shards: int, workers: int) -> None:
     """Makes everything that a run needs and prints what is there. What is done is not done again. Raises Problem."""
     start, folder = perf_counter(), recipe_folder(profile, dataset, shards)
     tokenizer, train_name = folder / "tokenizer.txt", f"train-{shards}.bin" if dataset == "climbmix" else "train.bin"
+    files = {"val": folder / "val.bin", "test": folder / "test.bin", "train": folder / train_name}
     with only_one(constants.cache_dir()):
-        names = [tokenizer.name, train_name, "val.bin", "test.bin"]
-        done = all((folder / name).exists() for name in names)
+        done = all(path.exists() for path in (tokenizer, *files.values()))
         if not done and dataset == "climbmix":
             download([*range(shards), TEST_SHARD, VAL_SHARD])
         if not tokenizer.exists():
             learn_tokenizer(profile, dataset, min(shards, TOKENIZER_SHARDS), tokenizer)
-        for split, name in zip(("val", "test", "train"), ("val.bin", "test.bin", train_name), strict=True):
-            if not (folder / name).exists():
-                pack_split(profile, dataset, split, shards, folder / name, workers)
+        for split, path in files.items():
+            if not path.exists():
+                pack_split(profile, dataset, split, shards, path, workers)
             if split == "val" and dataset not in constants.DATASETS:
-                rows = constants.row_count(folder / name, profile.name)
+                rows = constants.row_count(path, profile.name)
                 if rows < LEAST_VAL_ROWS:
                     shutil.rmtree(folder)
                     few = f"{rows} rows for val, {LEAST_VAL_ROWS} are needed"
@@ -491,10 +490,10 @@ def prepare(profile: Profile, dataset: str, shards: int, workers: int) -> None:
                         f"{dataset} is too small: {few}, so {LEAST_VAL_ROWS / max(rows, 1):.1f} times as much text"
                     )
     print(f"data of profile {profile.name}, dataset {dataset}: {folder}")
-    for name in names[1:]:
-        rows = len(open_rows(folder / name, profile))
-        age = time.strftime("%Y-%m-%d %H:%M", time.localtime((folder / name).stat().st_mtime))
-        print(f"  {name:14} {rows:>9,} rows  {rows * profile.max_seq_len:>13,} tokens  made {age}")
+    for path in files.values():
+        rows = len(open_rows(path, profile))
+        age = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+        print(f"  {path.name:14} {rows:>9,} rows  {rows * profile.max_seq_len:>13,} tokens  made {age}")
     print(f"{'nothing to do' if done else 'ready'}, {perf_counter() - start:.1f} s")
 
 
