@@ -16,7 +16,7 @@ from lab.propose.model import Researcher
 from lab.propose.prompt import OPERATORS, beside_text, step_text
 from lab.record.journal import night_runs
 from lab.record.night import Night
-from lab.records import Result, Run, log_tail, one_line, pace_of, pace_text, uneven
+from lab.records import Result, Run, change_of, log_tail, one_line, pace_of, pace_text, uneven
 
 STYLES = {"keep": "green", "discard": "", "crash": "red", "invalid": "magenta"}
 
@@ -96,9 +96,9 @@ class View:
         if self.live:
             self.live.stop()
 
-    def note(self, line: str) -> None:
+    def note(self, line: str, style: str = "") -> None:
         """Prints a line beside the experiments, whole."""
-        self.say(f"{'':6}{line}", wrap=True)
+        self.say(f"{'':6}{line}", style, wrap=True)
 
     def say(self, line: str, style: str = "", wrap: bool = False) -> None:
         """Prints a line, cut at the terminal's width unless it may wrap."""
@@ -113,7 +113,7 @@ class View:
         last = next((run for run in reversed(self.night.runs.values()) if not self.night.run_trouble(run)), None)
         if last is None:
             return None
-        return last.scoring_seconds if phase == "scoring" else last.run_seconds - (last.clock_seconds or 0.0)
+        return last.scoring_seconds if phase == "scoring" else last.startup_seconds
 
     def finished(self, result: Result) -> None:
         """The line of a finished experiment, and the reason of its verdict; after the baseline, what the night runs on."""
@@ -132,7 +132,7 @@ class View:
         if word == "keep" and result.number and self.night.noise:
             notes.append(f"the baseline's two seeds are {self.night.noise:.6f} apart")
         if notes:
-            self.say(f"{'':6}{'; '.join(notes)}", STYLES[word], wrap=True)
+            self.note("; ".join(notes), STYLES[word])
         if word == "keep" and other and (doubt := pace_doubt(result.run, other)):
             self.note(doubt)
         if other and self.proposer and self.proposer.name == "try":
@@ -173,7 +173,7 @@ def pace_doubt(run: Run, other: Run) -> str:
 
 def print_summary(night: Night, why: str, proposer, goes_on: bool) -> None:
     """Best, gain, verdicts, where things are, and the next commands."""
-    results, best, tag, rows = night.results, night.incumbent, night.tag, night.journal.rows
+    results, best, tag = night.results, night.incumbent, night.tag
     print(f"\n{why}.")
     if not best:
         print("no baseline yet")
@@ -188,13 +188,11 @@ def print_summary(night: Night, why: str, proposer, goes_on: bool) -> None:
     refused = sum(row["proposer"] == proposer.name for row in night.journal.of("reject"))
     if refused:
         print(f"{counted(refused, 'proposal')} could not be run; the journal says why")
-    runs = night_runs(rows)
-    training, idle = (
-        sum(r.metrics.get("training_seconds") or 0.0 for r in runs),
-        sum(r.idle_seconds or 0.0 for r in runs),
-    )
-    startup = sum(r.run_seconds - (r.clock_seconds or 0.0) for r in runs)
-    scoring, total = sum(r.scoring_seconds or 0.0 for r in runs), sum(run.seconds for run in runs) + idle
+    runs = night_runs(night.journal.rows)
+    training = sum(run.metrics.get("training_seconds") or 0.0 for run in runs)
+    startup = sum(run.run_seconds - (run.clock_seconds or 0.0) for run in runs)
+    scoring, idle = sum(run.scoring_seconds or 0.0 for run in runs), sum(run.idle_seconds or 0.0 for run in runs)
+    total = sum(run.seconds for run in runs) + idle
     print(
         f"training {training:.0f} s of {total:.0f} s ({training / total:.0%}), start-up {startup:.0f} s, scoring {scoring:.0f} s, "
         f"idle {idle:.1f} s"
@@ -209,7 +207,7 @@ def print_summary(night: Night, why: str, proposer, goes_on: bool) -> None:
         own = [result for result in results if result.operator == operator]
         kept = [result for result in own if result.verdict.word == "keep"]
         if own:
-            gain = sum(results[result.parent].run.val_bpb - result.run.val_bpb for result in kept)
+            gain = -sum(change_of(results, result) for result in kept)
             print(f"{operator}: {counted(len(own), 'experiment')}, {len(kept)} kept, together {gain:.6f}")
     if isinstance(proposer, Claude):
         print(proposer.bill)
@@ -221,7 +219,7 @@ def print_summary(night: Night, why: str, proposer, goes_on: bool) -> None:
         print(f"runs of {night.settings.budget_s:g} s show the loop, not a result: their differences are mostly noise")
     place = os.path.relpath(night.folder)
     try:
-        points = [vars(result) | vars(result.run) | {"verdict": result.verdict.word} for result in results]
+        points = [result.row() | vars(result.run) for result in results]
         save_progress(night.folder / "progress.png", points, f"night {tag}")
         picture = f"{place}/progress.png"
     except (ImportError, OSError) as error:
