@@ -30,10 +30,8 @@ def check(night: Night, seeds: int, measure, say) -> str:
     from scipy import stats
 
     first, best = night.results[0], night.incumbent
-    sources, numbers = (
-        {"baseline": night.source(first.number), "incumbent": night.source(best.number)},
-        {"baseline": [], "incumbent": []},
-    )
+    sources = {"baseline": night.source(first.number), "incumbent": night.source(best.number)}
+    numbers = {name: [] for name in sources}
     for i in range(seeds):
         for name in list(sources)[:: 1 if i % 2 == 0 else -1]:
             title = f"{name} on seed {CHECK_SEED + i}, run {1 + sum(map(len, numbers.values()))} of {2 * seeds}"
@@ -125,9 +123,7 @@ def rehearsal(here: Path, runs: Path, args) -> None:
             night = open_night(here, folder, args, repository)
             locks.enter_context(locked(device_lock(night.device_id), "the device", "agent.py --dry"))
             night.settings = replace(night.settings, compile=False)
-            rules = folder / "harness" / "night.json"
-            rules.chmod(0o644)
-            write_atomically(rules, night.settings.json())
+            write_atomically(folder / "harness" / "night.json", night.settings.json())
             night.sandbox = choose_sandbox(night, here, runs, repository.common_dir, args.no_sandbox, harmless=False)
             if trouble := rehearse(night, source):
                 raise Problem(f"train.py does not run:\n{trouble}")
