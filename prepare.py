@@ -125,9 +125,8 @@ def download_shard(url: str, path: Path, advance=lambda amount: None, tries: int
                 refuse_final(response.status_code, url)
                 response.raise_for_status()
                 answers = [answer.headers for answer in (*response.history, response)]
-                of_hub = next(
-                    (named for named in answers if "X-Linked-Etag" in named), answers[-1]
-                )  # a redirect of the hub
+                # That of the hub, which redirects.
+                of_hub = next((named for named in answers if "X-Linked-Etag" in named), answers[-1])
                 linked = of_hub.get("X-Linked-Etag", "").strip('"')
                 sha256 = linked if re.fullmatch("[0-9a-f]{64}", linked) else None
                 size = int(of_hub.get("X-Linked-Size") or response.headers.get("Content-Length") or 0)
@@ -445,15 +444,8 @@ def pack(part: Path | list[str], tokenizer: Path, row_tokens: int, max_rows: int
 
 def recipe_folder(profile: Profile, dataset: str, shards: int) -> Path:
     """The folder of tokenizer and rows. Its name ends with a hash of all that they depend on: another recipe, another folder."""
-    recipe = [
-        TOKENIZER_FORMAT,
-        SPLIT_PATTERN,
-        SPECIAL_TOKENS,
-        profile.vocab_size,
-        profile.max_seq_len,
-        profile.val_rows,
-        profile.test_rows,
-    ]
+    recipe = [TOKENIZER_FORMAT, SPLIT_PATTERN, SPECIAL_TOKENS]
+    recipe += [profile.vocab_size, profile.max_seq_len, profile.val_rows, profile.test_rows]
     name = dataset
     if dataset == "climbmix":
         recipe += [CLIMBMIX_REPO, min(shards, TOKENIZER_SHARDS)]
@@ -771,9 +763,8 @@ class Training:
         self.startup_seconds = time.time() - self.process_start
         if not self.by_hand:
             sys.stdout.flush()
-            os.write(
-                1, f"{constants.CLOCK_MARK} after {self.startup_seconds:.1f} s\n".encode()
-            )  # wherever sys.stdout points
+            # To where the agent reads, wherever sys.stdout points.
+            os.write(1, f"{constants.CLOCK_MARK} after {self.startup_seconds:.1f} s\n".encode())
             if sys.stdin.readline() != constants.TEXT_LINE:
                 raise Problem("the agent is gone: no text, no run")
         self._rows = open_rows(self.text, self.profile)
@@ -1017,9 +1008,8 @@ def answered(model, x, vocab: int):
     import torch
 
     logits, wanted = model(x), (*x.shape, vocab)
-    if (
-        type(logits) is not torch.Tensor or logits.layout is not torch.strided
-    ):  # nothing lazy, nothing that answers later
+    # Nothing lazy, nothing that answers later.
+    if type(logits) is not torch.Tensor or logits.layout is not torch.strided:
         raise ValueError(f"forward returned a {type(logits).__name__}, not a plain tensor of (B, T, vocab) = {wanted}")
     if logits.shape != wanted:
         raise ValueError(f"forward returned {tuple(logits.shape)}, not (B, T, vocab) = {wanted}")

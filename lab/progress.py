@@ -48,14 +48,8 @@ def draw_progress(axes, results: list[dict], title: str, seeds: list[float] = ()
     if len(seeds) > 2:
         mean, noise = statistics.mean(seeds), statistics.stdev(seeds)
         low, top = min(low, mean - 2 * noise), max(top, mean + 2.2 * noise)
-        axes.axhspan(
-            mean - 2 * noise,
-            mean + 2 * noise,
-            color="#000000",
-            alpha=0.07,
-            lw=0,
-            label=f"baseline on {len(seeds)} seeds",
-        )
+        look = dict(color="#000000", alpha=0.07, lw=0)
+        axes.axhspan(mean - 2 * noise, mean + 2 * noise, **look, label=f"baseline on {len(seeds)} seeds")
     top = max([top, *(result["test_bpb"] for result in tests)])
     top += 0.03 * (top - low)
     bottom, end = low - 0.22 * (top - low), results[-1]["number"] + 0.5
