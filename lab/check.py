@@ -147,9 +147,8 @@ def rehearse(night: Night, source: str) -> str:
     folder = night.folder / "dry"
     make_folder(night, folder, source, SEED, night.baseline_run)
     try:
-        ended = run_child(
-            child_command("train", folder, night.sandbox), folder / "run.log", (STARTUP_LIMIT_S,), on_clock
-        )
+        command = child_command("train", folder, night.sandbox)
+        ended = run_child(command, folder / "run.log", (STARTUP_LIMIT_S,), on_clock)
     except AtTheClock:
         return ""
     return "\n".join([*log_tail(folder / "run.log")[-15:], ended.crash or "it ended before its clock started"])

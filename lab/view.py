@@ -193,16 +193,13 @@ def print_summary(night: Night, why: str, proposer, goes_on: bool) -> None:
     startup = sum(run.run_seconds - (run.clock_seconds or 0.0) for run in runs)
     scoring, idle = sum(run.scoring_seconds or 0.0 for run in runs), sum(run.idle_seconds or 0.0 for run in runs)
     total = sum(run.seconds for run in runs) + idle
-    print(
-        f"training {training:.0f} s of {total:.0f} s ({training / total:.0%}), start-up {startup:.0f} s, scoring {scoring:.0f} s, "
-        f"idle {idle:.1f} s"
-    )
+    trained = f"{training:.0f} s of {total:.0f} s ({training / total:.0%})"
+    print(f"training {trained}, start-up {startup:.0f} s, scoring {scoring:.0f} s, idle {idle:.1f} s")
     for worker in sorted({run.worker for run in runs} - {None}):
         own = [run for run in runs if run.worker == worker]
         busy, waited = sum(run.seconds for run in own), sum(run.idle_seconds or 0.0 for run in own)
-        print(
-            f"worker {worker}: {counted(len(own), 'run')}, busy {busy:.0f} s of {busy + waited:.0f} s ({busy / (busy + waited):.0%})"
-        )
+        share = f"{busy:.0f} s of {busy + waited:.0f} s ({busy / (busy + waited):.0%})"
+        print(f"worker {worker}: {counted(len(own), 'run')}, busy {share}")
     for operator in OPERATORS:
         own = [result for result in results if result.operator == operator]
         kept = [result for result in own if result.verdict.word == "keep"]
@@ -237,9 +234,8 @@ def print_summary(night: Night, why: str, proposer, goes_on: bool) -> None:
         print(f"take home  git checkout autoresearch/{tag} -- train.py")
     if goes_on:  # the journal does not hold a program's arguments: there may be a key in them
         again = "the same command" if proposer.name == "command" else f"python agent.py --tag {tag}"
-        print(
-            f"go on      {again}{'  (with a larger --experiments or --hours)' if why.endswith(('done', 'used up')) else ''}"
-        )
+        larger = "  (with a larger --experiments or --hours)" if why.endswith(("done", "used up")) else ""
+        print(f"go on      {again}{larger}")
     if best.number:
         print(f"verify     python agent.py --check {tag}")
     if tag == "demo":
