@@ -145,12 +145,11 @@ def experiment(night: Night, proposal: Proposal, measure) -> Result:
         with night.deciding:  # one verdict after the other
             if verdict.word != "keep" or night.incumbent is parent:
                 return night.record(proposal, run, verdict, second)
-            try:  # another experiment was kept meanwhile: this change on top of it, measured once more
+            try:  # another experiment was kept meanwhile: this change on top of it, round again
                 proposal = rebased(night, proposal, len(night.results))
             except Rejected as refused:
                 late = f"lower than experiment {parent.number}, on which it was made, but {night.incumbent.number} was kept meanwhile: {refused}"
                 return night.record(proposal, run, Verdict("discard", late), second)
-            night.remove_files(run)  # and round again
 
 
 def begin_noise(pool, night: Night, measure, count: int) -> list:

@@ -106,6 +106,21 @@ def test_a_win_that_was_cut_off_before_its_second_run_goes_on_after_a_kill(check
     check_agreement(checkout)
 
 
+def test_the_files_of_a_run_that_is_made_anew_on_another_incumbent_do_not_stay(checkout):
+    """A worker brought them, another experiment was kept, the agent was killed before the verdict."""
+    night = open_here(checkout)
+    run_here(night, 1, Script(better(0.2)))
+    source = night.baseline.source.replace(*NARROWER)
+    night.add_proposal(Proposal("narrower", "", source, proposer="script", parent=0), 2)
+    night.add_run(fake_run(night)(source, SEED, ""))
+    night.arrived(sha256(source)).mkdir()
+    again = open_here(checkout)
+    assert night.arrived(sha256(source)).exists()  # it may be needed
+    run_here(again, 2, Script())
+    assert outcomes(again) == [("change 1", "keep", 0), ("narrower", "keep", 1)]
+    check_agreement(checkout)
+
+
 def test_the_next_is_proposed_knowing_what_runs_and_the_limit_counts_it(checkout):
     night, script = open_here(checkout), Script(*[("beta=0.8", f"beta=0.{i}") for i in range(1, 9)])
     run_here(night, 5, script, measure=Turns(night, [3, 2, 1]), workers=3)

@@ -104,6 +104,7 @@ class Proposals:
                     "reject", number=number, proposer=name, proposal=prepared.id, reason=reason,
                     description=prepared.description,
                 )  # fmt: skip
+                night.remove_files(prepared.source)
                 self.feedback.append(f"{prepared.description}: {reason}")
         if self.error and not running:
             raise self.error
@@ -153,12 +154,13 @@ def rebased(night: Night, proposal: Proposal, number: int) -> Proposal:
     best = night.incumbent
     stale = proposal.parent != best.number
     if stale:
-        base, ours = night.source(proposal.parent), night.source(best.number)
-        source = night.repository.merge(base, ours, proposal.source)
+        base, ours, old = night.source(proposal.parent), night.source(best.number), proposal.source
+        source = night.repository.merge(base, ours, old)
         proposal = replace(proposal, source=source, parent=best.number)
     screen(proposal.source, night.tried)
     if stale:  # what will run stands in the journal: the last row of a proposal counts
         night.journal.append("proposal", number=number, **vars(proposal))
+        night.remove_files(old)
     night.tried[fingerprint(proposal.source)] = f"an experiment that runs now: {proposal.description}"
     return proposal
 

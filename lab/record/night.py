@@ -158,16 +158,17 @@ class Night(Place):
         return proposal
 
     @property
-    def used(self) -> set[int]:
-        """The ids of the proposals that have a result or a reject."""
-        return {row["proposal"] for row in self.journal.of("result", "reject") if "proposal" in row}
+    def open_proposals(self) -> list[Proposal]:
+        """Those with neither a result nor a reject, oldest first. The last row of each counts."""
+        used = {row["proposal"] for row in self.journal.of("result", "reject") if "proposal" in row}
+        rows = {row["id"]: row for row in self.journal.of("proposal")}
+        return [of_row(Proposal, row) for id, row in sorted(rows.items()) if id not in used]
 
     def unused_proposal(self, proposer: str, running: list[Proposal]) -> Proposal | None:
-        """The first proposal of this proposer with neither a result nor a reject, that does not run either. The last row of each counts."""
-        used = self.used | {proposal.id for proposal in running}
-        rows = {row["id"]: row for row in self.journal.of("proposal")}
-        own = (row for id, row in sorted(rows.items()) if id not in used)
-        return next((of_row(Proposal, row) for row in own if row["proposer"] == proposer), None)
+        """The first open one of this proposer that does not run."""
+        ids = {proposal.id for proposal in running}
+        own = (proposal for proposal in self.open_proposals if proposal.proposer == proposer)
+        return next((proposal for proposal in own if proposal.id not in ids), None)
 
     def add_run(self, run: Run) -> Run:
         """Journals a run, whether it counts or not; returns it with its id. Any thread may."""
@@ -221,10 +222,10 @@ class Night(Place):
         """The experiment that a proposal was made on; None for the baseline."""
         return None if proposal.parent is None else self.results[proposal.parent]
 
-    def remove_files(self, run: Run) -> None:
-        """Removes the files of a run that will not be an experiment."""
-        settle_cache(self.folder, run.source, kept=False)
-        remove(self.arrived(run.source))
+    def remove_files(self, source: str) -> None:
+        """Removes what was made of a program that will not be an experiment."""
+        settle_cache(self.folder, sha256(source), kept=False)
+        remove(self.arrived(sha256(source)))
 
     def remember(self, result: Result) -> None:
         number = result.run.number or "missing"
@@ -284,10 +285,9 @@ class Night(Place):
             self.repository.move(self.branch, keeps[-1].commit, keeps[-2].commit if len(keeps) > 1 else None)
         if self.results:
             self.tidy()
-        used = self.used
-        open_ones = {sha256(row["source"])[:16] for row in self.journal.of("proposal") if row["id"] not in used}
+        awaited = {sha256(proposal.source)[:16] for proposal in self.open_proposals}
         for left in (*self.folder.glob("cache-*"), *self.folder.glob("arrived-*")):
-            if left.name.partition("-")[2] not in open_ones:
+            if left.name.partition("-")[2] not in awaited:
                 remove(left)
         self.write_results_tsv()
 
