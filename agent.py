@@ -289,9 +289,11 @@ def refuse_to_go_on(night: Night) -> None:
 
 
 def make_proposer(night: Night, args, secrets: dict, replayed):
-    """Who proposes. Raises Problem if that cannot work, for Claude by asking the API."""
+    """Who proposes. Raises Problem if that cannot work, for Claude by asking the API; Rejected for a train.py that breaks the rules."""
     if args.attempt:
-        return Try(args.attempt, args.because or "", read_checkout(HERE, "train.py"))
+        source = read_checkout(HERE, "train.py")
+        screen(source, {})  # before the baseline is trained
+        return Try(args.attempt, args.because or "", source)
     if replayed:
         return Replay(night, replayed)
     if args.command:

@@ -321,6 +321,13 @@ def test_tries_and_replays_are_nights_of_their_own(checkout, monkeypatch):
     assert choose_tag(arguments(monkeypatch), checkout.folder / "runs") == "t"  # the night that has not ended
 
 
+def test_a_try_that_breaks_the_rules_is_refused_before_its_baseline_is_trained(checkout):
+    checkout.edit("train.py", "lr=0.4", "lr=(0.4")
+    output = checkout.agent("--profile", "cpu", "--try", "x", expect=1)
+    assert output.splitlines()[-1].startswith("error: train.py does not compile: ") and "starting" not in output
+    assert not (checkout.folder / "runs" / "try").exists()
+
+
 def test_a_demo_is_deleted_only_if_the_next_one_can_run(checkout):
     """An interrupted one goes on; with another budget, or after its end, it begins anew; nobody's running demo is touched."""
     checkout.agent("--demo", "--experiments", "1", "--budget", "3")

@@ -93,7 +93,7 @@ ROUNDED = {"probe": {"rows": 1024, "mean_nats": -2e-5, "last_mean_nats": -1e-4, 
         ([KILLED, KILLED], [], SEED),  # a program that the system ends each time is at fault itself
         ([BROKEN], [], SEED), ([BROKEN, {}], [{}], CONFIRM_SEED), ([{"crash": "time-out after 9 s"}, {}], [{}], SEED), ([LATE, {}], [{}], SEED),
         ([{}], [{"crash": "scoring: killed by SIGKILL"}, {}], SEED),  # the same weights: who has seen val asks for no other training
-        ([{}], [ROUNDED, {}], SEED), ([{}], [ROUNDED, ROUNDED], SEED),
+        ([{}], [ROUNDED, {}], SEED), ([{}], [ROUNDED, ROUNDED, {}], SEED), ([{}], [ROUNDED] * 4, SEED),
     ],
 )  # fmt: skip
 def test_what_may_have_come_from_outside_is_tried_once_more(tmp_path, monkeypatch, trained, scored, seed):
