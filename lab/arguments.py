@@ -105,7 +105,8 @@ def complete(args, runs: Path, key: bool) -> tuple[str, list]:
     """
     tag, replayed = choose_tag(args, runs), []
     folder, new = runs / tag, not (runs / tag).exists()
-    own = read_journal(folder / "journal.jsonl")[0]
+    # An older demo is deleted, whatever its format.
+    own = [] if args.demo else read_journal(folder / "journal.jsonl")[0]
     if not args.demo:
         restore_arguments(args, own, key)
         stored = stored_settings(folder)  # profile, dataset and budget, also before the baseline has its result

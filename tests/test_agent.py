@@ -336,6 +336,9 @@ def test_a_demo_is_deleted_only_if_the_next_one_can_run(checkout):
         with constants.lock(place, "somebody"):
             assert "in use by" in checkout.agent("--demo", expect=1)
         assert (checkout.folder / "runs" / "demo" / "journal.jsonl").read_bytes() == journal
+    # Also one of an earlier version.
+    text = (checkout.folder / "runs" / "demo" / "journal.jsonl").read_text()
+    (checkout.folder / "runs" / "demo" / "journal.jsonl").write_text(text.replace(f'"format": {FORMAT}', '"format": 1'))
     assert "the earlier demo is deleted" in checkout.agent("--demo", "--experiments", "1")
     check_agreement(checkout, "demo")
 

@@ -42,9 +42,8 @@ from lab.records import (
 STARTUP_LIMIT_S = 1_800.0  # until the clock starts: several cold compiles on a slow machine
 SAVING_LIMIT_S = 600.0  # after the budget, of the baseline: its weights on a slow disk
 RESULT_BYTES = 64_000  # a result.json over this is neither read nor kept
-ROUNDED_TRIES = (
-    3  # of a scoring whose processes rounded in two ways: 3 of 73 processes did, and one scoring twice in a row
-)
+# Of a scoring whose processes rounded in two ways: 3 of 73 processes did, and one scoring twice in a row.
+ROUNDED_TRIES = 3
 SCORE_LIMIT_S = 900.0  # one scoring; 20.97M tokens take under a minute on an H100
 
 

@@ -122,9 +122,8 @@ class Night(Place):
             return None
         first = self.keeps[0].run
         found = self.runs_on(first.source, constants.CONFIRM_SEED)
-        even = min(
-            found, key=lambda run: uneven(run, first), default=None
-        )  # the first that is: a busy machine had it run again
+        # The first that is even, else the first: a busy machine had it run again.
+        even = min(found, key=lambda run: uneven(run, first), default=None)
         return even and even.val_bpb
 
     @property
